@@ -1,0 +1,46 @@
+"""Everything siftloader raises on its own account.
+
+* SiftError
+  + CorpusError        text that cannot be read, or options that contradict the text
+  + ShardError         shards on disk that cannot be trusted
+    - CorruptShard     the bytes of a shard are not those the manifest recorded
+  + StateError         a saved state that belongs to other data, another seed or a newer version
+  + BatchError         a batch whose rows cannot be told apart
+  + ScoringError       a model that cannot be cut, or an early prediction that makes no sense
+  + EmptyEpoch         an epoch that would hand out nothing
+
+Wrong arguments are plain ``ValueError`` or ``TypeError``, raised at construction. Every message says
+what was found, what is needed and what to do.
+"""
+
+
+class SiftError(Exception):
+    """The base of the tree: ``except SiftError`` catches all of it."""
+
+
+class CorpusError(SiftError):
+    """Text cannot be read as asked, or holds nothing to prepare."""
+
+
+class ShardError(SiftError):
+    """Shards on disk are missing, incomplete or not what their manifest says."""
+
+
+class CorruptShard(ShardError):
+    """The bytes of a shard are not those that were written: the message names shard and sample."""
+
+
+class StateError(SiftError):
+    """A saved state belongs to other data, another seed or a newer version."""
+
+
+class BatchError(SiftError):
+    """The rows of a batch cannot be told apart, so none of them can be selected."""
+
+
+class ScoringError(SiftError):
+    """A model cannot be cut at the exit layer, or its early predictions make no sense."""
+
+
+class EmptyEpoch(SiftError):
+    """An epoch would hand out nothing; the message has the arithmetic."""

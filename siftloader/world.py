@@ -1,0 +1,55 @@
+"""Who is reading: the rank of this process, and the loader worker inside it.
+
+The only file that looks at ``torch.distributed``, environment variables and worker information.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class World:
+    """One reader among ``ranks * workers``; found with ``World.detect()``, or given to simulate.
+
+    World(rank=3, ranks=8)   # the fourth of eight training processes
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    worker: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ranks < 1 or not 0 <= self.rank < self.ranks:
+            raise ValueError(f"rank must be in 0..ranks-1, got rank {self.rank} of {self.ranks}")
+        if self.workers < 1 or not 0 <= self.worker < self.workers:
+            raise ValueError(
+                f"worker must be in 0..workers-1, got worker {self.worker} of {self.workers}"
+            )
+
+    @classmethod
+    def detect(cls) -> World:
+        """This process, as ``torch.distributed``, else torchrun's environment, tells it."""
+        rank, ranks = _rank()
+        worker, workers = _worker()
+        return cls(rank, ranks, worker, workers)
+
+
+def _rank() -> tuple[int, int]:
+    # Looked up rather than imported: a process that never imported torch runs no process group.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    # A loader worker inherits the environment of its rank, so torchrun's variables hold there too.
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return 0, 1
+
+
+def _worker() -> tuple[int, int]:
+    data = sys.modules.get("torch.utils.data")
+    info = data.get_worker_info() if data is not None else None
+    return (info.id, info.num_workers) if info is not None else (0, 1)
