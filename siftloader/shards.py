@@ -195,9 +195,9 @@ def check_headers(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layou
         raise CorruptShard(f"{stem}: bytes after the last sample; prepare the shard again")
 
 
-def sha256(data: bytes | memoryview | NDArray[np.uint8]) -> str:
+def sha256(data: bytes | NDArray[np.uint8]) -> str:
     """Hex sha256 of bytes already in memory or mapped."""
-    return hashlib.sha256(data).hexdigest()
+    return hashlib.sha256(memoryview(data)).hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
