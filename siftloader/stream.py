@@ -1,0 +1,422 @@
+"""``TokenShards``: samples, or whole batches, of a prepared split, in an order that needs no state.
+
+    shards = TokenShards("shards/wikibooks", split="train", seed=0)
+    for batch in shards.batches(32):        # dict of int64 tensors [32, 512]
+        loss = model(**batch).loss
+
+Global position ``p`` of an epoch belongs to rank ``p % ranks``; the loader workers of a rank take turns
+in the rank's own sequence. So the state is one number, whatever the topology was or becomes.
+
+Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from siftloader.errors import EmptyEpoch, ShardError, StateError
+from siftloader.masking import IGNORED, Mlm
+from siftloader.order import Order
+from siftloader.shards import Shard, ShardSet
+from siftloader.world import World
+
+
+STATE_VERSION = 1
+BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortises NumPy's calls
+SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
+
+
+class TokenShards(IterableDataset[dict[str, Tensor]]):
+    """Reads a split as samples, or as whole batches, exactly resumable on any number of ranks.
+
+    shards = TokenShards("shards/wikibooks")
+    loader = DataLoader(shards, batch_size=32)     # works, but collates sample by sample
+    for batch in shards.batches(32): ...           # the same rows in the same order, vectorised
+
+    A sample is what a Hugging Face model takes: ``input_ids`` and ``labels``, and for the ``mlm``
+    objectives ``attention_mask`` (only there the tail is padded), all int64 [T]. ``with_ids`` adds
+    ``id``, the global position in the manifest; ``with_source`` adds ``source``, an index into
+    ``shard_set.sources``; both int64 and 0-d.
+
+    ``masking``: ``"auto"`` is what the recorded objective needs, ``Mlm`` at 0.15 for ``mlm`` and
+    labels equal to the ids for ``clm``. A number is ``Mlm`` at that probability, an ``Mlm`` is
+    used as it is. ``None`` leaves the ids alone and labels them all, except padding (-100).
+
+    Every iteration begins the next epoch; the first after ``load_state_dict`` continues. Loader workers
+    iterate over copies, so with ``num_workers > 0`` call ``set_epoch`` before every epoch (and not
+    with ``persistent_workers``), as with a DistributedSampler. Of two iterators alive at once, the one
+    that started last is the one that counts.
+
+    ``split="val"`` is read in the order of the manifest with the masks of epoch 0, always, and hands out
+    every sample exactly once over the ranks. Other splits give every rank equally many samples and
+    leave out the last ``total % ranks`` positions, other samples in each epoch.
+
+    A shard is verified (sha256) when it is first opened; ``verify=False`` trusts the disk. At most
+    ``window + 1`` shards are mapped at once, beside one block of about a million token ids.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        split: str = "train",
+        seed: int = 0,
+        masking: Mlm | float | Literal["auto"] | None = "auto",
+        with_ids: bool = False,
+        with_source: bool = False,
+        world: World | None = None,
+        verify: bool = True,
+        window: int = 8,
+    ) -> None:
+        if not Path(folder).is_dir():
+            raise ShardError(f"{folder}: not a folder; give the one that holds manifest.jsonl")
+        self.shard_set = ShardSet.open(folder)
+        self.split = split
+        self.seed = seed
+        self.window = window
+        self.world = world
+        self.verify = verify
+        self.with_ids = with_ids
+        self.with_source = with_source
+        self.masking = _resolve(masking, self.shard_set)
+        self._shards = self.shard_set.shards(split)
+        self.total = sum(shard.num_sequences for shard in self._shards)  # over all ranks
+        self._shuffle = split != "val"
+        self._first_id = self.shard_set.first_id(split)
+        self._verdicts: dict[str, tuple[int, ...]] = {}
+        self._epoch = 0
+        self._position = 0
+        self._pending = True  # the next iteration starts at (epoch, position), not an epoch later
+        self._reader = 0  # counts iterations: only the latest may move the position
+        self._order(0)  # checks window
+        self.rows()  # checks that every rank gets something
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the data set: equal wherever it is copied."""
+        return self.shard_set.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids of the tokenizer, V."""
+        return self.shard_set.tokenizer.vocab_size
+
+    @property
+    def unigrams(self) -> NDArray[np.int64]:
+        """How often each id occurs in the train split, int64 [V]."""
+        return self.shard_set.unigrams
+
+    def __len__(self) -> int:
+        """Samples this rank hands out per epoch."""
+        return self.rows()
+
+    def rows(self, position: int = 0, world: World | None = None) -> int:
+        """How many rows this rank, all its workers together, still hands out from ``position`` on."""
+        here = self._world(world)
+        if self._shuffle and self.total < here.ranks:
+            raise EmptyEpoch(
+                f"{self.total} samples of split {self.split!r} for {here.ranks} ranks are "
+                f"{self.total} // {here.ranks} = 0 each; use fewer ranks or more data"
+            )
+        return self._rows(position, World(here.rank, here.ranks))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from self._counted(SAMPLES_AT_ONCE, per_row=True)
+
+    def batches(self, n: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of ``n`` rows, the last one ragged: the sample iterator's rows in its order.
+
+        for batch in shards.batches(256): ...    # int64 [256, T]
+        """
+        _check_rows(n)
+        return self._counted(n, per_row=False)
+
+    def read_batches(
+        self, n: int, epoch: int, position: int = 0, world: World | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches of ``n`` rows from global ``position`` of ``epoch`` on, the last ragged.
+
+        Neither reads nor moves the epoch and position of this object, so a thread may read ahead.
+        """
+        _check_rows(n)
+        here = self._world(world)
+        order = self._order(epoch)
+        if not 0 <= position <= self.total:
+            raise ValueError(f"position must lie in 0..{self.total}, got {position}")
+        return self._read(n, order, position, here)
+
+    def _read(
+        self, n: int, order: Order, position: int, world: World
+    ) -> Iterator[dict[str, Tensor]]:
+        for block in self._gather(n, order, position, world):
+            for first in range(0, len(block.tokens), n):
+                yield self._finish(block.rows(first, first + n), order.epoch)
+
+    def _gather(self, n: int, order: Order, position: int, world: World) -> Iterator[_Rows]:
+        # A block is a whole number of batches, so that batches never have to be joined.
+        size = max(1, BLOCK_TOKENS // self.shard_set.layout.seq_len // n) * n
+        first = position + (world.rank - position) % world.ranks + world.worker * world.ranks
+        step = world.ranks * world.workers
+        rows = self._rows(position, world)
+        opened = _Opened(self, limit=self.window + 1)
+        for begin in range(0, rows, size):
+            turns = np.arange(begin, min(begin + size, rows), dtype=np.int64)
+            yield self._take(*order.locate(first + step * turns), opened)
+
+    def _take(self, shard: NDArray[np.int64], row: NDArray[np.int64], opened: _Opened) -> _Rows:
+        layout = self.shard_set.layout
+        tokens = np.empty((len(row), layout.seq_len), layout.dtype)
+        sources = np.empty(len(row), np.int64) if self.with_source else None
+        ids = np.empty(len(row), np.int64)
+        numbers, seen = np.unique(shard, return_index=True)
+        # In the order of first use: a block that crosses into the next window opens each shard once.
+        for number in numbers[np.argsort(seen)].tolist():
+            at = np.flatnonzero(shard == number)
+            content = opened.get(number)
+            tokens[at] = content.tokens[row[at]]
+            ids[at] = content.first_id + row[at]
+            if sources is not None and content.sources is not None:
+                sources[at] = content.sources[row[at]]
+        return _Rows(tokens, ids, sources)
+
+    def _finish(self, rows: _Rows, epoch: int) -> dict[str, Tensor]:
+        pad = self.shard_set.tokenizer.special_ids.get("pad")
+        padded = self.shard_set.objective.startswith("mlm")
+        real = rows.tokens != pad if padded and pad is not None else None
+        if self.masking is not None:
+            input_ids, labels = self.masking(rows.tokens, rows.ids, seed=self.seed, epoch=epoch)
+        else:
+            input_ids = rows.tokens.astype(np.int64)
+            labels = input_ids.copy() if real is None else np.where(real, input_ids, IGNORED)
+        batch = {"input_ids": input_ids}
+        if padded:
+            batch["attention_mask"] = (
+                np.ones_like(input_ids) if real is None else real.astype(np.int64)
+            )
+        batch["labels"] = labels
+        if self.with_ids:
+            batch["id"] = rows.ids.copy()  # not a view: it would keep the whole block alive
+        if rows.sources is not None:
+            batch["source"] = rows.sources.copy()
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _order(self, epoch: int) -> Order:
+        return Order(
+            tuple(shard.num_sequences for shard in self._shards),
+            fingerprint=self.fingerprint,
+            seed=self.seed,
+            epoch=epoch if self._shuffle else 0,
+            window=self.window,
+            shuffle=self._shuffle,
+        )
+
+    def _world(self, world: World | None) -> World:
+        found = World.detect()
+        given = world or self.world
+        if given is None:
+            return found
+        if given.workers > 1:
+            return given
+        return World(given.rank, given.ranks, found.worker, found.workers)
+
+    def _rows(self, position: int, world: World) -> int:
+        left = self.total - position
+        if self._shuffle:
+            rows = left // world.ranks
+        else:  # from this rank's first position on, however uneven
+            rows = -(-max(0, left - (world.rank - position) % world.ranks) // world.ranks)
+        return -(-max(0, rows - world.worker) // world.workers)
+
+    def _counted(self, n: int, per_row: bool) -> Iterator[dict[str, Tensor]]:
+        if not self._pending:
+            self._epoch, self._position = self._epoch + 1, 0
+        world = self._world(None)
+        self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
+        self._pending = False
+        self._reader += 1
+        reader, begin, handed = self._reader, self._position, 0
+        step = world.ranks * world.workers
+        for batch in self.read_batches(n, self._epoch, begin):
+            for item in _samples(batch) if per_row else (batch,):
+                handed += 1 if per_row else len(batch["input_ids"])
+                if reader == self._reader:  # counted before it leaves: the caller may never return
+                    self._position = min(begin + handed * step, self.total)
+                yield item
+        if reader == self._reader and world.workers == 1:
+            self._epoch, self._position, self._pending = self._epoch + 1, 0, True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration epoch ``epoch``, from its start.
+
+        A restored state that stands in this very epoch keeps its position, so that loops which announce
+        every epoch resume too.
+        """
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        if not (self._pending and epoch == self._epoch):
+            self._epoch, self._position, self._pending = epoch, 0, True
+        self._reader += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, JSON-able: every global position below ``position`` was handed out.
+
+        ``position`` counts over all ranks, so the state of any rank restores all of them.
+        """
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self.fingerprint,
+            "split": self.split,
+            "seed": self.seed,
+            "window": self.window,
+            "epoch": self._epoch,
+            "position": self._position,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken, on any number of ranks and workers.
+
+        Raises StateError where the state belongs to another order of other data.
+        """
+        checked = self._check(state)
+        self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
+        self._reader += 1
+
+    def _check(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = self.state_dict()
+        missing = sorted(own.keys() - state.keys())
+        if missing:
+            raise StateError(
+                f"the state lacks {missing}; it needs {list(own)}, as state_dict() gives"
+            )
+        if state["version"] > STATE_VERSION:
+            raise StateError(
+                f"found a state of version {state['version']}, this siftloader reads up to "
+                f"{STATE_VERSION}; upgrade siftloader"
+            )
+        remedies = {
+            "fingerprint": f"open the data set it was saved from instead of {self.shard_set.folder}",
+            "split": "load it into the TokenShards of that split",
+            "seed": f"construct TokenShards(..., seed={state['seed']!r})",
+            "window": f"construct TokenShards(..., window={state['window']!r})",
+        }
+        for name, remedy in remedies.items():
+            if state[name] != own[name]:
+                raise StateError(
+                    f"the state belongs to another order: {name} {state[name]!r} found, "
+                    f"{own[name]!r} expected; {remedy}, or start a new epoch without the state"
+                )
+        for name, limit in (("epoch", None), ("position", self.total)):
+            value = state[name]
+            if not isinstance(value, int) or value < 0 or (limit is not None and value > limit):
+                raise StateError(
+                    f"{name} {value!r} found, a whole number from 0"
+                    f"{'' if limit is None else f' to {limit}'} expected; the state is damaged"
+                )
+        return state
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows as they lie on disk: tokens [m, T], global ids [m], sources [m] or None."""
+
+    tokens: NDArray[Any]
+    ids: NDArray[np.int64]
+    sources: NDArray[np.int64] | None
+
+    def rows(self, first: int, end: int) -> _Rows:
+        cut = slice(first, end)
+        return _Rows(
+            self.tokens[cut], self.ids[cut], None if self.sources is None else self.sources[cut]
+        )
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A mapped shard: tokens [N, T], sources [N] where asked for, the global id of row 0."""
+
+    tokens: NDArray[Any]
+    sources: NDArray[np.uint8] | None
+    first_id: int
+
+
+class _Opened:
+    """The shards one reader has mapped, least recently used first out.
+
+    Every reader has its own, so readers in other threads share nothing but the verdicts.
+    """
+
+    def __init__(self, owner: TokenShards, limit: int) -> None:
+        self._owner = owner
+        self._limit = limit
+        self._contents: OrderedDict[int, _Content] = OrderedDict()
+        counts = [shard.num_sequences for shard in owner._shards]
+        self._first_ids = owner._first_id + np.cumsum([0, *counts])
+
+    def get(self, number: int) -> _Content:
+        if number in self._contents:
+            self._contents.move_to_end(number)
+            return self._contents[number]
+        owner, shard = self._owner, self._owner._shards[number]
+        content = _Content(
+            _read_once_verified(owner.shard_set, shard, owner.verify, owner._verdicts),
+            owner.shard_set.read_sources(shard) if owner.with_source else None,
+            int(self._first_ids[number]),
+        )
+        self._contents[number] = content
+        if len(self._contents) > self._limit:
+            self._contents.popitem(last=False)
+        return content
+
+
+def _read_once_verified(
+    shards: ShardSet, shard: Shard, verify: bool, verdicts: dict[str, tuple[int, ...]]
+) -> NDArray[Any]:
+    # A verdict holds for these bytes on disk only: a file that was touched since is read again.
+    path = shards.folder / f"{shard.shard}.tar"
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ShardError(
+            f"{shard.shard}: cannot be read ({error}); is {path} in place?"
+        ) from error
+    identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    known = verdicts.get(shard.shard) == identity
+    tokens = shards.read(shard, verify=verify and not known)
+    if verify:
+        verdicts[shard.shard] = identity
+    return tokens
+
+
+def _resolve(masking: Mlm | float | str | None, shards: ShardSet) -> Mlm | None:
+    if masking is None or isinstance(masking, Mlm):
+        return masking
+    if isinstance(masking, str):
+        if masking != "auto":
+            raise ValueError(
+                f'masking must be "auto", None, a probability or an Mlm, got {masking!r}'
+            )
+        return Mlm.of(shards.tokenizer) if shards.objective.startswith("mlm") else None
+    return Mlm.of(shards.tokenizer, masking)
+
+
+def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    # [n, T] -> n x [T]. Cloned: a view would keep, and pickle, the storage of the whole batch.
+    columns = [value.unbind(0) for value in batch.values()]
+    for values in zip(*columns, strict=True):
+        yield {name: value.clone() for name, value in zip(batch, values, strict=True)}
+
+
+def _check_rows(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n must be at least 1 row, got {n}")
