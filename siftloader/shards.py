@@ -21,7 +21,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -273,6 +273,7 @@ def write_dataset(
         "unigrams_sha256": sha256(counts),
         "fingerprint": _fingerprint(ordered, schema),
     }
+    description["sha256"] = _sealed(description)
     write_atomically(folder / UNIGRAMS, counts)
     write_atomically(folder / DESCRIPTION, _json_bytes(description, indent=2))
     lines = b"".join(_json_bytes(asdict(shard)) for shard in ordered)
@@ -286,6 +287,12 @@ def _fingerprint(shards: Sequence[Shard], schema: Mapping[str, Any]) -> str:
         (shard.shard, shard.num_sequences, shard.sha256, shard.sources_sha256) for shard in shards
     ]
     return sha256(_json_bytes({"schema": schema, "shards": content}))
+
+
+def _sealed(description: Mapping[str, Any]) -> str:
+    # The fingerprint covers what the shards hold; this covers every word said about them.
+    rest = {key: value for key, value in description.items() if key != "sha256"}
+    return sha256(json.dumps(rest, sort_keys=True).encode())
 
 
 def _json_bytes(value: Any, indent: int | None = None) -> bytes:
@@ -408,6 +415,44 @@ class ShardSet:
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.int64)
 
 
+def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
+    """Read every byte of a folder; yield each shard found good, raise at the first that is not.
+
+    Stronger than opening: headers, id range, source range, strangers and the unigram counts too.
+    """
+    dataset = ShardSet.open(folder)
+    counted = np.zeros(dataset.tokenizer.vocab_size, np.int64)
+    expected = {f"{shard.shard}.tar" for shard in dataset.manifest}
+    strangers = sorted(
+        tar.name for tar in dataset.folder.glob("*.tar") if tar.name not in expected
+    )
+    if strangers:
+        raise ShardError(
+            f"{dataset.folder}: {strangers[0]} is not in {MANIFEST}; move it out of the folder"
+        )
+    for shard in dataset.manifest:
+        ids = dataset.read(shard)
+        raw = np.memmap(dataset.folder / f"{shard.shard}.tar", np.uint8, mode="r")
+        check_headers(shard.shard, raw, shard.num_sequences, dataset.layout)
+        beyond = (ids >= dataset.tokenizer.vocab_size).any(axis=1)
+        if beyond.any():
+            raise CorruptShard(
+                f"{shard.shard}: sample {int(beyond.argmax())} holds an id outside the vocabulary "
+                f"of {dataset.tokenizer.vocab_size}; prepare the shards again"
+            )
+        sources = dataset.read_sources(shard)
+        if sources.shape != (shard.num_sequences,) or (sources >= len(dataset.sources)).any():
+            raise CorruptShard(
+                f"{shard.shard}.sources.npy: needs {shard.num_sequences} numbers below "
+                f"{len(dataset.sources)}; prepare the shards again"
+            )
+        if shard.split == "train":
+            counted += np.bincount(ids.ravel(), minlength=len(counted))
+        yield shard
+    if not np.array_equal(dataset.unigrams, counted):
+        raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
+
+
 def _read_hashed(path: Path, expected: str) -> bytes:
     try:
         data = path.read_bytes()
@@ -444,4 +489,9 @@ def _read_description(root: Path) -> dict[str, Any]:
         raise ShardError(f"{root / DESCRIPTION}: cannot be read ({error})") from error
     if not isinstance(about, dict):
         raise ShardError(f"{root / DESCRIPTION}: needs a JSON object, got {type(about).__name__}")
+    if about.get("sha256") != _sealed(about):
+        raise ShardError(
+            f"{root / DESCRIPTION}: not as it was written (its own sha256 differs); copy it again, "
+            f"or prepare the shards again"
+        )
     return about

@@ -1,0 +1,271 @@
+"""The command line: ``siftloader shard``, ``verify`` and ``inspect``.
+
+Exit status: 0 done, 1 the data are not as they should be, 2 the command is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from siftloader.corpus import BOUNDARIES
+from siftloader.errors import SiftError
+from siftloader.prepare import (
+    NEEDED,
+    Preparation,
+    Summary,
+    load_tokenizer,
+    prepare,
+)
+from siftloader.shards import ShardSet, verify
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        command: int = arguments.run(arguments)
+    except ValueError as error:
+        return _complain(error, 2)
+    except (SiftError, OSError) as error:
+        return _complain(error, 1)
+    return command
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"siftloader: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="siftloader",
+        description="Make, check and look at token shards.",
+        epilog="`siftloader COMMAND --help` explains each of them, with an example.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_shard(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "shard",
+        help="turn text into a folder of token shards",
+        description=(
+            "Read text, hold out a fraction of the documents (chosen by their content, so that a "
+            "duplicate never sits on both sides), tokenise, pack into samples of equal length, "
+            "shuffle all of them, and write tars that WebDataset tools read too. The same input, "
+            "options and seed give the same bytes. An interrupted run is run again as it was."
+        ),
+        epilog=(
+            "example: siftloader shard books=gutenberg/ 'wiki=wiki/*.txt.xz' --out shards/mix "
+            "--tokenizer bert-base-uncased --objective mlm --seq-len 512 --val-fraction 0.005"
+        ),
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="[NAME=]PATH",
+        help="a .txt file (maybe .gz, .bz2, .xz), a folder or a quoted glob; each is a source, "
+        "named after its file or folder unless NAME says otherwise, at most 256 of them",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="NAME",
+        help="a tokenizer.json, a folder that holds one, or a name on the Hugging Face hub",
+    )
+    parser.add_argument(
+        "--objective",
+        choices=sorted(NEEDED, reverse=True),
+        default=Preparation.objective,
+        help="mlm: [CLS] text [SEP], the tail padded; clm: running text with an end-of-text id "
+        "after every document (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        default=Preparation.seq_len,
+        metavar="T",
+        help="tokens per sample (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=Preparation.val_fraction,
+        metavar="F",
+        help="fraction of the documents to hold out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=Preparation.seed,
+        help="of the shuffle (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=Preparation.samples_per_shard,
+        metavar="N",
+        help="the last shard of a split takes the rest (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--documents",
+        choices=BOUNDARIES,
+        default=Preparation.documents,
+        help="what ends a document (default: %(default)s)",
+    )
+    parser.set_defaults(run=_shard)
+
+
+def _shard(arguments: argparse.Namespace) -> int:
+    options = Preparation(
+        out=arguments.out,
+        tokenizer=arguments.tokenizer,
+        objective=arguments.objective,
+        seq_len=arguments.seq_len,
+        val_fraction=arguments.val_fraction,
+        seed=arguments.seed,
+        samples_per_shard=arguments.samples_per_shard,
+        documents=arguments.documents,
+    )
+    print(report(prepare(arguments.inputs, options)))
+    return 0
+
+
+def report(summary: Summary) -> str:
+    """The summary of a preparation as a table for people."""
+    rows = [("out", str(summary.out)), ("documents", f"{summary.documents:,}")]
+    if summary.reused:
+        rows.append(("", "finished before with the same input and options: left as it is"))
+    rows += [(f"skipped {reason}", f"{count:,}") for reason, count in summary.skipped.items()]
+    for split, count in summary.samples.items():
+        rows.append((f"{split} samples", f"{count:,}"))
+        if packing := summary.packing.get(split):
+            rows.append(
+                (
+                    f"{split} tokens",
+                    f"{packing.tokens:,} = {packing.kept:,} in full samples "
+                    f"+ {packing.tail_kept:,} in padded tails "
+                    f"+ {packing.tail_dropped:,} dropped tails",
+                )
+            )
+    tokens = summary.packing["train"].tokens if summary.packing else 0
+    if tokens:
+        rows.append(("unknown tokens", f"{summary.unknown / tokens:.4%} of train"))
+    if not summary.samples.get("val"):
+        rows.append(("note", "nothing was held out; raise --val-fraction for a val split"))
+    rows += [
+        ("bytes", f"{summary.bytes:,}"),
+        ("seconds", f"{summary.seconds:.1f}"),
+        ("fingerprint", summary.fingerprint),
+    ]
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(left) for left, _ in rows)
+    return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="read every byte and compare it with the manifest",
+        description=(
+            "Check every shard: size, headers, sha256, sources, token ids inside the vocabulary, "
+            "and the counts of the train split. The first fault is named and the status is 1."
+        ),
+        epilog="example: siftloader verify shards/demo",
+    )
+    parser.add_argument("folder", help="a finished folder of shards")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    shards = samples = 0
+    for shard in verify(arguments.folder):
+        shards, samples = shards + 1, samples + shard.num_sequences
+    print(f"{arguments.folder}: {shards} shards, {samples:,} samples, all as they were written")
+    return 0
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="say what a folder of shards holds",
+        description="Print schema, counts per split and source, and a few samples.",
+        epilog=(
+            "example: siftloader inspect shards/demo --samples 3 "
+            "--tokenizer shards/demo/tokenizer.json"
+        ),
+    )
+    parser.add_argument("folder", help="a finished folder of shards")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many samples of each split to print (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="to print text, not ids (default: a tokenizer.json in the folder, if there is one)",
+    )
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    dataset = ShardSet.open(arguments.folder)
+    tokenizer = dataset.tokenizer
+    print(
+        _table(
+            [
+                ("folder", str(dataset.folder)),
+                ("objective", dataset.objective),
+                ("tokens", f"{dataset.layout.seq_len} per sample, {dataset.layout.dtype}"),
+                ("stride", f"{dataset.layout.stride} bytes"),
+                ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
+                ("special ids", ", ".join(f"{k} {v}" for k, v in tokenizer.special_ids.items())),
+                ("seed", str(dataset.seed)),
+                ("fingerprint", dataset.fingerprint),
+            ]
+        )
+    )
+    decode = _decoder(dataset, arguments.tokenizer)
+    for split in sorted({shard.split for shard in dataset.manifest}):
+        shards = dataset.shards(split)
+        samples = sum(shard.num_sequences for shard in shards)
+        size = sum(shard.bytes for shard in shards)
+        print(f"\n{split}: {len(shards)} shards, {samples:,} samples, {size:,} bytes")
+        counts: Counter[int] = Counter()
+        for shard in shards:
+            counts.update(dataset.read_sources(shard).tolist())
+        for index, source in enumerate(dataset.sources):
+            print(f"  {counts[index]:>10,} samples of {source.name}")
+        ids = dataset.read(shards[0])
+        for row in ids[: max(arguments.samples, 0)]:
+            print(f"  | {decode(row.tolist())}")
+    return 0
+
+
+def _decoder(dataset: ShardSet, name: str | None) -> Callable[[list[int]], str]:
+    beside = Path(dataset.folder) / "tokenizer.json"
+    if name is None and beside.is_file():
+        name = str(beside)
+    if name is None:
+        return lambda ids: " ".join(map(str, ids))
+    tokenizer = load_tokenizer(name)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
