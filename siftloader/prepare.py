@@ -18,6 +18,7 @@ import json
 import os
 import re
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -57,7 +58,8 @@ from siftloader.shards import (
 
 RECIPE = "prepare.json"  # marks a folder as ours, and says what it was asked to hold
 SPLITS = ("train", "val")
-BATCH = 1 << 20  # characters tokenised at a time
+PIECE = 1 << 18  # characters a tokenizer is given as one text
+BATCH = 1 << 20  # characters it is given at a time
 NEEDED = {"mlm": ("pad", "cls", "sep", "mask"), "clm": ("eos",)}  # special ids, by objective
 SPECIAL = {  # key -> what tokenizers call it, the usual name first
     "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
@@ -260,28 +262,54 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 class Tokens:
     """A tokenised document; ``content`` is the sha256 of its text."""
 
-    ids: Sequence[int]
+    ids: NDArray[np.uint32]
     source: int
     content: bytes
 
 
 def tokenise(documents: Iterable[Document], tokenizer: Any) -> Iterator[Tokens]:
-    """Yield every document's ids, no special ones among them, in the order of the documents."""
-    for batch in _batches(documents):
-        texts = [document.text for document in batch]
-        for document, encoding in zip(
-            batch, tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            content = hashlib.sha256(document.text.encode()).digest()
-            yield Tokens(encoding.ids, document.source, content)
+    """Yield every document's ids, no special ones among them, in the order of the documents.
+
+    A document above 262,144 characters goes through the tokenizer in pieces, cut at line ends where
+    there are any: the tokenizer needs a hundred times the memory of the text it is given.
+    """
+    gathered: list[NDArray[np.uint32]] = []
+    for batch in _batches(_in_pieces(documents)):
+        texts = [text for text, _ in batch]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for (_, ended), encoding in zip(batch, encodings, strict=True):
+            gathered.append(np.array(encoding.ids, np.uint32))
+            if ended is not None:
+                content = hashlib.sha256(ended.text.encode()).digest()
+                yield Tokens(np.concatenate(gathered), ended.source, content)
+                gathered = []
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    length = 0
+# A piece of text, and the document that ends with it, if one does.
+_Piece = tuple[str, Document | None]
+
+
+def _in_pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
     for document in documents:
-        batch.append(document)
-        length += len(document.text)
+        text, first = document.text, 0
+        while len(text) - first > PIECE:
+            # After a line end, else before a space (byte-level vocabularies begin words with it).
+            cut = text.rfind("\n", first, first + PIECE) + 1
+            if cut <= first:
+                cut = text.rfind(" ", first + 1, first + PIECE)
+            if cut <= first:
+                cut = first + PIECE
+            yield text[first:cut], None
+            first = cut
+        yield text[first:], document
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    length = 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece[0])
         if length >= BATCH:
             yield batch
             batch, length = [], 0
@@ -294,7 +322,28 @@ def split_of(content: bytes, val_fraction: float) -> str:
     return "val" if int.from_bytes(content[:8], "big") < int(val_fraction * 2**64) else "train"
 
 
-Held = dict[tuple[str, int], list[NDArray[Any]]]  # (split, source) -> ids of its documents
+class Column:
+    """Documents end to end, in as many bytes as their ids need and eight for each length."""
+
+    def __init__(self, dtype: str) -> None:
+        self.ids = array("H" if dtype == "<u2" else "I")
+        self.lengths = array("q")
+
+    def append(self, ids: NDArray[np.uint32]) -> None:
+        """Add a document, whose ids must fit."""
+        assert ids.max(initial=0) < 1 << (8 * self.ids.itemsize)
+        self.ids.frombytes(ids.astype(f"u{self.ids.itemsize}").tobytes())
+        self.lengths.append(len(ids))
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        whole = np.frombuffer(self.ids, f"u{self.ids.itemsize}")
+        first = 0
+        for length in self.lengths:
+            yield whole[first : first + length]
+            first += length
+
+
+Held = dict[tuple[str, int], Column]  # by split and source
 
 
 def _gather(
@@ -303,16 +352,16 @@ def _gather(
     held: Held = {}
     dtype = Layout.for_vocabulary(options.seq_len, about.vocab_size).dtype
     for document in documents:
-        if not document.ids:
+        if not len(document.ids):
             reading.skipped["documents without a token"] += 1
             continue
-        if max(document.ids) >= about.vocab_size:  # would wrap in silence
+        if document.ids.max() >= about.vocab_size:
             raise CorpusError(
-                f"the tokenizer gave id {max(document.ids)}, but says that its vocabulary has "
+                f"the tokenizer gave id {document.ids.max()}, but says that its vocabulary has "
                 f"{about.vocab_size} entries; save it again from the library that made it"
             )
         key = split_of(document.content, options.val_fraction), document.source
-        held.setdefault(key, []).append(np.array(document.ids, dtype))
+        held.setdefault(key, Column(dtype)).append(document.ids)
     return held
 
 
