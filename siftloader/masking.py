@@ -85,7 +85,7 @@ class Mlm:
         """
         rows, width = ids.shape
         keys = _row_keys(np.asarray(sample_ids, np.int64), seed, epoch, repeat)
-        chosen = np.flatnonzero(_words(keys, width) < np.uint32(round(self.probability * 2**32)))
+        chosen = np.flatnonzero(_words(keys, width) < np.uint32(self.probability * 2**32))
         # Only the chosen tokens, one in seven, are looked at from here on.
         originals = ids.reshape(-1)[chosen]
         try:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-ROUNDS = 8  # a Feistel network needs four; the halves of a small window have four bits only
-SMALLEST = 8  # bits of the smallest network: below, too few permutations can be reached
+ROUNDS = 8  # a Feistel network needs four; more where the halves have few bits
+SORTED = 1024  # up to here a sort is cheaper, and a network of few bits reaches few permutations
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,11 @@ def permute(index: NDArray[np.int64], size: int, key: bytes) -> NDArray[np.int64
     A Feistel network permutes the next power of two; what leaves the range goes through again
     (cycle-walking) until it is back, which keeps the map one-to-one.
     """
-    bits = max(SMALLEST, (size - 1).bit_length())
     keys = np.frombuffer(key, "<u4").astype(np.uint32)
+    if size <= SORTED:
+        words = mix32(mix32(np.arange(size, dtype=np.uint32) ^ keys[0]) ^ keys[1])
+        return np.argsort(words, kind="stable").astype(np.int64)[index]
+    bits = (size - 1).bit_length()
     place = _feistel(index, bits, keys)
     outside = np.flatnonzero(place >= size)
     while outside.size:
