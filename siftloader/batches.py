@@ -1,0 +1,232 @@
+"""What a batch is made of: count its rows, cut, merge, select and move them.
+
+A batch is any nest of mappings, tuples, named tuples, lists and dataclasses. Its *fields* are the leaves
+that hold one entry per sample: tensors and arrays whose first dimension is the number of rows, and lists
+of that length without a tensor in them (strings, say). Everything else passes as it is. Structure and
+types come out as they went in.
+
+Letters: P rows (samples) of a batch, T positions of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftloader.errors import BatchError
+
+
+Batch: TypeAlias = Any
+IGNORED = -100  # the label that losses skip, as torch's cross_entropy has it
+
+
+def rows(batch: Batch) -> int:
+    """Count the samples of a batch: the first dimension that most of its tensors share.
+
+    rows({"input_ids": zeros(32, 512), "scale": tensor(2.0)}) == 32
+
+    Raises BatchError where no tensor has a first dimension.
+    """
+    sizes = [int(leaf.shape[0]) for leaf in leaves(batch) if _is_array(leaf) and leaf.ndim > 0]
+    if not sizes:
+        raise BatchError(
+            f"no tensor with a sample dimension in a batch of type {type(batch).__name__}; a batch "
+            f"needs at least one tensor whose first dimension counts the samples"
+        )
+    return Counter(sizes).most_common(1)[0][0]
+
+
+def leaves(batch: Batch) -> Iterator[Any]:
+    """Yield every leaf of the nest, in order."""
+    children = _children(batch)
+    if children is None:
+        yield batch
+        return
+    for child in children:
+        yield from leaves(child)
+
+
+def select(batch: Batch, index: Tensor) -> Batch:
+    """The rows named by ``index`` [K], in that order; lists are selected too.
+
+    A list, an array or a tensor on the CPU costs a synchronisation if ``index`` is on a GPU.
+    """
+    count = rows(batch)
+    return _map(batch, lambda leaf: _take(leaf, index) if _is_field(leaf, count) else leaf)
+
+
+def cut(batch: Batch, start: int, stop: int) -> Batch:
+    """Rows ``start`` to ``stop``, as views where the fields allow it."""
+    count = rows(batch)
+    return _map(batch, lambda leaf: leaf[start:stop] if _is_field(leaf, count) else leaf)
+
+
+def move(batch: Batch, device: torch.device | str) -> Batch:
+    """The same batch with its tensors on ``device``, copied without waiting where that is safe."""
+    target = torch.device(device)
+    # Device to host must wait: nobody could tell when the host may read.
+    asynchronous = target.type != "cpu"
+    return _map(
+        batch,
+        lambda leaf: (
+            leaf.to(target, non_blocking=asynchronous) if isinstance(leaf, Tensor) else leaf
+        ),
+    )
+
+
+def pin(batch: Batch) -> Batch:
+    """The same batch in page-locked memory, from which a GPU copies without waiting."""
+    return _map(batch, lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf)
+
+
+def clone(batch: Batch) -> Batch:
+    """The same batch with tensors and arrays of its own, safe from a loader that reuses buffers."""
+    return _map(
+        batch,
+        lambda leaf: (
+            leaf.clone()
+            if isinstance(leaf, Tensor)
+            else leaf.copy()
+            if isinstance(leaf, np.ndarray)
+            else leaf
+        ),
+    )
+
+
+def merge(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
+    """One batch of all rows, in order; leaves that are no fields come from the last batch.
+
+    Rows of different lengths are padded on the right to the longest: ids with ``pad_id``, labels with
+    -100, everything else with 0. That needs an ``attention_mask`` in the batch, or the padding would
+    be read as text: BatchError otherwise, and where batches differ in structure.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    counts = [rows(batch) for batch in batches]
+    flat = [list(leaves(batch)) for batch in batches]
+    if len({len(each) for each in flat}) != 1:
+        raise BatchError(
+            f"batches of one pool differ in structure ({[len(each) for each in flat]} leaves); "
+            f"every batch of the inner loader needs the same fields"
+        )
+    masked = isinstance(batches[0], Mapping) and "attention_mask" in batches[0]
+    names = _names(batches[0])
+    merged = iter(
+        [
+            _concatenate(list(column), counts, names[number], masked, pad_id)
+            for number, column in enumerate(zip(*flat, strict=True))
+        ]
+    )
+    return _map(batches[-1], lambda _: next(merged))
+
+
+def _concatenate(
+    column: list[Any], counts: list[int], name: str, masked: bool, pad_id: int
+) -> Any:
+    if not all(_is_field(leaf, count) for leaf, count in zip(column, counts, strict=True)):
+        return column[-1]
+    if isinstance(column[0], list):
+        return [entry for leaf in column for entry in leaf]
+    if isinstance(column[0], np.ndarray):
+        return np.concatenate(column)
+    if len({leaf.shape[1:] for leaf in column}) > 1:
+        if not masked:
+            raise BatchError(
+                f"rows of different shapes {[tuple(leaf.shape[1:]) for leaf in column]} in field "
+                f"{name!r} and no attention_mask to tell padding from text; pad to one length in "
+                f'collate_fn, or use pool="split", which never mixes inner batches'
+            )
+        value = IGNORED if "label" in name else pad_id if name == "input_ids" else 0
+        shape = [max(sizes) for sizes in zip(*(leaf.shape[1:] for leaf in column), strict=True)]
+        column = [_pad(leaf, shape, value) for leaf in column]
+    return torch.cat(column)
+
+
+def _pad(tensor: Tensor, shape: list[int], value: int) -> Tensor:
+    # torch pads from the last dimension backwards: (0, missing) for each
+    missing = [
+        amount
+        for have, want in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True)
+        for amount in (0, want - have)
+    ]
+    return torch.nn.functional.pad(tensor, missing, value=value)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, np.ndarray))
+
+
+def _is_field(leaf: Any, count: int) -> bool:
+    if _is_array(leaf):
+        return bool(leaf.ndim > 0 and leaf.shape[0] == count)
+    return isinstance(leaf, list) and len(leaf) == count
+
+
+def _take(leaf: Any, index: Tensor) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.index_select(0, index.to(leaf.device, non_blocking=True))
+    if isinstance(leaf, np.ndarray):
+        return leaf[index.cpu().numpy()]
+    return [leaf[position] for position in index.tolist()]
+
+
+def _children(batch: Batch) -> Sequence[Any] | None:
+    # The parts of a container, None for a leaf. A list without any tensor is a leaf: one per sample.
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, tuple):
+        return batch
+    if isinstance(batch, list):
+        return batch if any(_holds_tensor(child) for child in batch) else None
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return None
+
+
+def _holds_tensor(batch: Batch) -> bool:
+    if _is_array(batch):
+        return True
+    return any(_holds_tensor(child) for child in _children(batch) or ())
+
+
+def _names(batch: Batch, name: str = "") -> list[str]:
+    # The innermost key above every leaf, in the order of `leaves`.
+    children = _children(batch)
+    if children is None:
+        return [name]
+    if isinstance(batch, Mapping):
+        keys = [str(key) for key in batch]
+    elif dataclasses.is_dataclass(batch):
+        keys = [field.name for field in dataclasses.fields(batch)]
+    else:
+        keys = [name] * len(children)
+    return [leaf for key, child in zip(keys, children, strict=True) for leaf in _names(child, key)]
+
+
+def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    children = _children(batch)
+    if children is None:
+        return change(batch)
+    changed = [_map(child, change) for child in children]
+    if isinstance(batch, MutableMapping):
+        out = copy.copy(batch)  # keeps the type: BatchEncoding, defaultdict, OrderedDict
+        for key, value in zip(list(batch), changed, strict=True):
+            out[key] = value
+        return out
+    if isinstance(batch, Mapping):
+        return dict(zip(batch, changed, strict=True))
+    if isinstance(batch, tuple):
+        return type(batch)(*changed) if hasattr(batch, "_fields") else tuple(changed)
+    if isinstance(batch, list):
+        return changed
+    out = copy.copy(batch)
+    for field, value in zip(dataclasses.fields(batch), changed, strict=True):
+        object.__setattr__(out, field.name, value)  # frozen dataclasses too
+    return out

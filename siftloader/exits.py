@@ -1,0 +1,481 @@
+"""Early exit: the live model's first ``j`` layers under its own head, without touching the model.
+
+    early = EarlyExit(model, layer=1)
+    logits = early.logits(batch)          # [P, T, V], what the model would say if it had one layer
+
+The *twin* is a tree of new module shells for everything the model's own ``forward`` reaches. A shell
+shares its live module's parameters, buffers and hooks by reference, has its own ``training=False`` and
+its own children, and the layer stack keeps the first ``j`` of them only. So embeddings, masks, rotary
+tables, final norm, head and soft-caps are computed by the code of the model's author, with the weights
+of this very moment, while nothing of the live model is flipped, patched or copied. At ``j = N`` the twin
+equals the model in eval mode bit for bit.
+
+Letters: P samples, T positions, H hidden size, V vocabulary (or classes), M wanted positions, j exit
+layer, N layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from siftloader.batches import Batch, cut
+from siftloader.errors import ScoringError
+
+
+# Elements of logits alive at a time: 256 MiB of float32, whatever P, T and V are.
+CHUNK_ELEMENTS = 1 << 26
+DEPTH_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
+
+
+class EarlyExit:
+    """Predict with the first ``layer`` layers of a live model and its own head.
+
+    EarlyExit(model, layer=1)                      # the stack of equal layers is found
+    EarlyExit(model, layer="transformer.h:2")      # or named
+    EarlyExit(model, layer="full")                 # the whole model: exact scores, any architecture
+
+    Shares the live parameters, never copies them. Raises ScoringError where the model has no stack to
+    cut or the layer is out of 1..N. (Paper, section 6: the head on an intermediate representation.)
+    """
+
+    def __init__(self, model: nn.Module, layer: int | str = 1) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._root = unwrap(model)
+        self._path, self.layer, self.layers = _resolve(self._root, layer)
+        self._twin: _Twin | None = None
+        self._capture: bool | None = None  # whether the head at M positions was seen to be right
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the early exit of that very module."""
+        return self._root is unwrap(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model's own forward returns, cut at the exit layer; no gradients."""
+        with torch.no_grad():
+            return self._live_twin().run(args, kwargs)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """All early predictions, [P, T, V] (or [P, C]): the slow, obvious reference."""
+        with torch.no_grad():
+            return self._live_twin().logits(*model_inputs(self._root, batch))
+
+    def logits_at(
+        self, batch: Batch, positions: Tensor, starts: list[int], length: int
+    ) -> Iterator[Tensor]:
+        """Early predictions at the wanted positions only, in chunks [m, V] that add up to [M, V].
+
+        ``positions`` [M] are flat (``row * length + t``, rising), on the model's device; those of row
+        ``i`` are ``starts[i]`` to ``starts[i + 1]``. The head runs on these positions alone and at
+        most 2**26 logits are alive at a time. Call it under ``torch.no_grad()``.
+        """
+        twin = self._live_twin()
+        args, kwargs = model_inputs(self._root, batch)
+        if self._capture is None:
+            self._capture = twin.captures_at(args, kwargs, positions, starts)
+        if self._capture:
+            yield from twin.head_chunks(args, kwargs, positions)
+        else:
+            yield from self._row_chunks(batch, positions, starts, length)
+
+    def _row_chunks(
+        self, batch: Batch, positions: Tensor, starts: list[int], length: int
+    ) -> Iterator[Tensor]:
+        # No head to capture: the whole output of as many rows as fit, then the wanted positions.
+        samples = len(starts) - 1
+        first, step = 0, 1 if length > 1 else samples
+        while first < samples:
+            last = min(first + step, samples)
+            args, kwargs = model_inputs(self._root, cut(batch, first, last))
+            logits = self._live_twin().logits(args, kwargs)
+            if logits.shape[:-1].numel() != (last - first) * length:
+                raise ScoringError(
+                    f"the model's output {tuple(logits.shape)} does not have one prediction per "
+                    f"label ({last - first} rows x {length}); labels of a language model are "
+                    f"[P, T] beside logits [P, T, V], of a classifier [P] beside [P, C]; for "
+                    f"anything else pass score_fn="
+                )
+            flat = logits.reshape(-1, logits.shape[-1])
+            yield flat.index_select(0, positions[starts[first] : starts[last]] - first * length)
+            first, step = last, max(1, CHUNK_ELEMENTS // (length * logits.shape[-1]))
+
+    def _live_twin(self) -> _Twin:
+        # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
+        if self._twin is None or not self._twin.is_of(self._root):
+            self._twin = _Twin(self._root, self._path, self.layer)
+            self._capture = None
+        return self._twin
+
+
+class _Twin:
+    """The shells of one moment's module tree, and the two among them that have a forward of their own."""
+
+    def __init__(self, root: nn.Module, path: str | None, layer: int) -> None:
+        self._modules = list(root.modules())  # kept alive, so that an id is never used again
+        self._identity = _identity(root)
+        memo: dict[int, nn.Module] = {}
+        self._dropped: nn.Module | None = None
+        if path is not None:
+            stack = root.get_submodule(path)
+            memo[id(stack)] = _cut_stack(stack, layer, memo)
+            layers = list(stack._modules.values())  # children() would count a shared layer once
+            self._dropped = next(
+                (each for each in layers[layer:] if each not in layers[:layer]), None
+            )
+        self._root = _shell(root, memo)
+        self._tried = False
+        head, trunk = _head_and_trunk(root, path)
+        self._vocabulary = 0
+        self._heads = []
+        for module in head:
+            self._heads.append(_Gather(memo[id(module)]))
+        if head:
+            self._vocabulary = int(cast(Tensor, head[-1].weight).shape[0])
+        self._trunk = _Replay(memo[id(trunk)]) if trunk is not None and head else None
+
+    def is_of(self, root: nn.Module) -> bool:
+        return self._identity == _identity(root)
+
+    def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return _logits_of(self.run(args, kwargs))
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._tried or self._dropped is None:
+            return self._root(*args, **kwargs)
+        # A forward bound to the live object would run every layer without an error: the first call
+        # watches the first dropped layer.
+        tripwire = self._dropped.register_forward_pre_hook(_refuse_dropped_layer)
+        try:
+            output = self._root(*args, **kwargs)
+        finally:
+            tripwire.remove()
+        self._tried = True
+        return output
+
+    def captures_at(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor, starts: list[int]
+    ) -> bool:
+        """Find the outermost head that may run on single positions; True if it agrees with the whole.
+
+        Compared once, on up to two rows, with the output of the untouched twin.
+        """
+        if self._trunk is None or positions.numel() == 0:
+            return False
+        few = min(2, len(starts) - 1)
+        args = tuple(_first_rows(value, len(starts) - 1, few) for value in args)
+        kwargs = {k: _first_rows(value, len(starts) - 1, few) for k, value in kwargs.items()}
+        whole = self.logits(args, kwargs)
+        if whole.ndim != 3:
+            return False
+        wanted = positions[: starts[few]]
+        if wanted.numel() == 0:  # the first rows have no label: any position will do
+            wanted = torch.arange(min(8, whole.shape[1]), device=whole.device)
+        expected = whole.reshape(-1, whole.shape[-1]).index_select(0, wanted)
+        while self._heads:
+            found = torch.cat(list(self.head_chunks(args, kwargs, wanted)))
+            if self._heads[0].fired and self._trunk.fired and _agree(found, expected):
+                return True
+            self._heads.pop(0).restore()
+        warnings.warn(
+            "the model's head does not act on single positions (or is not called as a module), so "
+            "scoring runs it on all of them: right, but slower",
+            stacklevel=2,
+        )
+        self._trunk.restore()
+        self._trunk = None
+        return False
+
+    def head_chunks(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
+    ) -> Iterator[Tensor]:
+        """The first chunk runs trunk and head; the others only what comes after the trunk."""
+        assert self._trunk is not None
+        head, size = self._heads[0], max(1, CHUNK_ELEMENTS // self._vocabulary)
+        try:
+            for chunk in torch.split(positions, size):
+                head.positions = chunk
+                logits = self.logits(args, kwargs)
+                yield logits.reshape(-1, logits.shape[-1])
+                self._trunk.replaying = self._trunk.fired
+        finally:
+            head.positions = None
+            self._trunk.forget()
+
+
+def _identity(root: nn.Module) -> list[tuple[int, int]]:
+    return [(id(module), id(module.__dict__.get("forward"))) for module in root.modules()]
+
+
+class _Gather:
+    """A shell whose forward sees only the wanted positions: [P, T, H] in, [1, m, V] out."""
+
+    def __init__(self, shell: nn.Module) -> None:
+        self.positions: Tensor | None = None
+        self.fired = False
+        self._shell, self._own = shell, shell.__dict__.get("forward")
+        self._forward = shell.forward
+        shell.__dict__["forward"] = self._run
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if len(args) == 1 and not kwargs else None
+        if self.positions is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
+            return self._forward(*args, **kwargs)
+        self.fired = True
+        wanted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions)
+        return self._forward(wanted[None])
+
+    def restore(self) -> None:
+        _restore_forward(self._shell, self._own)
+
+
+class _Replay:
+    """A shell that remembers its output, so that later chunks need not compute it again."""
+
+    def __init__(self, shell: nn.Module) -> None:
+        self.replaying = self.fired = False
+        self._output: Any = None
+        self._shell, self._own = shell, shell.__dict__.get("forward")
+        self._forward = shell.forward
+        shell.__dict__["forward"] = self._run
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.replaying:
+            self._output, self.fired = self._forward(*args, **kwargs), True
+        return self._output
+
+    def forget(self) -> None:
+        self._output, self.replaying = None, False
+
+    def restore(self) -> None:
+        _restore_forward(self._shell, self._own)
+
+
+def _restore_forward(shell: nn.Module, own: Any) -> None:
+    if own is None:
+        del shell.__dict__["forward"]
+    else:
+        shell.__dict__["forward"] = own
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that holds the layers: compiled and data-parallel wrappers removed."""
+    while True:
+        if type(model).__name__ == "OptimizedModule":  # torch.compile(model)
+            model = cast(nn.Module, model._orig_mod)
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What of a batch the model's forward takes: never labels, so that it computes no loss.
+
+    Mappings are matched by name; the last element of a tuple is taken for the labels; a tensor is an
+    input on its own.
+    """
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        inputs = tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            return model_inputs(model, inputs[0])
+        return inputs, {}
+    if hasattr(batch, "_fields"):
+        batch = batch._asdict()
+    elif hasattr(batch, "__dataclass_fields__") and not isinstance(batch, Mapping):
+        batch = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    if not isinstance(batch, Mapping):
+        return (batch,), {}
+    named, any_name = _parameters_of(model)
+    fields = {k: v for k, v in batch.items() if "label" not in k and (any_name or k in named)}
+    if not fields:
+        raise ScoringError(
+            f"none of the batch's fields {sorted(batch)} is a parameter of the model's forward "
+            f"({sorted(named)}); rename the fields or pass score_fn="
+        )
+    # A cache or all hidden states of a scoring pass would be memory for nothing.
+    quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
+    return (), {**fields, **{k: v for k, v in quiet.items() if k in named and k not in fields}}
+
+
+def _parameters_of(model: nn.Module) -> tuple[set[str], bool]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    # forward(*args, **kwargs) of a wrapper names nothing; then everything is passed.
+    return named, not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _logits_of(output: Any) -> Tensor:
+    for name in ("logits", "prediction_logits"):
+        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    if isinstance(output, (tuple, list)):
+        tensors = [each for each in output if isinstance(each, Tensor) and each.ndim >= 2]
+        output = tensors[0] if tensors else output
+    if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
+        raise ScoringError(
+            f"the model's forward returned {type(output).__name__} without logits; it must return "
+            f"logits [P, T, V] or [P, C], alone, first in a tuple, or as `.logits`; else pass "
+            f"score_fn="
+        )
+    return output
+
+
+def _resolve(root: nn.Module, layer: int | str) -> tuple[str | None, int, int]:
+    # -> (path of the stack, j, N)
+    if layer == "full":
+        return None, 1, 1
+    path, number = None, layer
+    if isinstance(layer, str):
+        path, _, digits = layer.rpartition(":")
+        if not path or not digits.isdigit():
+            raise ValueError(
+                f'exit_layer must be a number, "full" or "path.to.stack:j", got {layer!r}'
+            )
+        number = int(digits)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"exit_layer must be an int or a str, got {type(number).__name__}")
+    if path is None:
+        path = find_stack(root)
+    try:
+        layers = len(root.get_submodule(path)._modules)
+    except AttributeError as error:
+        raise ScoringError(f"exit_layer: the model has no module {path!r} ({error})") from error
+    if not 1 <= number <= layers:
+        raise ScoringError(
+            f"exit_layer must be in 1..{layers} for the {layers} layers of {path!r}, got {number}"
+        )
+    return path, number, layers
+
+
+def find_stack(model: nn.Module) -> str:
+    """The path of the stack of equal layers: the one as deep as the config says, else the largest.
+
+    Raises ScoringError where there is none, or where stages of the same kind follow each other
+    (ResNet): cutting one of them would not shorten the model as meant.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+            continue
+        kinds = {type(child) for child in module.children()}
+        size = sum(p.numel() for p in module.parameters())
+        if len(module) >= 2 and len(kinds) == 1 and size:
+            found.append((len(module) == _depth(model), size, -path.count("."), path, kinds.pop()))
+    if not found:
+        raise ScoringError(
+            f"no stack of equal layers in {type(model).__name__} to exit from; name one with "
+            f'exit_layer="path.to.stack:j", or score at full depth with exit_layer="full"'
+        )
+    best = max(found, key=lambda entry: entry[:3])
+    path, kind = str(best[3]), best[4]
+    others = [e[3] for e in found if e is not best and e[4] is kind and _apart(e[3], path)]
+    if others:
+        raise ScoringError(
+            f"{type(model).__name__} has several stacks of {kind.__name__} "
+            f"({', '.join(sorted([path, *others]))}); name the one to cut with "
+            f'exit_layer="{path}:j", or score at full depth with exit_layer="full"'
+        )
+    return path
+
+
+def _apart(one: str, other: str) -> bool:
+    return not (f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}."))
+
+
+def _depth(model: nn.Module) -> int | None:
+    config = getattr(unwrap(model), "config", None)
+    for holder in (config, getattr(config, "text_config", None)):
+        for name in DEPTH_NAMES:
+            if isinstance(depth := getattr(holder, name, None), int):
+                return depth
+    return None
+
+
+def _head_and_trunk(root: nn.Module, path: str | None) -> tuple[list[nn.Module], nn.Module | None]:
+    # The modules around the output embedding that hold no layers, outermost first, and beside them the
+    # module that holds the layers: BERT's `cls`, `cls.predictions`, its decoder; and `bert`.
+    output = getattr(root, "get_output_embeddings", lambda: None)()
+    names = {id(module): name for name, module in root.named_modules()}
+    if path is None or not isinstance(getattr(output, "weight", None), Tensor):
+        return [], None
+    parts, stack = names[id(output)].split("."), path.split(".")
+    common = next(
+        (i for i, pair in enumerate(zip(parts, stack, strict=False)) if pair[0] != pair[1]), None
+    )
+    if common is None:
+        return [], None
+    heads = [root.get_submodule(".".join(parts[:n])) for n in range(common + 1, len(parts) + 1)]
+    return heads, root.get_submodule(".".join(stack[: common + 1]))
+
+
+def _shell(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """A new object of the same class that shares everything but its children and its mode."""
+    if id(module) in memo:
+        return memo[id(module)]
+    if type(module).__name__ == "OptimizedModule":  # a compiled child would run the live graph
+        memo[id(module)] = _shell(cast(nn.Module, module._orig_mod), memo)
+        return memo[id(module)]
+    shell = memo[id(module)] = object.__new__(type(module))
+    state = dict(module.__dict__)
+    state["_modules"] = {
+        name: None if child is None else _shell(child, memo)
+        for name, child in module._modules.items()
+    }
+    state["training"] = False
+    state["_compiled_call_impl"] = None
+    for name, value in state.items():
+        state[name] = _rebound(value, module, shell)
+    shell.__dict__ = state
+    return shell
+
+
+def _cut_stack(stack: nn.Module, layer: int, memo: dict[int, nn.Module]) -> nn.Module:
+    shell = object.__new__(type(stack))
+    shell.__dict__ = {**stack.__dict__, "training": False}
+    shell.__dict__["_modules"] = {
+        name: _shell(child, memo)
+        for name, child in list(stack._modules.items())[:layer]
+        if child is not None
+    }
+    return shell
+
+
+def _rebound(value: Any, live: nn.Module, shell: nn.Module) -> Any:
+    # A forward patched onto the instance is bound to the live object and would run all its layers.
+    if isinstance(value, MethodType) and value.__self__ is live:
+        return MethodType(value.__func__, shell)
+    if isinstance(value, functools.partial) and any(each is live for each in value.args):
+        args = [shell if each is live else each for each in value.args]
+        return functools.partial(value.func, *args, **value.keywords)
+    return value
+
+
+def _refuse_dropped_layer(module: nn.Module, args: Any) -> None:
+    raise ScoringError(
+        "scoring reached a layer beyond the exit: the model's forward was replaced on the instance "
+        "(a closure or a lambda), so its early exit would silently be the whole model; assign a "
+        "method, subclass the model, or pass exit_layer='full'"
+    )
+
+
+def _first_rows(value: Any, samples: int, few: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[:few] if value.ndim and value.shape[0] == samples else value
+    return value
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    scale = expected.abs().amax().float().clamp_min(1e-6)
+    precision = torch.finfo(expected.dtype).eps ** 0.5  # float32: 3e-4, bfloat16: 9e-2
+    return bool(((found - expected).abs().amax().float() <= precision * scale).item())

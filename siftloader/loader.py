@@ -1,0 +1,679 @@
+"""``SiftingDataLoader``: a DataLoader whose batches are the candidates worth training on.
+
+    loader = SiftingDataLoader(dataset, batch_size=32, model=model)    # was DataLoader(dataset, batch_size=32)
+    for batch in loader: ...                                           # unchanged
+
+Every step draws ``P = b / keep`` candidates, scores them with the first ``j`` layers of the live model
+under its own head, and hands out the ``b`` with the highest score. ``Sifter`` is that one step alone, for
+loops that draw their own batches.
+
+Letters: b rows the loop receives, P rows of a pool, T positions of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from siftloader.batches import IGNORED, Batch, cut, leaves, merge, move, rows, select
+from siftloader.candidates import Cursor, LoaderCandidates, Piece, ShardCandidates
+from siftloader.errors import EmptyEpoch, ScoringError, StateError
+from siftloader.exits import EarlyExit, unwrap
+from siftloader.schedule import Epoch, Schedule
+from siftloader.scores import Criterion, Predictions, Random, Rarity, Targets, criterion_named
+from siftloader.selection import Selection, TopK
+from siftloader.stats import Stats
+from siftloader.stream import TokenShards
+from siftloader.world import World
+
+
+STATE_VERSION = 1
+Model: TypeAlias = nn.Module | Callable[[], nn.Module]
+Labels: TypeAlias = str | Callable[[Batch], Tensor]
+ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
+OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class Sifter:
+    """Keep the candidates with the highest score: P in, ``keep * P`` out.
+
+    sift = Sifter(model, exit_layer=1, criterion="entropy", keep=0.5)
+    batch = sift(candidates)            # same structure and types, rows in candidate order
+    scores = sift.score(candidates)     # [P] float32 on the model's device, nats
+
+    ``model`` is the live model, wrapped or not, or a callable that finds it. ``exit_layer`` is j in 1..N,
+    ``"path.to.stack:j"``, or ``"full"``. Labels are ``batch["labels"]``, else the last element of a
+    tuple, else ``labels`` (a key, or a function of the batch). ``score_fn(early, batch)`` replaces all
+    that: it gets the early exit to call like the model and returns [P]. ``shift_labels`` says whether the
+    label at t + 1 belongs to the prediction at t; found for Hugging Face models. ``autocast`` is the
+    dtype to score in where the training loop owns the autocast context.
+
+    Rows without labels and rows whose score is not finite score ``-inf``, so they rank last. Nothing of
+    the model is touched: no parameter, buffer, flag, hook or random stream. (Paper, section 7.)
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        exit_layer: int | str = 1,
+        criterion: Criterion | str = "loss",
+        keep: float = 0.5,
+        selection: Selection | None = None,
+        labels: Labels | None = None,
+        score_fn: ScoreFunction | None = None,
+        shift_labels: bool | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(
+                f"model must be a torch.nn.Module or a function that returns one, "
+                f"got {type(model).__name__}"
+            )
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
+        self.keep = keep
+        self.exit_layer = exit_layer
+        self.criterion = criterion_named(criterion)
+        self.selection = selection or TopK()
+        self.stats = Stats()
+        self.pools = 0  # scored so far: the key of random draws
+        self._labels, self._score_fn = labels, score_fn
+        self._shift, self._autocast = shift_labels, autocast
+        self._early: EarlyExit | None = None
+        self.attach_model(model)
+
+    def attach_model(self, model: Model) -> None:
+        """Score with this model from now on: after wrapping it, say."""
+        self._model, self._early = model, None
+        # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
+        if isinstance(model, nn.Module) and self._needs_model:
+            self._early = EarlyExit(model, self.exit_layer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model without its compiled and data-parallel wrappers."""
+        model = self._model if isinstance(self._model, nn.Module) else self._model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model= returned {type(model).__name__}, need a torch.nn.Module")
+        return unwrap(model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads its input: the device of its input embedding, else its first parameter."""
+        model = self.model
+        try:
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            return torch.device(embedding.weight.device)
+        except (AttributeError, NotImplementedError):
+            first = next(model.parameters(), None)
+            return torch.device("cpu") if first is None else first.device
+
+    def __call__(self, candidates: Batch) -> Batch:
+        """The best ``keep * P`` rows of ``candidates``; raises ValueError where that is not whole."""
+        keep = whole(rows(candidates) * self.keep)
+        if keep is None:
+            raise ValueError(
+                f"{rows(candidates)} candidates * keep {self.keep} is not a whole number of rows"
+            )
+        labels = self.labels_of(candidates)
+        candidates = move(candidates, self.device)
+        return select(candidates, self.winners(candidates, labels, keep)[0])
+
+    def score(self, candidates: Batch) -> Tensor:
+        """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
+        return self._score(move(candidates, self.device), self.labels_of(candidates))[0]
+
+    def winners(
+        self, candidates: Batch, labels: Tensor | None, keep: int
+    ) -> tuple[Tensor, Tensor]:
+        """Indices of the kept [b], rising, and all scores [P]; counted in ``stats``.
+
+        ``candidates`` lie on the model's device, ``labels`` best on the host.
+        """
+        with self.stats.timing(self.device):
+            scores, nonfinite, unlabelled = self._score(candidates, labels)
+            index = self.selection(scores, keep)
+        self.pools += 1
+        self.stats.count_pool(scores, index, nonfinite, unlabelled)
+        return index, scores
+
+    def labels_of(self, batch: Batch) -> Tensor | None:
+        """The labels of a batch as they lie; None where ``score_fn`` makes them unnecessary."""
+        if self._score_fn is not None:
+            return None
+        if callable(self._labels):
+            return self._labels(batch)
+        found: Any = None
+        if isinstance(batch, Mapping):
+            found = batch.get(self._labels or "labels")
+        elif hasattr(batch, self._labels or "labels"):
+            found = getattr(batch, self._labels or "labels")
+        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+            found = batch[-1]
+        if not isinstance(found, Tensor):
+            raise ScoringError(
+                f'no labels in a batch of type {type(batch).__name__}: put them under "labels" or '
+                f"last in a tuple, or pass labels= (a key or a function) or score_fn="
+            )
+        return found
+
+    def _score(self, candidates: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
+        # -> scores [P], how many were not finite (on the device), how many rows had no label
+        device, samples = self.device, rows(candidates)
+        unlabelled = 0
+        with torch.no_grad(), self._precision(device):
+            if self._score_fn is not None:
+                scores = self._score_fn(self._exit(), candidates)
+            else:
+                assert labels is not None
+                targets = Targets.of(labels, device, self._shifted(candidates, labels))
+                unlabelled = sum(
+                    begin == end
+                    for begin, end in zip(targets.starts, targets.starts[1:], strict=False)
+                )
+                scores = self.criterion(self._predictions(candidates, targets))
+        if not isinstance(scores, Tensor) or scores.shape != (samples,):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
+        scores = scores.detach().to(device, torch.float32)
+        bad = ~scores.isfinite()
+        return scores.masked_fill(bad, -torch.inf), bad.sum() - unlabelled, unlabelled
+
+    def _predictions(self, candidates: Batch, targets: Targets) -> Predictions:
+        def chunks() -> Iterator[Tensor]:
+            return self._exit().logits_at(
+                candidates, targets.positions, targets.starts, targets.length
+            )
+
+        return Predictions(targets, chunks, self.pools)
+
+    @property
+    def _needs_model(self) -> bool:
+        return self._score_fn is not None or not isinstance(self.criterion, (Random, Rarity))
+
+    def _exit(self) -> EarlyExit:
+        if self._early is None or not self._early.is_of(self.model):
+            self._early = EarlyExit(self.model, self.exit_layer)
+        return self._early
+
+    def _shifted(self, candidates: Batch, labels: Tensor) -> bool:
+        if self._shift is None:
+            known = _is_causal(self.model)
+            ids = next((leaf for leaf in leaves(candidates) if isinstance(leaf, Tensor)), None)
+            if known is None and _labels_are_inputs(ids, labels):
+                raise ScoringError(
+                    "the labels are the inputs themselves, so either this is a causal model whose "
+                    "loss shifts them (pass shift_labels=True) or an unmasked one "
+                    "(shift_labels=False); every score would be wrong otherwise"
+                )
+            self._shift = bool(known)
+        return self._shift
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        # The loop's own autocast context is kept, without its cache: casts made here, without
+        # gradients, must not be found by the training step.
+        dtype = self._autocast
+        if dtype is None and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+@dataclass(frozen=True)
+class _Existing:
+    loader: Iterable[Batch]
+    sharded: bool
+
+
+@dataclass
+class _Held:
+    """A piece on its way into a pool: the batch on the device, its labels where they came from."""
+
+    batch: Batch
+    labels: Tensor | None
+    piece: Piece
+    used: int = 0  # rows of the piece that are gone
+
+    @property
+    def rows(self) -> int:
+        return self.piece.rows - self.used
+
+    def take(self, count: int) -> tuple[Batch, Tensor | None]:
+        first, self.used = self.used, self.used + count
+        if count == self.piece.rows:
+            return self.batch, self.labels
+        labels = None if self.labels is None else self.labels[first : self.used]
+        return cut(self.batch, first, self.used), labels
+
+
+class _Finished(IterableDataset[Batch]):
+    """The finished batches as a data set, so that a framework that rebuilds the loader keeps them.
+
+    Without ``state_dict``: some frameworks would resume it in samples, which it does not count in.
+    """
+
+    def __init__(self, owner: SiftingDataLoader) -> None:
+        self._owner = owner
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        """Samples handed out per epoch."""
+        return self._owner.epoch().samples
+
+
+@final
+class SiftingDataLoader(DataLoader[Any]):
+    """Hand out the ``batch_size`` candidates of ``batch_size / keep`` that the model has most to learn from.
+
+    loader = SiftingDataLoader(dataset, batch_size=32, shuffle=True, model=model, exit_layer=1)
+    loader = SiftingDataLoader.wrap(any_iterable_of_batches, model=model)
+
+    Positional and unknown arguments go to torch's ``DataLoader`` untouched; the other options are those of
+    ``Sifter``, and:
+
+    * ``warmup_steps``: batches handed out as they come before sifting begins (the paper: 20,000 of
+      800,000); ``cooldown_steps`` (a number, or a fraction of ``total_steps``): the same at the end.
+    * ``pool="merge"`` draws ``batch_size / keep`` rows; ``"split"`` takes each inner batch as the pool and
+      hands out ``keep`` of it.
+    * ``output_device="inner"`` gives tensors back where the inner loader had them; else they are on
+      the model's device, in every phase.
+    * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, else the number of the
+      candidate), scores [P], kept [P] bool.
+
+    The same number of epochs is about half the updates: build schedules from ``total_batches(epochs)``.
+    Each ``iter()`` begins the next epoch, the first after ``load_state_dict`` continues.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *loader_args: Any,
+        model: Model,
+        exit_layer: int | str = 1,
+        criterion: Criterion | str = "loss",
+        keep: float = 0.5,
+        warmup_steps: int = 1000,
+        cooldown_steps: int | float = 0,
+        total_steps: int | None = None,
+        selection: Selection | None = None,
+        pool: Literal["merge", "split"] = "merge",
+        labels: Labels | None = None,
+        score_fn: ScoreFunction | None = None,
+        shift_labels: bool | None = None,
+        autocast: torch.dtype | None = None,
+        output_device: Literal["inner"] | None = None,
+        on_select: OnSelect | None = None,
+        **loader_options: Any,
+    ) -> None:
+        if pool not in ("merge", "split"):
+            raise ValueError(f'pool must be "merge" or "split", got {pool!r}')
+        if output_device not in (None, "inner"):
+            raise ValueError(f'output_device must be None or "inner", got {output_device!r}')
+        self._schedule = Schedule(warmup_steps, cooldown_steps, total_steps)
+        self._sifter = Sifter(
+            model,
+            exit_layer=exit_layer,
+            criterion=criterion_named(criterion, getattr(dataset, "unigrams", None)),
+            keep=keep,
+            selection=selection,
+            labels=labels,
+            score_fn=score_fn,
+            shift_labels=shift_labels,
+            autocast=autocast,
+        )
+        self._source = _candidates(dataset, loader_args, loader_options)
+        self._split, self._on_select = pool == "split", on_select
+        self._gives_back = output_device == "inner"
+        self._epoch, self._begun = 0, False  # the epoch to begin next, or the one under way
+        self._cursor: Cursor = {}
+        self._told_epoch: int | None = None
+        self._tested = keep == 1.0
+        self._warned = False
+        self._batch_size: int | None = None
+        self._pool: int | None = None
+        if (size := self._source.batch_size) is not None:
+            self._set_sizes(size)
+        super().__init__(_Finished(self), batch_size=None)
+
+    @classmethod
+    def wrap(
+        cls, loader: Iterable[Batch], *, model: Model, sharded: bool = False, **options: Any
+    ) -> SiftingDataLoader:
+        """Sift the batches of a loader that exists: any iterable of batches, drawn as it is.
+
+        ``sharded`` declares that it gives each rank its own share already; ``options`` are the class's.
+        """
+        return cls(_Existing(loader, sharded), model=model, **options)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        if self._begun:
+            self._epoch, self._cursor = self._epoch + 1, {}
+        self._begun = True
+        resumed = bool(self._cursor)
+        # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
+        pieces = self._source.draw(self._epoch, self._cursor)
+        return self._batches(pieces, resumed)
+
+    def __len__(self) -> int:
+        """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
+        return self.epoch().batches
+
+    def epoch(self) -> Epoch:
+        """Batches and samples of the epoch under way, else of the next; TypeError where unknown."""
+        return self._plan(self._first_step)
+
+    def total_batches(self, epochs: int) -> int:
+        """Batches of that many epochs from step 0: what a learning-rate schedule must span."""
+        steps = 0
+        for _ in range(epochs):
+            steps += self._plan(steps).batches
+        return steps
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
+        self._sifter.stats.sifting = self._sifts()
+        return {"epoch": self._epoch, **self._sifter.stats.read()}
+
+    def attach_model(self, model: Model) -> None:
+        """Score with this model from now on: after wrapping it, say."""
+        self._sifter.attach_model(model)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin this epoch next, from its start; a state restored in it keeps its place."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        if self._begun or epoch != self._epoch:
+            self._epoch, self._cursor, self._begun = epoch, {}, False
+        self._told_epoch = epoch
+        self._source.set_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was handed to the loop so far, JSON-able; valid after a break and at an epoch's end."""
+        return {
+            "version": STATE_VERSION,
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "batch_size": self._batch_size,
+            "keep": self._sifter.keep,
+            "ranks": World.detect().ranks,
+            "pools": self._sifter.pools,
+            "set_epoch": self._told_epoch,
+            "stats": self._sifter.stats.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken; StateError where it belongs to something else."""
+        version = state.get("version")
+        if not isinstance(version, int) or version > STATE_VERSION:
+            raise StateError(
+                f"found a state of version {version!r}, this siftloader reads up to {STATE_VERSION}; "
+                f"upgrade siftloader, or start afresh without the state"
+            )
+        missing = {"epoch", "cursor", "batch_size", "keep", "ranks", "pools", "stats"} - set(state)
+        if missing:
+            raise StateError(
+                f"the state lacks {sorted(missing)}; it needs all that state_dict gives"
+            )
+        self._source.check(state["cursor"])
+        self._check_topology(state)
+        if (told := state.get("set_epoch")) is not None:
+            self._told_epoch = told
+            self._source.set_epoch(told)
+        self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
+        self._sifter.pools = state["pools"]
+        self._sifter.stats = Stats.from_state(state["stats"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a SiftingDataLoader holds the live model and is not pickled; save state_dict() instead"
+        )
+
+    def _batches(self, pieces: Iterator[Piece], resumed: bool) -> Iterator[Batch]:
+        held: deque[_Held] = deque()
+        handed, before = 0, self._sifter.pools
+        self._steps_before = self._sifter.stats.steps
+        try:
+            while True:
+                sifts = self._sifts()
+                batch = (
+                    self._next_sifted(pieces, held) if sifts else self._next_plain(pieces, held)
+                )
+                if batch is None:
+                    break
+                handed += 1
+                # Counted before it leaves: the loop may never come back.
+                self._sifter.stats.samples += rows(batch)
+                self._sifter.stats.steps += self._sifter.model.training
+                yield batch
+        finally:
+            if hasattr(pieces, "close"):
+                pieces.close()
+        self._end_epoch(handed, resumed, self._sifter.pools > before)
+
+    def _next_plain(self, pieces: Iterator[Piece], held: deque[_Held]) -> Batch | None:
+        one = held.popleft() if held else self._draw(pieces)
+        if one is None:
+            return None
+        batch, labels = one.take(one.rows)
+        if not self._tested:
+            # What cannot be scored fails on the first batch, not when the warm-up ends.
+            self._sifter._score(batch, labels)
+            self._tested = True
+        if self._split and self._sifter.keep < 1:
+            batch = cut(batch, 0, max(1, int(one.piece.rows * self._sifter.keep)))
+        self._cursor = one.piece.after(one.used)
+        return self._handed(batch, one)
+
+    def _next_sifted(self, pieces: Iterator[Piece], held: deque[_Held]) -> Batch | None:
+        drawn = sum(one.rows for one in held)
+        while not (self._pool and drawn >= self._pool) and not (self._split and held):
+            one = self._draw(pieces)
+            if one is None:
+                break
+            held.append(one)
+            drawn += one.rows
+        if not held:
+            return None
+        assert self._pool is not None and self._batch_size is not None
+        take = min(drawn, self._pool)
+        if take < self._batch_size:
+            self._cursor = held[-1].piece.after(held[-1].piece.rows)
+            self._sifter.stats.tail_dropped += drawn
+            held.clear()
+            return self._next_sifted(pieces, held) if self._split else None
+        parts, labels, last = [], [], held[0]
+        while take:
+            last = held[0]
+            count = min(take, last.rows)
+            part, its_labels = last.take(count)
+            parts.append(part)
+            labels.append(its_labels)
+            take -= count
+            if not last.rows:
+                held.popleft()
+        candidates = merge(parts, self._pad_id)
+        index, scores = self._sifter.winners(candidates, _merged(labels), self._batch_size)
+        self._tested = True
+        if self._on_select is not None:
+            self._report(candidates, scores, index)
+        self._cursor = last.piece.after(last.used)
+        return self._handed(select(candidates, index), last)
+
+    def _draw(self, pieces: Iterator[Piece]) -> _Held | None:
+        piece = next(pieces, None)
+        if piece is None:
+            return None
+        if self._pool is None:
+            self._set_sizes(piece.rows)
+        labels = self._sifter.labels_of(piece.batch) if self._sifter.keep < 1 else None
+        return _Held(move(piece.batch, self._sifter.device), labels, piece)
+
+    def _handed(self, batch: Batch, one: _Held) -> Batch:
+        if not self._gives_back:
+            return batch
+        where = next(leaf.device for leaf in leaves(one.piece.batch) if isinstance(leaf, Tensor))
+        return move(batch, where)
+
+    def _sifts(self) -> bool:
+        stats, sifter = self._sifter.stats, self._sifter
+        return sifter.keep < 1 and self._schedule.sifts(stats.steps) and sifter.model.training
+
+    def _report(self, candidates: Batch, scores: Tensor, index: Tensor) -> None:
+        assert self._on_select is not None
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept[index] = True
+        ids = candidates.get("id") if isinstance(candidates, Mapping) else None
+        if ids is None:
+            seen = self._sifter.stats.candidates
+            ids = torch.arange(seen - len(scores), seen, device=scores.device)
+        self._on_select(ids, scores, kept)
+
+    def _end_epoch(self, handed: int, resumed: bool, scored: bool) -> None:
+        drawn = self._cursor
+        self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
+        stats, steps = self._sifter.stats, self._schedule.warmup_steps
+        if not handed and not resumed:
+            raise EmptyEpoch(
+                f"an epoch handed out nothing: {stats.tail_dropped} rows were drawn in all, a pool "
+                f"needs at least batch_size = {self._batch_size} rows (of {self._pool} wanted); "
+                f"use more data, a smaller batch_size, or a sampler that is not empty"
+                if drawn or self._pool
+                else "an epoch handed out nothing: the inner loader is empty"
+            )
+        if scored or self._warned or self._sifter.keep == 1 or resumed:
+            return
+        self._warned = True
+        if stats.steps < steps:
+            warnings.warn(
+                f"the epoch ended inside the warm-up ({stats.steps} of {steps} steps): nothing was "
+                f"sifted; lower warmup_steps if the run is short",
+                stacklevel=3,
+            )
+        elif not self._sifter.model.training:
+            warnings.warn(
+                "an epoch passed without sifting because the model is in eval mode; call "
+                "model.train() before the epoch if it was meant for training",
+                stacklevel=3,
+            )
+
+    def _set_sizes(self, size: int) -> None:
+        # size: rows of an inner batch
+        keep = self._sifter.keep
+        batch, pool = (whole(size * keep), size) if self._split else (size, whole(size / keep))
+        if not batch or not pool:
+            raise ValueError(
+                f"batch_size {size} {'*' if self._split else '/'} keep {keep} must be a whole "
+                f"number of rows; choose a batch_size that fits"
+            )
+        self._batch_size, self._pool = batch, pool
+
+    def _plan(self, step: int) -> Epoch:
+        rows_ = self._source.epoch_rows()
+        if rows_ is None or self._batch_size is None or self._pool is None:
+            raise TypeError(
+                f"the length of {type(self._source.loader).__name__} is not known before it was "
+                f"drawn from"
+                if isinstance(self._source, LoaderCandidates)
+                else "unknown length"
+            )
+        if self._split:
+            return Epoch(-(-rows_ // self._pool), rows_ // self._pool * self._batch_size)
+        return self._schedule.epoch(step, rows_, self._batch_size, self._pool)
+
+    @property
+    def _first_step(self) -> int:
+        # The step at which the epoch under way began, else the step now.
+        return self._steps_before if self._begun else self._sifter.stats.steps
+
+    _steps_before = 0
+
+    @property
+    def _pad_id(self) -> int:
+        pad = getattr(getattr(self._sifter.model, "config", None), "pad_token_id", None)
+        return pad if isinstance(pad, int) else 0
+
+    def _check_topology(self, state: Mapping[str, Any]) -> None:
+        ranks = World.detect().ranks
+        for name, here in (("batch_size", self._batch_size), ("keep", self._sifter.keep)):
+            if here is not None and state[name] not in (None, here):
+                raise StateError(
+                    f"the state was saved with {name} {state[name]}, this loader has {here}; build "
+                    f"it with {name}={state[name]}, or start afresh without the state"
+                )
+        if state["ranks"] == ranks:
+            return
+        if isinstance(self._source, LoaderCandidates):
+            raise StateError(
+                f"the state was saved with {state['ranks']} ranks, {ranks} run now: what each had "
+                f"read is not known; use TokenShards to change the number of ranks, or as many as then"
+            )
+        warnings.warn(
+            f"resuming with {ranks} ranks what {state['ranks']} began: the candidates are those an "
+            f"unbroken run would draw, which of them are kept depends on the number of ranks",
+            stacklevel=3,
+        )
+
+
+def whole(number: float) -> int | None:
+    """The integer a product or quotient of sizes means, None where it is none."""
+    nearest = round(number)
+    return nearest if nearest >= 1 and abs(number - nearest) < 1e-6 * nearest else None
+
+
+def _candidates(
+    dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> ShardCandidates | LoaderCandidates:
+    if isinstance(dataset, _Existing):
+        if args or options:
+            raise TypeError(
+                f"wrap takes a loader as it is; it does not take {sorted(options) or args}"
+            )
+        return LoaderCandidates(dataset.loader, dataset.sharded)
+    inner: DataLoader[Any] = DataLoader(
+        dataset, *args, **options
+    )  # torch's own errors, for torch's arguments
+    if isinstance(dataset, TokenShards) and inner.batch_size and options.get("collate_fn") is None:
+        pinned = inner.pin_memory and torch.cuda.is_available()
+        return ShardCandidates(dataset, inner.batch_size, inner.drop_last, pinned)
+    return LoaderCandidates(inner)
+
+
+def _merged(labels: list[Tensor | None]) -> Tensor | None:
+    # [P] or [P, T], padded like the rows themselves
+    found = [each for each in labels if each is not None]
+    if not found or len(found) == 1:
+        return found[0] if found else None
+    length = max(each.shape[-1] for each in found)
+    if found[0].ndim == 2:
+        found = [nn.functional.pad(e, (0, length - e.shape[-1]), value=IGNORED) for e in found]
+    return torch.cat(found)
+
+
+def _is_causal(model: nn.Module) -> bool | None:
+    # Hugging Face names the loss on the model, or the task in the class; None for anyone else's.
+    kind, name = getattr(model, "loss_type", None), type(model).__name__
+    if isinstance(kind, str) and kind.startswith("For"):
+        return kind == "ForCausalLM"
+    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
+        return True
+    return False if hasattr(model, "config") and "For" in name else None
+
+
+def _labels_are_inputs(ids: Tensor | None, labels: Tensor) -> bool:
+    if ids is None or labels.ndim != 2 or ids.shape != labels.shape or ids.is_floating_point():
+        return False
+    wanted = labels != IGNORED
+    return bool(((labels == ids.to(labels.device)) | ~wanted).all()) and bool(wanted.any())
