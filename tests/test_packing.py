@@ -1,0 +1,129 @@
+"""Every token that goes in comes out, in order, or is counted as dropped."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from siftloader.packing import Packing, pack_clm, pack_mlm
+
+
+PAD, CLS, SEP, EOS = 0, 1, 2, 3
+TEXT = 4  # ids from here on are text, so that a test can tell them from the rest
+
+token = st.integers(TEXT, 99)
+corpora = st.lists(st.lists(token, max_size=12), max_size=12)
+# Text may hold the very ids that separate it: counting must not be fooled.
+hostile = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
+
+
+def mlm(documents, seq_len):
+    packing = Packing()
+    blocks = list(pack_mlm(documents, seq_len, cls=CLS, sep=SEP, pad=PAD, packing=packing))
+    return np.concatenate([np.empty((0, seq_len), np.int64), *blocks]), packing
+
+
+def clm(documents, seq_len):
+    packing = Packing()
+    blocks = list(pack_clm(documents, seq_len, eos=EOS, packing=packing))
+    return np.concatenate([np.empty((0, seq_len), np.int64), *blocks]), packing
+
+
+def joined(documents, separator, after):
+    documents = [document for document in documents if document]
+    stream = [token for document in documents for token in [*document, separator]]
+    return stream if after else stream[:-1]
+
+
+@given(documents=corpora, seq_len=st.integers(3, 16))
+def test_mlm_samples_laid_end_to_end_are_the_documents_joined_by_sep(documents, seq_len):
+    samples, _ = mlm(documents, seq_len)
+    bodies = []
+    for row in samples.tolist():
+        padding = len(row) - len(np.trim_zeros(row, "b"))
+        assert row[0] == CLS and row[len(row) - padding - 1] == SEP
+        bodies.append(row[1 : len(row) - padding - 1])
+    assert [token for body in bodies for token in body] == joined(documents, SEP, after=False)
+    assert all(len(body) == seq_len - 2 for body in bodies[:-1]), "only the tail may be padded"
+    assert all(any(token >= TEXT for token in body) for body in bodies[-1:])
+
+
+@given(documents=corpora, seq_len=st.integers(2, 16))
+def test_clm_samples_laid_end_to_end_are_the_documents_each_with_its_end(documents, seq_len):
+    samples, _ = clm(documents, seq_len)
+    stream = joined(documents, EOS, after=True)
+    assert samples.ravel().tolist() == stream[: samples.size]
+    assert len(stream) - samples.size < seq_len
+
+
+@pytest.mark.parametrize("pack", [mlm, clm])
+@given(documents=hostile, seq_len=st.integers(3, 16))
+def test_tokens_in_are_tokens_kept_plus_tokens_dropped(pack, documents, seq_len):
+    samples, packing = pack(documents, seq_len)
+    assert packing.tokens == sum(map(len, documents))
+    assert packing.tokens == packing.kept + packing.tail_kept + packing.tail_dropped
+    assert packing.documents == sum(map(bool, documents))
+    assert packing.samples == len(samples)
+    breaks = packing.documents - 1 if pack is mlm else packing.documents
+    if pack is mlm:
+        assert packing.tail_dropped == 0
+        ends = 2 * packing.samples
+        assert samples.size == packing.tokens + max(breaks, 0) + ends + packing.padding
+    else:
+        assert packing.tail_kept == packing.padding == 0
+        assert samples.size <= packing.kept + breaks
+
+
+@given(documents=corpora, seq_len=st.integers(3, 16), cut=st.integers(0, 12))
+def test_packing_streams_so_a_prefix_of_documents_gives_a_prefix_of_samples(
+    documents, seq_len, cut
+):
+    whole, _ = clm(documents, seq_len)
+    some, _ = clm(documents[:cut], seq_len)
+    assert np.array_equal(whole[: len(some)], some)
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected"),
+    [
+        ([], []),
+        ([[]], []),
+        ([[7]], [[CLS, 7, SEP, PAD, PAD]]),
+        ([[7, 8, 9]], [[CLS, 7, 8, 9, SEP]]),
+        ([[7], [8]], [[CLS, 7, SEP, 8, SEP]]),
+        ([[7, 8, 9], [10]], [[CLS, 7, 8, 9, SEP], [CLS, SEP, 10, SEP, PAD]]),
+        ([[7, 8], [9]], [[CLS, 7, 8, SEP, SEP], [CLS, 9, SEP, PAD, PAD]]),
+    ],
+)
+def test_mlm_by_hand(documents, expected):
+    assert mlm(documents, 5)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("documents", "expected", "dropped"),
+    [
+        ([], [], 0),
+        ([[7, 8]], [[7, 8, EOS]], 0),
+        ([[7], [8]], [[7, EOS, 8]], 0),
+        ([[7, 8, 9]], [[7, 8, 9]], 0),
+        ([[7, 8, 9, 10], [11]], [[7, 8, 9], [10, EOS, 11]], 0),
+        ([[7, 8], [9]], [[7, 8, EOS]], 1),
+    ],
+)
+def test_clm_by_hand(documents, expected, dropped):
+    samples, packing = clm(documents, 3)
+    assert (samples.tolist(), packing.tail_dropped) == (expected, dropped)
+
+
+@pytest.mark.parametrize(
+    ("pack", "documents", "seq_len", "message"),
+    [
+        (mlm, [[7]], 2, "seq_len must be at least 3"),
+        (clm, [[7]], 1, "seq_len must be at least 2"),
+        (mlm, [[-1]], 5, "must not be negative"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(pack, documents, seq_len, message):
+    with pytest.raises(ValueError, match=message):
+        pack(documents, seq_len)

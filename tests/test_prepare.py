@@ -1,0 +1,603 @@
+"""The same text, options and seed give the same bytes, whatever happens on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import siftloader.prepare
+import siftloader.shards
+from siftloader.corpus import Document
+from siftloader.errors import CorpusError, ShardError
+from siftloader.prepare import (
+    Preparation,
+    load_tokenizer,
+    prepare,
+    shuffled,
+    split_of,
+    tokenise,
+)
+from siftloader.shards import ShardSet, verify
+
+
+BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDS = 200
+DEMO = Path(__file__).parents[1] / "shards" / "demo"
+
+
+def save_tokenizer(path: Path, special=BERT, words: int = WORDS) -> Path:
+    """A tokenizer that knows w0, w1, ... and splits at white space."""
+    vocabulary = {word: n for n, word in enumerate([*special, *(f"w{n}" for n in range(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(special))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(path))
+    return path
+
+
+def write_text(path: Path, documents: int, seed: int = 0) -> Path:
+    """Documents of 1 to 40 known words each."""
+    rng = np.random.default_rng(seed)
+    texts = [
+        " ".join(f"w{n}" for n in rng.integers(0, WORDS, rng.integers(1, 41)))
+        for _ in range(documents)
+    ]
+    path.write_text("\n\n".join(texts) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Two sources and a tokenizer."""
+    folder = tmp_path_factory.mktemp("desk")
+    save_tokenizer(folder / "tiny" / "tokenizer.json")
+    write_text(folder / "a.txt", 60, seed=1)
+    write_text(folder / "b.txt", 30, seed=2)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(siftloader.shards.os, "fsync", lambda handle: None)
+
+
+def options(desk: Path, out: Path, **changes) -> Preparation:
+    given = {"seq_len": 16, "val_fraction": 0.2, "samples_per_shard": 20, "seed": 3}
+    return Preparation(out=out, tokenizer=desk / "tiny", **(given | changes))
+
+
+def run(desk: Path, out: Path, *paths: Path, **changes):
+    paths = paths or (desk / "a.txt", desk / "b.txt")
+    return prepare([str(path) for path in paths], options(desk, out, **changes))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def texts_of(folder: Path, split: str) -> list[list[int]]:
+    """The text of a split as lists of word numbers, one per [SEP]-ended run, in no order."""
+    dataset = ShardSet.open(folder)
+    rows = np.concatenate([dataset.read(shard) for shard in dataset.shards(split)])
+    return rows.tolist()
+
+
+# Laws.
+
+
+def test_another_process_hash_seed_timezone_and_locale_give_the_same_bytes(desk, tmp_path):
+    """Law 7, across everything a process inherits."""
+    run(desk, tmp_path / "here" / "set")
+    program = (
+        "import sys; from siftloader.prepare import Preparation, prepare\n"
+        "prepare(sys.argv[2:4], Preparation(out=sys.argv[1], tokenizer=sys.argv[4], seq_len=16,"
+        " val_fraction=0.2, samples_per_shard=20, seed=3))"
+    )
+    environment = {
+        "PYTHONHASHSEED": "12345",
+        "TZ": "Asia/Kathmandu",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONPATH": str(Path(siftloader.prepare.__file__).parents[1]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    arguments = ["there/set", "a.txt", desk / "b.txt", "tiny/tokenizer.json"]  # other spellings
+    subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, cwd=desk, check=True
+    )
+    assert hashes(desk / "there" / "set") == hashes(tmp_path / "here" / "set")
+    shutil.rmtree(desk / "there")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 4}, {"val_fraction": 0.3}, {"seq_len": 17}, {"objective": "clm"}], ids=str
+)
+def test_another_question_gives_another_answer(desk, tmp_path, changes):
+    first = run(desk, tmp_path / "first")
+    second = run(desk, tmp_path / "second", **changes)
+    assert first.fingerprint != second.fingerprint
+
+
+def test_another_seed_reorders_the_same_samples(desk, tmp_path):
+    run(desk, tmp_path / "x", seed=0)
+    run(desk, tmp_path / "y", seed=1)
+    for split in ("train", "val"):
+        x, y = texts_of(tmp_path / "x", split), texts_of(tmp_path / "y", split)
+        assert x != y
+        assert sorted(x) == sorted(y)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    documents=st.lists(st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30), min_size=8),
+    objective=st.sampled_from(["mlm", "clm"]),
+    seq_len=st.integers(3, 12),
+    seed=st.integers(0, 3),
+)
+def test_every_word_is_in_the_shards_or_counted_as_dropped(
+    desk, tmp_path_factory, documents, objective, seq_len, seed
+):
+    folder = tmp_path_factory.mktemp("law")
+    words = [[f"w{n}" for n in document] for document in documents]
+    (folder / "t.txt").write_text("\n\n".join(" ".join(line) for line in words))
+    try:
+        summary = run(
+            desk, folder / "o", folder / "t.txt", objective=objective, seq_len=seq_len, seed=seed
+        )
+    except CorpusError as error:
+        assert "nothing to train on" in str(error)
+        return
+    count = Counter(n + len(BERT) for document in documents for n in document)
+    stored: Counter[int] = Counter()
+    for split in [split for split, samples in summary.samples.items() if samples]:
+        stored += Counter(
+            token for row in texts_of(folder / "o", split) for token in row if token >= len(BERT)
+        )
+    assert stored <= count
+    dropped = sum(packing.tail_dropped for packing in summary.packing.values())
+    assert (count - stored).total() == dropped
+    assert sum(packing.tokens for packing in summary.packing.values()) == count.total()
+    assert summary.documents == len(documents)
+    list(verify(folder / "o"))
+
+
+@given(content=st.binary(min_size=32, max_size=32), low=st.floats(0, 1), high=st.floats(0, 1))
+def test_a_larger_fraction_holds_out_the_same_documents_and_more(content, low, high):
+    low, high = sorted((low, high))
+    assert split_of(content, low) == "train" or split_of(content, high) == "val"
+    assert split_of(content, 0) == "train"
+
+
+def test_about_the_asked_fraction_is_held_out():
+    contents = [hashlib.sha256(str(n).encode()).digest() for n in range(20_000)]
+    share = sum(split_of(content, 0.05) == "val" for content in contents) / len(contents)
+    assert abs(share - 0.05) < 0.005
+
+
+def test_a_duplicate_never_sits_on_both_sides(desk, tmp_path):
+    """Each document is one word over and over, in both sources and in other layouts."""
+    documents = [" ".join([f"w{n}"] * 14) for n in range(WORDS)]
+    (tmp_path / "one.txt").write_text("\n\n".join(documents))
+    (tmp_path / "two.txt").write_bytes("\r\n \r\n".join(reversed(documents)).encode() + b"\r\n")
+    run(desk, tmp_path / "out", tmp_path / "one.txt", tmp_path / "two.txt")
+    train, val = (
+        {token for row in texts_of(tmp_path / "out", split) for token in row} - set(range(5))
+        for split in ("train", "val")
+    )
+    assert len(train) + len(val) == WORDS
+    assert train.isdisjoint(val)
+    assert val, "a fifth of 200 documents is held out"
+
+
+def test_no_sample_holds_two_sources(desk, tmp_path):
+    (tmp_path / "low.txt").write_text("\n\n".join(f"w{n} w{n + 1}" for n in range(90)))
+    (tmp_path / "high.txt").write_text("\n\n".join(f"w{n} w{n + 1}" for n in range(100, 190)))
+    run(desk, tmp_path / "out", tmp_path / "low.txt", tmp_path / "high.txt")
+    dataset = ShardSet.open(tmp_path / "out")
+    assert [source.name for source in dataset.sources] == ["low", "high"]
+    assert [source.documents for source in dataset.sources] == [90, 90]
+    for shard in dataset.manifest:
+        for row, source in zip(dataset.read(shard), dataset.read_sources(shard), strict=True):
+            words = row[row >= len(BERT)] - len(BERT)
+            assert len(words) and ((words >= 100) == bool(source)).all()
+
+
+def test_shards_of_a_split_are_equal_but_for_the_last(desk, tmp_path):
+    summary = run(desk, tmp_path / "out")
+    dataset = ShardSet.open(tmp_path / "out")
+    for split in ("train", "val"):
+        *full, last = [shard.num_sequences for shard in dataset.shards(split)]
+        assert all(count == 20 for count in full)
+        assert 1 <= last <= 20
+        assert sum(full) + last == summary.samples[split]
+    assert len(dataset.shards("train")) > 2
+
+
+def test_unigrams_count_the_train_split_as_stored(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    dataset = ShardSet.open(tmp_path / "out")
+    train = np.array(texts_of(tmp_path / "out", "train"))
+    assert dataset.unigrams.tolist() == np.bincount(train.ravel(), minlength=WORDS + 5).tolist()
+
+
+def test_the_shuffle_is_pinned_and_a_permutation():
+    assert shuffled(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert sorted(shuffled(1000, 5, 1)) == list(range(1000))
+    assert shuffled(100, 5, 0).tolist() != shuffled(100, 5, 1).tolist()
+    assert shuffled(0, 0, 0).tolist() == []
+
+
+# Interruptions.
+
+
+class Killed(BaseException):
+    """Not an Exception, so that nothing may catch it by accident."""
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_killed_at_any_write_it_leaves_no_manifest_and_runs_again_to_the_same_bytes(
+    desk, tmp_path, monkeypatch, moment
+):
+    """Before a file gets its name (only .part is there), and right after."""
+    run(desk, tmp_path / "straight" / "set")
+    replace = Path.replace
+    writes = 0
+
+    def counted(self, target):
+        nonlocal writes
+        writes += 1
+        if writes == fatal and moment == "before":
+            raise Killed
+        replace(self, target)
+        if writes == fatal:
+            raise Killed
+
+    survived = 0
+    for fatal in range(1, 100):
+        out = tmp_path / str(fatal) / "set"
+        writes = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", counted)
+            try:
+                run(desk, out)
+            except Killed:
+                survived += 1
+            else:
+                break
+        finished = moment == "after" and fatal == survived and (out / "manifest.jsonl").exists()
+        if not finished:  # the very last write is the manifest itself
+            with pytest.raises(ShardError, match="not a finished shard folder"):
+                ShardSet.open(out)
+        run(desk, out)
+        assert hashes(out) == hashes(tmp_path / "straight" / "set")
+    assert survived == len(hashes(tmp_path / "straight" / "set"))
+
+
+def test_a_process_that_dies_leaves_what_the_next_one_can_use(desk, tmp_path):
+    """No exception, no clean-up: the process is gone, in the middle of a shard."""
+    program = (
+        "import os, sys; from siftloader.prepare import Preparation, prepare\n"
+        "left = iter(range(4)); os.fsync = lambda handle: next(left, None) or os._exit(9)\n"
+        "left = iter([1, 1, 1]); prepare(sys.argv[2:4], Preparation(out=sys.argv[1],"
+        " tokenizer=sys.argv[4], seq_len=16, val_fraction=0.2, samples_per_shard=20, seed=3))"
+    )
+    out = tmp_path / "killed" / "set"
+    arguments = [out, desk / "a.txt", desk / "b.txt", desk / "tiny"]
+    root = str(Path(siftloader.prepare.__file__).parents[1])
+    died = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=os.environ | {"PYTHONPATH": root}
+    )
+    assert died.returncode == 9
+    left = set(hashes(out))
+    assert "manifest.jsonl" not in left and any(name.endswith(".part") for name in left)
+    run(desk, out)
+    run(desk, tmp_path / "straight" / "set")
+    assert hashes(out) == hashes(tmp_path / "straight" / "set")
+
+
+def test_a_finished_set_is_left_alone_quickly(desk, tmp_path, monkeypatch):
+    first = run(desk, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(siftloader.prepare, "tokenise", None)  # would fail if it were called
+    second = run(desk, tmp_path / "out")
+    assert second.reused and not first.reused
+    assert (second.fingerprint, second.samples, second.bytes, second.documents) == (
+        first.fingerprint,
+        first.samples,
+        first.bytes,
+        first.documents,
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_finished_set_that_lost_a_shard_is_made_again(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    (tmp_path / "out" / "train-000001.tar").unlink()
+    assert not run(desk, tmp_path / "out").reused
+    assert hashes(tmp_path / "out") == before
+
+
+def test_an_unfinished_run_may_be_taken_over_with_other_options(desk, tmp_path):
+    """The text had a fault, it was mended, so its hash is another one."""
+    run(desk, tmp_path / "a" / "out")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "out" / "manifest.jsonl").unlink()
+    run(desk, tmp_path / "b" / "out", seed=9, samples_per_shard=50)
+    assert len(ShardSet.open(tmp_path / "b" / "out").manifest) < len(
+        hashes(tmp_path / "a" / "out")
+    )
+    list(verify(tmp_path / "b" / "out"))
+
+
+@pytest.mark.parametrize("name", ["notes.md", "train-000000.tar", "manifest.jsonl", ".hidden"])
+def test_a_folder_with_anything_else_is_refused_untouched(desk, tmp_path, name):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(CorpusError, match=rf"holds {re.escape(name)}.*give another folder"):
+        run(desk, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: "mine"}
+
+
+def test_an_unfinished_run_with_a_strangers_file_is_refused_untouched(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"holds thesis\.txt besides an unfinished run"):
+        run(desk, tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+
+
+def test_finished_shards_made_otherwise_are_refused_with_the_difference(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"seed 3 there, 4 asked"):
+        run(desk, tmp_path / "out", seed=4)
+    with pytest.raises(CorpusError, match=r"other sources"):
+        run(desk, tmp_path / "out", desk / "a.txt")
+    assert hashes(tmp_path / "out") == before
+
+
+def test_a_file_where_the_folder_should_be_is_refused(desk, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(CorpusError, match="out: a file; give a folder"):
+        run(desk, tmp_path / "out")
+
+
+def test_two_runs_cannot_write_into_one_folder(desk, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "out"
+    out.mkdir()
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(CorpusError, match="another run is writing here"):
+            run(desk, out)
+    finally:
+        os.close(handle)
+    run(desk, out)
+
+
+def test_text_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
+    path = write_text(tmp_path / "t.txt", 50)
+    real = siftloader.prepare.read_documents
+
+    def meddled(*arguments):
+        path.write_text(path.read_text() + "\n\nw1 w2")
+        return real(*arguments)
+
+    monkeypatch.setattr(siftloader.prepare, "read_documents", meddled)
+    with pytest.raises(CorpusError, match="source 't' changed while it was read"):
+        run(desk, tmp_path / "out", path)
+    assert not (tmp_path / "out").exists()
+
+
+# Bad inputs.
+
+BAD = {
+    "no UTF-8": (b"w1 \xff", "not UTF-8"),
+    "NUL": (b"w1\0w2", "NUL byte"),
+    "empty": (b"", "nothing to train on: 0 documents"),
+    "white space": (b" \n\n\t\n", "nothing to train on: 0 documents"),
+    "all held out": (b"w1 w2", "nothing to train on: 1 documents, 0 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_text_is_refused_and_leaves_no_folder(desk, tmp_path, case):
+    data, message = BAD[case]
+    (tmp_path / "t.txt").write_bytes(data)
+    fraction = 0.999_999 if case == "all held out" else 0.0
+    with pytest.raises(CorpusError, match=message):
+        run(desk, tmp_path / "out", tmp_path / "t.txt", val_fraction=fraction)
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_cut_short_in_its_compression_is_refused(desk, tmp_path):
+    whole = lzma.compress((desk / "a.txt").read_bytes())
+    (tmp_path / "t.txt.xz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorpusError, match=r"t\.txt\.xz: damaged or cut short"):
+        run(desk, tmp_path / "out", tmp_path / "t.txt.xz")
+
+
+def test_a_byte_order_mark_changes_nothing(desk, tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + (desk / "a.txt").read_bytes())
+    plain = run(desk, tmp_path / "plain", desk / "a.txt")
+    marked = run(desk, tmp_path / "marked", tmp_path / "t.txt")
+    assert plain.fingerprint == marked.fingerprint
+
+
+def test_less_text_than_one_sample_is_a_padded_one_or_none(desk, tmp_path):
+    (tmp_path / "t.txt").write_text("w1 w2 w3")
+    run(desk, tmp_path / "mlm", tmp_path / "t.txt", val_fraction=0)
+    assert texts_of(tmp_path / "mlm", "train") == [[2, 6, 7, 8, 3] + [0] * 11]
+    with pytest.raises(CorpusError, match=r"3 tokens .*no full sample of 16"):
+        run(desk, tmp_path / "clm", tmp_path / "t.txt", val_fraction=0, objective="clm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "nsp"}, "objective must be one of mlm, clm; got 'nsp'"),
+        ({"documents": "line"}, "documents must be one of blank-line, file; got 'line'"),
+        ({"seq_len": 2}, "seq_len must be at least 3"),
+        ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\)"),
+        ({"val_fraction": -0.1}, "val_fraction must be"),
+        ({"val_fraction": float("nan")}, "val_fraction must be"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"samples_per_shard": 0}, r"samples_per_shard must be in 1\.\.1,000,000"),
+        ({"samples_per_shard": 1_000_001}, "samples_per_shard must be"),
+    ],
+    ids=str,
+)
+def test_options_check_themselves(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Preparation(out="out", tokenizer="t", **changes)
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize(
+    ("special", "objective", "expected"),
+    [
+        (BERT, "mlm", {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}),
+        (BERT, "clm", {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4, "eos": 3}),
+        (("<|endoftext|>", "?"), "clm", {"eos": 0}),
+        (("<s>", "<unk>", "</s>"), "clm", {"unk": 1, "cls": 0, "sep": 2, "eos": 2}),
+        (("<s>", "<unk>", "<pad>", "</s>", "<mask>"), "mlm", None),
+        (("[PAD]", "[UNK]", "[CLS]", "[SEP]"), "mlm", r"lacks: mask \(\[MASK\], <mask>\)"),
+        (("[PAD]", "[UNK]", "[CLS]", "[EOS]"), "mlm", r"lacks: sep .*; mask "),
+        (("[PAD]", "[UNK]"), "clm", r"objective 'clm' needs .*lacks: eos \(<\|endoftext\|>"),
+    ],
+    ids=str,
+)
+def test_special_ids_are_found_by_their_names(desk, tmp_path, special, objective, expected):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer.json", special)
+    asked = Preparation(tmp_path / "out", tokenizer, objective=objective, seq_len=8)
+    if isinstance(expected, str):
+        with pytest.raises(CorpusError, match=expected):
+            prepare([str(desk / "a.txt")], asked)
+        assert not (tmp_path / "out").exists()
+        return
+    prepare([str(desk / "a.txt")], asked)
+    found = dict(ShardSet.open(tmp_path / "out").tokenizer.special_ids)
+    if expected is None:
+        expected = {"cls": 0, "unk": 1, "pad": 2, "sep": 3, "mask": 4, "eos": 3}
+    assert found == expected
+
+
+def test_text_that_spells_a_special_token_stays_text():
+    tokenizer = load_tokenizer(DEMO / "tokenizer.json")
+    (tokens,) = tokenise([Document("Call me [MASK]. [SEP] [PAD]", 0)], tokenizer)
+    assert min(tokens.ids) > 4
+    assert tokenizer.decode(tokens.ids.tolist()) == "call me [ mask ]. [ sep ] [ pad ]"
+
+
+def test_padding_truncation_and_templates_of_a_tokenizer_change_nothing(desk, tmp_path):
+    tokenizer = Tokenizer.from_file(str(desk / "tiny" / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A", None, [("[CLS]", 2)])
+    (tmp_path / "tiny").mkdir()
+    tokenizer.save(str(tmp_path / "tiny" / "tokenizer.json"), pretty=False)
+    run(desk, tmp_path / "x" / "set")
+    run(tmp_path, tmp_path / "y" / "set", desk / "a.txt", desk / "b.txt")
+    assert hashes(tmp_path / "x" / "set") == hashes(tmp_path / "y" / "set")
+
+
+def test_the_tokenizer_hash_follows_the_vocabulary_not_the_path(desk, tmp_path):
+    def hash_of(path):
+        asked = Preparation(tmp_path / f"{path.parent.name}-out", path, seq_len=8)
+        prepare([str(desk / "a.txt")], asked)
+        return ShardSet.open(asked.out).tokenizer.sha256
+
+    same = save_tokenizer(tmp_path / "p" / "tokenizer.json")
+    also = save_tokenizer(tmp_path / "q" / "tokenizer.json")
+    other = save_tokenizer(tmp_path / "r" / "tokenizer.json", words=WORDS + 1)
+    assert hash_of(same) == hash_of(also) != hash_of(other)
+
+
+def test_above_65536_ids_a_token_takes_four_bytes(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "big" / "tokenizer.json", words=70_000)
+    (tmp_path / "t.txt").write_text("w69999 w0 w65531")
+    prepare(
+        [str(tmp_path / "t.txt")],
+        Preparation(tmp_path / "out", tokenizer, seq_len=5, val_fraction=0),
+    )
+    assert ShardSet.open(tmp_path / "out").layout.dtype == "<u4"
+    assert texts_of(tmp_path / "out", "train") == [[2, 70_004, 5, 65_536, 3]]
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (None, "gone/tokenizer.json", "no such tokenizer file or folder"),
+        (None, "./gone", "no such tokenizer file or folder"),
+        ("{}", "t.json", r"t\.json: a tokenizer that can be loaded"),
+        ("<html>", "t.json", "give a tokenizer.json"),
+        ("", "folder/vocab.txt", r"no tokenizer\.json in this folder; save the tokenizer there"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_cannot_be_had_is_named(tmp_path, monkeypatch, content, name, message):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    with pytest.raises(CorpusError, match=message):
+        load_tokenizer("folder" if name.startswith("folder") else name)
+
+
+def test_without_tokenizers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(CorpusError, match=r"pip install 'siftloader\[prepare\]'"):
+        load_tokenizer("any")
+
+
+def test_a_long_document_is_tokenised_in_pieces_to_the_same_ids(desk, monkeypatch):
+    """Cut at line ends, at spaces, never inside a word."""
+    tokenizer = load_tokenizer(desk / "tiny")
+    text = "w1 w22 w3\nw44 w5\n" * 9 + "w6 " * 20 + "\n\n" + "w7 w8"
+    documents = [Document(text, 0), Document("w9", 1), Document(text, 0)]
+    whole = list(tokenise(documents, tokenizer))
+    for piece in (6, 7, 10, 33):
+        monkeypatch.setattr(siftloader.prepare, "PIECE", piece)
+        monkeypatch.setattr(siftloader.prepare, "BATCH", 2 * piece)
+        again = list(tokenise(documents, tokenizer))
+        assert [tokens.ids.tolist() for tokens in again] == [t.ids.tolist() for t in whole]
+        assert [(t.content, t.source) for t in again] == [(t.content, t.source) for t in whole]
+
+
+# Stories.
+
+
+def test_nothing_on_disk_tells_where_when_or_by_whom_it_was_made(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    for name in ("dataset.json", "prepare.json", "manifest.jsonl"):
+        text = (tmp_path / "out" / name).read_text()
+        assert str(desk) not in text and str(tmp_path) not in text and os.sep not in text
+    recipe = json.loads((tmp_path / "out" / "prepare.json").read_text())
+    assert recipe["tokenizer"]["name"] == "tiny"
+    assert [source["name"] for source in recipe["sources"]] == ["a", "b"]
+
+
+def test_progress_is_silent_when_nobody_watches(desk, tmp_path, capfd):
+    run(desk, tmp_path / "out")
+    assert capfd.readouterr() == ("", "")
