@@ -1,0 +1,303 @@
+"""Early exit: pytest tests/test_exits.py"""
+
+from __future__ import annotations
+
+import warnings
+from types import MethodType
+
+import pytest
+import torch
+from models import (
+    FAMILIES,
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    Block,
+    Classifier,
+    bert,
+    candidates,
+    classifier,
+    gpt2,
+    trace,
+    truncated,
+)
+from torch import Tensor, nn
+
+from siftloader import EarlyExit, ScoringError, Sifter, exits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_layers_are_the_model_bit_for_bit(family):
+    model, batch = FAMILIES[family](), candidates(family)
+    early = EarlyExit(model, layer=LAYERS).logits(batch)
+    model.eval()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        output = model(**inputs)
+    assert torch.equal(early, getattr(output, "logits", output))
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exit_is_an_independently_truncated_model(family, layer):
+    model, batch = FAMILIES[family]().double(), candidates(family)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    early = EarlyExit(model, layer=layer).logits(inputs | {"labels": batch["labels"]})
+    found = {}
+    for depth in (layer, layer + 1):
+        with torch.no_grad():
+            output = truncated(family, model, depth)(**inputs)
+        found[depth] = (early - getattr(output, "logits", output)).abs().max().item()
+    assert found[layer] < 1e-10
+    assert found[layer + 1] > 1e-3, "depths must disagree, or this test could not fail"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scoring_leaves_no_trace(family):
+    model, batch = FAMILIES[family](), candidates(family)
+    output = model(**batch) if family != "classifier" else None
+    loss = output.loss if output is not None else model(batch["x"]).sum()
+    loss.backward()
+    model.blocks[1].eval() if family == "classifier" else None  # mixed modes stay mixed
+    before, kept = trace(model), {name: value.clone() for name, value in batch.items()}
+    for criterion in ("loss", "entropy"):
+        for layer in (1, LAYERS):
+            Sifter(model, exit_layer=layer, criterion=criterion)(batch)
+    assert trace(model) == before
+    assert all(torch.equal(batch[name], kept[name]) for name in batch)
+
+
+def test_weights_are_live():
+    model, batch = bert(), candidates("bert")
+    early = EarlyExit(model, layer=2)
+    before = early.logits(batch)
+
+    def changed_as_the_model() -> Tensor:
+        now = early.logits(batch)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            expected = truncated("bert", model, 2)(**inputs).logits
+        assert torch.allclose(
+            now.double(), expected, atol=0.05 if now.dtype == torch.bfloat16 else 1e-4
+        )
+        return now.double()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    stepped = changed_as_the_model()
+    assert (stepped - before).abs().max() > 1e-3
+    other = {name: value + 0.01 for name, value in bert().state_dict().items()}
+    model.load_state_dict(other)
+    assert (changed_as_the_model() - stepped).abs().max() > 1e-3
+    model.load_state_dict({k: v * 1.01 for k, v in other.items()}, assign=True)
+    model.tie_weights()
+    assigned = changed_as_the_model()
+    model.to(torch.float64)
+    assert early.logits(batch).dtype == torch.float64
+    assert torch.allclose(changed_as_the_model(), assigned, atol=1e-4)
+
+
+def test_a_replaced_layer_is_seen():
+    model, batch = classifier(), candidates("classifier")
+    early = EarlyExit(model, layer=1)
+    before = early.logits(batch)
+    model.blocks[0] = Block(HIDDEN)
+    assert not torch.equal(early.logits(batch), before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_scored_by_its_live_weights():
+    model, batch = bert(), candidates("bert")
+    compiled = torch.compile(model, backend="eager")
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    compiled(**inputs)
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    expected = EarlyExit(model, layer=1).logits(batch)
+    assert torch.equal(EarlyExit(compiled, layer=1).logits(batch), expected)
+    compiled(**inputs)
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames, "scoring caused a recompile"
+    torch._dynamo.reset()
+
+
+def test_the_head_runs_at_the_labelled_positions_only():
+    model, batch = bert(), candidates("bert")
+    seen = []
+    sifter = Sifter(model, exit_layer=1)
+    sifter.score(batch)  # the first call also compares with the whole head
+    hook = model.cls.predictions.transform.register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    )
+    sifter.score(batch)
+    hook.remove()
+    labelled = int((batch["labels"] != -100).sum())
+    assert seen == [torch.Size([1, labelled, HIDDEN])]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "classifier"])
+def test_chunks_change_nothing_and_bound_the_logits(family, monkeypatch):
+    model, batch = FAMILIES[family](), candidates(family)
+    whole = {c: Sifter(model, exit_layer=2, criterion=c).score(batch) for c in ("loss", "entropy")}
+    monkeypatch.setattr(exits, "CHUNK_ELEMENTS", 7 * VOCAB)
+    sizes = []
+
+    class Watch:
+        def __call__(self, early):
+            early.each(lambda logits, labels: sizes.append(logits.numel()) or labels.float())
+            return torch.zeros(early.samples)
+
+    for criterion, expected in whole.items():
+        found = Sifter(model, exit_layer=2, criterion=criterion).score(batch)
+        assert torch.allclose(found, expected, atol=1e-5)
+    trunk = []
+    stack = model.get_submodule(exits.find_stack(model))
+    hook = stack[0].register_forward_hook(lambda *_: trunk.append(1))
+    sifter = Sifter(model, exit_layer=2, criterion=Watch())
+    sifter.score(batch)
+    trunk.clear(), sizes.clear()
+    sifter.score(batch)
+    hook.remove()
+    if family != "classifier":
+        assert len(sizes) > 3 and max(sizes) <= 7 * VOCAB
+        assert len(trunk) == 1, "the trunk runs once, whatever the number of chunks"
+
+
+class OddHead(nn.Module):
+    """A head that mixes positions, so it must not be run on single ones."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden - hidden.mean(1, keepdim=True))
+
+
+def test_a_head_that_mixes_positions_is_found_out():
+    model, batch = gpt2(), candidates("gpt2")
+    model.lm_head = OddHead(model.lm_head)
+    model.get_output_embeddings = MethodType(lambda self: self.lm_head.linear, model)
+    model.transformer.wte.weight = nn.Parameter(model.transformer.wte.weight.detach().clone())
+    # The inner linear may run on single positions, the head around it may not.
+    sifter = Sifter(model, exit_layer=2)
+    found = sifter.score(batch)
+    logits = EarlyExit(model, layer=2).logits(batch)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+    )
+    wanted = batch["labels"][:, 1:] != -100
+    expected = (expected * wanted).sum(1) / wanted.sum(1)
+    rows = torch.arange(8) != 3
+    assert torch.allclose(found[rows], expected[rows], atol=1e-4)
+
+
+def test_a_forward_bound_to_the_live_object_trips():
+    model, batch = bert(), candidates("bert")
+    own = type(model).forward
+    model.forward = lambda *args, **kwargs: own(model, *args, **kwargs)
+    with pytest.raises(ScoringError, match="beyond the exit"):
+        EarlyExit(model, layer=1).logits(batch)
+    assert not model.bert.encoder.layer[1]._forward_pre_hooks
+
+
+def test_a_method_patched_onto_the_instance_is_rebound():
+    model, batch = bert(), candidates("bert")
+    expected = EarlyExit(model, layer=1).logits(batch)
+    model.forward = MethodType(type(model).forward, model)
+    assert torch.equal(EarlyExit(model, layer=1).logits(batch), expected)
+
+
+def test_a_buffer_and_a_mode_dependent_layer_are_scored_as_in_eval():
+    class WithNorm(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return super().forward(self.bn(x))
+
+    model = WithNorm().train()
+    before = trace(model)
+    EarlyExit(model, layer=1).logits({"x": torch.randn(8, 8) * 5 + 3})
+    torch.manual_seed(0)
+    assert trace(model) == before or model.bn.num_batches_tracked == 0
+    assert model.bn.num_batches_tracked == 0 and model.bn.running_mean.abs().max() == 0
+
+
+def test_one_layer_in_all_places_still_counts():
+    model = Classifier()
+    model.blocks = nn.ModuleList([model.blocks[0]] * LAYERS)
+    early = EarlyExit(model.eval(), layer=LAYERS)
+    batch = candidates("classifier")
+    assert early.layers == LAYERS
+    with torch.no_grad():
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+    assert not torch.equal(EarlyExit(model, layer=1).logits(batch), early.logits(batch))
+
+
+def test_a_stack_may_be_named():
+    model, batch = bert(), candidates("bert")
+    by_name = EarlyExit(model, layer="bert.encoder.layer:2")
+    assert torch.equal(by_name.logits(batch), EarlyExit(model, layer=2).logits(batch))
+    assert by_name.layers == LAYERS
+
+
+def test_full_depth_needs_no_stack():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        assert torch.equal(EarlyExit(model, layer="full").logits((x, torch.zeros(6))), model(x))
+
+
+class TwoStacks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage1 = nn.Sequential(Block(8), Block(8))
+        self.stage2 = nn.Sequential(Block(8), Block(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stage2(self.stage1(x))
+
+
+REFUSED = [
+    ("no stack", lambda: nn.Linear(8, 10), 1, ScoringError, "no stack of equal layers"),
+    ("stages", TwoStacks, 1, ScoringError, "several stacks of Block"),
+    ("too deep", classifier, LAYERS + 1, ScoringError, r"1\.\.4"),
+    ("zero", classifier, 0, ScoringError, r"1\.\.4"),
+    ("no such path", classifier, "layers:1", ScoringError, "no module 'layers'"),
+    ("no number", classifier, "blocks", ValueError, "path.to.stack:j"),
+    ("a float", classifier, 1.5, TypeError, "int or a str"),
+    ("no module", lambda: "bert", 1, TypeError, "torch.nn.Module"),
+]
+
+
+@pytest.mark.parametrize(("_name", "make", "layer", "error", "text"), REFUSED)
+def test_what_cannot_be_cut_is_refused_at_construction(_name, make, layer, error, text):
+    with pytest.raises(error, match=text):
+        EarlyExit(make(), layer=layer)
+
+
+def test_named_fields_of_the_forward_are_passed_and_no_others():
+    model, batch = bert(), candidates("bert")
+    expected = EarlyExit(model, layer=1).logits(batch)
+    extra = {**batch, "id": torch.arange(8), "text": ["x"] * 8}
+    assert torch.equal(EarlyExit(model, layer=1).logits(extra), expected)
+    with pytest.raises(ScoringError, match="none of the batch's fields"):
+        EarlyExit(model, layer=1).logits({"tokens": batch["input_ids"]})
+
+
+def test_a_model_without_logits_is_refused():
+    class Silent(Classifier):
+        def forward(self, x):
+            super().forward(x)
+            return {"loss": x.sum()}
+
+    with pytest.raises(ScoringError, match="without logits"):
+        EarlyExit(Silent(), layer=1).logits({"x": torch.randn(4, 8)})
+
+
+def test_nothing_warns_on_the_way():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sifter(bert(), exit_layer=1).score(candidates("bert"))

@@ -1,0 +1,90 @@
+"""When to sift, and the arithmetic of an epoch: pytest tests/test_schedule.py"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from siftloader.schedule import Epoch, Schedule
+
+
+def simulated(schedule: Schedule, step: int, rows: int, batch: int, pool: int) -> Epoch:
+    """The loader in slow motion: one decision a step."""
+    batches = samples = 0
+    while rows:
+        if pool > batch and schedule.sifts(step):
+            if min(rows, pool) < batch:
+                break
+            used, handed = min(rows, pool), batch
+        else:
+            used = handed = min(rows, batch)
+        rows, samples, batches, step = rows - used, samples + handed, batches + 1, step + 1
+    return Epoch(batches, samples)
+
+
+@given(
+    warmup=st.integers(0, 12),
+    total=st.none() | st.integers(1, 40),
+    cooldown=st.integers(0, 15),
+    step=st.integers(0, 30),
+    rows=st.integers(0, 200),
+    batch=st.integers(1, 9),
+    oversampling=st.sampled_from([1, 2, 3, 4]),
+)
+def test_the_arithmetic_is_the_simulation(
+    warmup, total, cooldown, step, rows, batch, oversampling
+):
+    schedule = Schedule(warmup, cooldown if total else 0, total)
+    pool = batch * oversampling
+    expected = simulated(schedule, step, rows, batch, pool)
+    assert schedule.epoch(step, rows, batch, pool) == expected
+
+
+TABLE = [
+    # step, rows, b, P: batches, samples
+    (Schedule(0), 0, 128, 32, 64, Epoch(2, 64)),
+    (Schedule(0), 0, 128 + 31, 32, 64, Epoch(2, 64)),  # 31 rows are dropped
+    (Schedule(0), 0, 128 + 32, 32, 64, Epoch(3, 96)),  # 32 are a short pool
+    (Schedule(2), 0, 128, 32, 64, Epoch(3, 96)),
+    (Schedule(2), 2, 128, 32, 64, Epoch(2, 64)),
+    (Schedule(99), 0, 100, 32, 64, Epoch(4, 100)),  # a ragged last batch, as the plain loader's
+    (Schedule(0, 2, 4), 0, 192, 32, 64, Epoch(4, 128)),  # two sifted, two plain
+    (Schedule(0), 0, 128, 32, 32, Epoch(4, 128)),  # keep=1.0
+]
+
+
+@pytest.mark.parametrize(("schedule", "step", "rows", "batch", "pool", "expected"), TABLE)
+def test_examples(schedule, step, rows, batch, pool, expected):
+    assert schedule.epoch(step, rows, batch, pool) == expected
+
+
+def test_the_paper_sifts_from_step_20_000():
+    paper = Schedule(warmup_steps=20_000, total_steps=800_000)
+    assert [paper.sifts(step) for step in (0, 19_999, 20_000, 799_999)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
+
+
+def test_a_fraction_cools_down_the_last_steps():
+    schedule = Schedule(warmup_steps=0, cooldown_steps=0.2, total_steps=100)
+    assert schedule.cooldown_begins == 80
+    assert schedule.sifts(79) and not schedule.sifts(80) and not schedule.sifts(1000)
+
+
+BAD = [
+    ({"warmup_steps": -1}, ValueError, "not be negative"),
+    ({"warmup_steps": 0.1}, TypeError, "must be an int"),
+    ({"cooldown_steps": 10}, ValueError, "needs total_steps"),
+    ({"cooldown_steps": 1.5, "total_steps": 10}, ValueError, r"in 0\.\.1"),
+    ({"cooldown_steps": -3, "total_steps": 10}, ValueError, "not be negative"),
+    ({"total_steps": 0}, ValueError, "at least 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "text"), BAD)
+def test_wrong_options_fail_at_construction(options, error, text):
+    with pytest.raises(error, match=text):
+        Schedule(**options)
