@@ -54,10 +54,11 @@ class ShardCandidates:
         total = self.shards.rows()
         return total - total % self.batch_size if self._drop_last else total
 
-    def draw(self, epoch: int, cursor: Cursor) -> Iterator[Piece]:
-        """The pieces of an epoch from the cursor on."""
+    def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
+        """The pieces of an epoch from the cursor on, and the cursor of where that is."""
         self.check(cursor)
-        return self._pieces(epoch, cursor.get("position", 0))
+        start = cursor.get("position", 0)
+        return {**self._identity(), "position": start}, self._pieces(epoch, start)
 
     def check(self, cursor: Cursor) -> None:
         """Raise StateError unless the cursor belongs to these shards in this order."""
@@ -121,18 +122,23 @@ class LoaderCandidates:
         except TypeError:  # something in there has no len()
             return None
 
-    def draw(self, epoch: int, cursor: Cursor) -> Iterator[Piece]:
-        """The pieces of an epoch from the cursor on; the inner ``iter`` is taken now, not later."""
+    def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
+        """The pieces of an epoch from the cursor on, and the cursor of where that is.
+
+        The inner ``iter`` is taken now, not at the first ``next``.
+        """
         self._refuse_unsharded()
+        holder = self._stateful()
         if not cursor:
             order = self._order()
-            return self._pieces(iter(self.loader), 0, 0, order)
-        if (state := cursor.get("inner")) is not None and (holder := self._stateful()) is not None:
+            start = {"batches": 0, "offset": 0, **order} if holder is None else {}
+            return start, self._pieces(iter(self.loader), 0, 0, order)
+        number, offset = cursor["batches"], cursor["offset"]
+        if holder is not None and (state := cursor.get("inner")) is not None:
             holder.load_state_dict(state)
-            return self._pieces(iter(self.loader), cursor["batches"], cursor["offset"], {})
+            return cursor, self._pieces(iter(self.loader), number, offset, {})
         order = {name: cursor[name] for name in ("rng", "generator") if name in cursor}
-        source = self._skipping(cursor["batches"], order)
-        return self._pieces(source, cursor["batches"], cursor["offset"], order)
+        return cursor, self._pieces(self._skipping(number, order), number, offset, order)
 
     def check(self, cursor: Cursor) -> None:
         """Raise StateError where the order of the inner loader cannot be taken up again."""

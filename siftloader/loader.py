@@ -363,7 +363,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._begun = True
         resumed = bool(self._cursor)
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
-        pieces = self._source.draw(self._epoch, self._cursor)
+        self._cursor, pieces = self._source.draw(self._epoch, self._cursor)
         return self._batches(pieces, resumed)
 
     def __len__(self) -> int:
@@ -542,7 +542,6 @@ class SiftingDataLoader(DataLoader[Any]):
         self._on_select(ids, scores, kept)
 
     def _end_epoch(self, handed: int, resumed: bool, scored: bool) -> None:
-        drawn = self._cursor
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
         stats, steps = self._sifter.stats, self._schedule.warmup_steps
         if not handed and not resumed:
@@ -550,7 +549,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 f"an epoch handed out nothing: {stats.tail_dropped} rows were drawn in all, a pool "
                 f"needs at least batch_size = {self._batch_size} rows (of {self._pool} wanted); "
                 f"use more data, a smaller batch_size, or a sampler that is not empty"
-                if drawn or self._pool
+                if stats.tail_dropped
                 else "an epoch handed out nothing: the inner loader is empty"
             )
         if scored or self._warned or self._sifter.keep == 1 or resumed:

@@ -1,0 +1,861 @@
+"""The loader's contract: pytest tests/test_loader.py"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import json
+import pickle
+import random
+import threading
+import warnings
+from collections import namedtuple
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from models import Classifier, bert, candidates, classifier, gpt2
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+
+from siftloader import (
+    EmptyEpoch,
+    ScoringError,
+    Sifter,
+    SiftingDataLoader,
+    StateError,
+    TokenShards,
+)
+from siftloader.world import World
+
+
+DEMO = "shards/demo"
+
+
+class Rows(Dataset):
+    """Row i is i everywhere; its planted score is i % 7."""
+
+    def __init__(self, count: int = 100) -> None:
+        self.count = count
+        self.fetched: list[int] = []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.fetched.append(index)
+        return {"x": torch.full((8,), float(index)), "labels": torch.tensor(index % 10)}
+
+
+def planted(early, batch) -> Tensor:
+    return batch["x"][:, 0] % 7
+
+
+def ids(batch) -> list[int]:
+    return batch["x"][:, 0].long().tolist()
+
+
+def make(dataset=None, *args, **options) -> SiftingDataLoader:
+    options = {"model": classifier(), "score_fn": planted, "warmup_steps": 0} | options
+    return SiftingDataLoader(Rows() if dataset is None else dataset, *args, **options)
+
+
+# Law 3: off, or warming up, it is the plain loader
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"warmup_steps": 10**6}])
+def test_off_it_is_the_plain_loader_and_draws_what_it_draws(options, workers):
+    settings = {"batch_size": 8, "shuffle": True, "num_workers": workers}
+    torch.manual_seed(3)
+    plain = DataLoader(Rows(50), **settings)
+    expected = [ids(batch) for _ in range(2) for batch in plain]
+    state = torch.get_rng_state()
+    loader = make(Rows(50), **{"warmup_steps": 0} | options, **settings)
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the epoch ends inside the warm-up
+        assert [ids(batch) for _ in range(2) for batch in loader] == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(loader) == len(plain) == 7
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_off_training_is_bit_identical(family):
+    batch = candidates(family, samples=32)
+    dataset = [{name: value[i] for name, value in batch.items()} for i in range(32) if i != 3]
+
+    def values(make_loader):
+        torch.manual_seed(1)
+        model = {"bert": bert, "gpt2": gpt2}[family]()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for _ in range(2):
+            for step in make_loader(model):
+                model(**step).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()] + [torch.rand(3)]
+
+    settings = {"batch_size": 4, "shuffle": True}
+    expected = values(lambda model: DataLoader(dataset, **settings))
+    off = {"keep=1.0": {"keep": 1.0}, "warm-up": {"warmup_steps": 1000}}
+    for options in off.values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found = values(
+                lambda model, o=options: SiftingDataLoader(dataset, **settings, model=model, **o)
+            )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_scoring_leaves_the_training_on_given_batches_bit_identical():
+    # Law 6 as a trajectory: the same selected batches without siftloader train the same model.
+    batch = candidates("bert", samples=64)
+    dataset = [{name: value[i] for name, value in batch.items()} for i in range(64) if i != 3]
+
+    def trained(batches_for):
+        torch.manual_seed(1)
+        model = bert()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        seen = []
+        for step in batches_for(model):
+            seen.append({name: value.clone() for name, value in step.items()})
+            model(**step).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, seen
+
+    sifted, seen = trained(
+        lambda model: SiftingDataLoader(
+            dataset, 4, model=model, warmup_steps=2, criterion="entropy"
+        )
+    )
+    # batch_size=None hands the batches on, and draws from the global stream what any loader draws.
+    plain, _ = trained(lambda model: DataLoader(seen, batch_size=None))
+    pairs = zip(sifted.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_nothing_is_read_before_the_first_next_and_one_next_is_one_draw():
+    dataset = Rows()
+    loader = make(dataset, 4, warmup_steps=3)
+    iterator = iter(loader)
+    assert dataset.fetched == []
+    for batches in (1, 2, 3):
+        next(iterator)
+        assert len(dataset.fetched) == 4 * batches
+    next(iterator)  # sifting: a pool of two inner batches
+    assert len(dataset.fetched) == 4 * 5
+
+
+# Pools
+
+
+@given(
+    count=st.integers(1, 120),
+    batch=st.integers(1, 9),
+    over=st.sampled_from([1, 2, 3, 4]),
+    warmup=st.integers(0, 6),
+    drop_last=st.booleans(),
+    shuffle=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_an_epoch_is_what_len_says_and_hands_out_the_best(
+    count, batch, over, warmup, drop_last, shuffle
+):
+    loader = make(
+        Rows(count), batch, shuffle, keep=1 / over, warmup_steps=warmup, drop_last=drop_last
+    )
+    batches, samples = loader.epoch()
+    assert loader.total_batches(1) == len(loader) == batches
+    assert len(loader.dataset) == samples
+    pools = []
+    loader._on_select = lambda ids, scores, kept: pools.append((ids, scores, kept))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if batches == 0:
+            with pytest.raises(EmptyEpoch):
+                list(loader)
+            return
+        handed = list(loader)
+    assert len(handed) == batches
+    assert sum(len(ids(each)) for each in handed) == samples
+    sifted = handed[-len(pools) :] if pools else []
+    for each, (_, scores, kept) in zip(sifted, pools, strict=True):
+        assert len(ids(each)) == batch == int(kept.sum())
+        assert not (~kept).any() or scores[kept].min() >= scores[~kept].max()
+        assert sorted((scores[kept]).tolist()) == sorted(float(i % 7) for i in ids(each))
+    everything = [i for each in handed for i in ids(each)]
+    assert len(set(everything)) == len(everything)
+    stats = loader.stats
+    assert stats["steps"] == batches and stats["samples"] == samples
+    assert stats["kept"] == len(pools) * batch
+
+
+def test_a_pool_is_the_next_rows_and_winners_keep_candidate_order():
+    loader = make(Rows(16), 4)
+    assert [ids(batch) for batch in loader] == [[3, 4, 5, 6], [10, 11, 12, 13]]
+
+
+def test_ragged_inner_batches_are_carried_over_and_still_give_b_rows():
+    sizes = [4, 3, 5, 2, 6, 4, 1, 7, 4]
+    starts = np.cumsum([0, *sizes])
+    inner = [
+        {
+            "x": torch.arange(a, b).float()[:, None].expand(-1, 8),
+            "labels": torch.zeros(b - a).long(),
+        }
+        for a, b in pairwise(starts)
+    ]
+    loader = SiftingDataLoader.wrap(inner, model=classifier(), score_fn=planted, warmup_steps=0)
+    pools = []
+    loader._on_select = lambda ids, scores, kept: pools.append(scores.tolist())
+    handed = [ids(batch) for batch in loader]
+    assert all(len(each) == 4 for each in handed)
+    assert [score for pool in pools for score in pool] == [i % 7 for i in range(36)]
+    assert [len(pool) for pool in pools] == [8, 8, 8, 8, 4]
+
+
+def test_rows_of_different_padded_length_share_a_pool():
+    model = bert().double()
+    short, long = candidates("bert", 8, length=12), candidates("bert", 8, length=20)
+    loader = SiftingDataLoader.wrap([short, long], model=model, warmup_steps=0)
+    (batch,) = list(loader)
+    assert batch["input_ids"].shape == (8, 20)
+    scores = torch.cat([Sifter(model).score(short), Sifter(model).score(long)])
+    expected = scores.sort(descending=True).values[:8].sort().values
+    assert torch.allclose(Sifter(model).score(batch).sort().values, expected, atol=1e-6)
+
+
+def test_a_reused_buffer_is_not_mistaken_for_two_draws():
+    buffer = {"x": torch.zeros(4, 8), "labels": torch.zeros(4, dtype=torch.long)}
+
+    class Reusing:
+        def __iter__(self):
+            for start in (0, 4, 8, 12):
+                buffer["x"][:] = torch.arange(start, start + 4.0)[:, None]
+                yield buffer
+
+    loader = SiftingDataLoader.wrap(
+        Reusing(), model=classifier(), score_fn=planted, warmup_steps=0
+    )
+    assert [ids(batch) for batch in loader] == [[3, 4, 5, 6], [10, 11, 12, 13]]
+
+
+def test_split_takes_each_inner_batch_as_the_pool():
+    loader = make(Rows(24), 8, pool="split")
+    assert [ids(batch) for batch in loader] == [[3, 4, 5, 6], [10, 11, 12, 13], [17, 18, 19, 20]]
+    assert len(loader) == 3
+    warm = make(Rows(24), 8, pool="split", warmup_steps=1)
+    assert ids(next(iter(warm))) == [0, 1, 2, 3]
+
+
+def test_the_tail_is_dropped_and_counted():
+    loader = make(Rows(19), 4)
+    assert len(list(loader)) == len(loader) == 2
+    assert loader.stats["tail_dropped"] == 3
+
+
+def test_an_epoch_that_would_yield_nothing_raises_with_the_arithmetic():
+    with pytest.raises(
+        EmptyEpoch, match=r"3 rows .* at least batch_size = 4 rows \(of 8 wanted\)"
+    ):
+        list(make(Rows(3), 4))
+
+
+def test_eval_mode_passes_through_and_counts_no_step():
+    model = classifier()
+    loader = make(Rows(32), 4, model=model)
+    iterator = iter(loader)
+    assert len(set(ids(next(iterator))) & {3, 4, 5, 6}) == 4
+    model.eval()
+    assert ids(next(iterator)) == [8, 9, 10, 11]
+    assert loader.stats["steps"] == 1 and not loader.stats["sifting"]
+    model.train()
+    assert ids(next(iterator)) == [12, 13, 18, 19]
+    assert loader.stats["steps"] == 2 and loader.stats["sifting"]
+
+
+def test_the_cool_down_passes_through():
+    loader = make(Rows(64), 4, total_steps=8, cooldown_steps=0.5)
+    assert len(loader) == 12
+    handed = [ids(batch) for batch in loader]
+    assert [len(set(each)) for each in handed] == [4] * 12
+    assert handed[4:] == [list(range(start, start + 4)) for start in range(32, 64, 4)]
+
+
+# Epochs and state
+
+
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "generator", "workers"])
+@given(cuts=st.lists(st.integers(0, 9), max_size=4))
+@settings(max_examples=12, deadline=None)
+def test_any_number_of_restarts_changes_nothing(kind, cuts):
+    """Law 1, map-style data: saved, reloaded in a new process's stead, wherever it likes."""
+
+    def fresh() -> SiftingDataLoader:
+        torch.manual_seed(99)  # a new process: another global stream, the loop restores none
+        settings = {
+            "sequential": {},
+            "shuffled": {"shuffle": True},
+            "generator": {"shuffle": True, "generator": torch.Generator().manual_seed(5)},
+            "workers": {"shuffle": True, "num_workers": 1},
+        }[kind]
+        return make(Rows(61), 4, warmup_steps=3, criterion="random", score_fn=None, **settings)
+
+    torch.manual_seed(7)
+    straight_loader = fresh()
+    straight = [ids(batch) for batch in straight_loader]
+    found, state = [], None
+    for cut in [*cuts, 10**6]:
+        loader = fresh()
+        if state is not None:
+            torch.manual_seed(12345)  # whatever the new process did before
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        iterator = iter(loader)
+        for _ in range(cut):
+            batch = next(iterator, None)
+            if batch is None:
+                break
+            found.append(ids(batch))
+        state = loader.state_dict()
+        if len(found) == len(straight):
+            break
+    assert found == straight
+
+
+def test_a_restart_skips_indices_and_fetches_nothing_for_them():
+    loader = make(Rows(64), 4, True)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    dataset = Rows(64)
+    resumed = make(dataset, 4, True)
+    resumed.load_state_dict(loader.state_dict())
+    assert ids(next(iter(resumed))) == ids(next(iterator))
+    assert len(dataset.fetched) == 8
+
+
+@given(cuts=st.lists(st.integers(0, 12), max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_any_number_of_restarts_changes_nothing_with_shards(cuts):
+    model = classifier()
+
+    def fresh() -> SiftingDataLoader:
+        shards = TokenShards(DEMO, seed=3, with_ids=True)
+        return SiftingDataLoader(
+            shards, 64, model=model, warmup_steps=4, criterion="rarity", num_workers=2
+        )
+
+    straight_loader = fresh()
+    straight = [batch["id"].tolist() for _ in range(2) for batch in straight_loader]
+    found, state = [], None
+    for cut in [*cuts, 10**6]:
+        loader = fresh()
+        if state is not None:
+            loader.load_state_dict(json.loads(json.dumps(state)))
+        left = cut
+        while left and len(found) < len(straight):
+            for batch in loader:
+                found.append(batch["id"].tolist())
+                left -= 1
+                if not left:
+                    break
+            # A break inside an epoch: what follows in this process is the next epoch, so stop here.
+            if not left:
+                break
+        state = loader.state_dict()
+        if len(found) >= len(straight):
+            break
+    assert found[: len(straight)] == straight
+
+
+def test_shards_give_the_same_batches_whatever_the_workers():
+    batches = [
+        [
+            batch["id"].tolist()
+            for batch in SiftingDataLoader(
+                TokenShards(DEMO, with_ids=True),
+                64,
+                model=classifier(),
+                warmup_steps=2,
+                criterion="random",
+                num_workers=workers,
+            )
+        ]
+        for workers in (0, 2)
+    ]
+    assert batches[0] == batches[1]
+
+
+def test_off_shards_are_the_plain_loader_epoch_after_epoch():
+    plain = DataLoader(TokenShards(DEMO), batch_size=64)
+    loader = SiftingDataLoader(TokenShards(DEMO), batch_size=64, model=classifier(), keep=1.0)
+    assert len(plain) == len(loader)
+    for _ in range(2):
+        for a, b in zip(plain, loader, strict=True):
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_iter_begins_the_next_epoch_and_set_epoch_overrides():
+    def first(loader) -> list[int]:
+        return next(iter(loader))["id"].tolist()
+
+    def fresh() -> SiftingDataLoader:
+        return SiftingDataLoader(TokenShards(DEMO, with_ids=True), 8, model=classifier(), keep=1.0)
+
+    loader = fresh()
+    epochs = [first(loader) for _ in range(3)]
+    assert len({tuple(each) for each in epochs}) == 3
+    again = fresh()
+    again.set_epoch(2)
+    assert first(again) == epochs[2]
+    again.set_epoch(0)
+    assert first(again) == epochs[0]
+    assert first(again) == epochs[1]
+
+
+def test_announcing_the_restored_epoch_keeps_the_place():
+    def fresh() -> SiftingDataLoader:
+        return SiftingDataLoader(
+            TokenShards(DEMO, with_ids=True), 64, model=classifier(), keep=1.0
+        )
+
+    loader = fresh()
+    loader.set_epoch(1)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    expected = next(iterator)["id"].tolist()
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    resumed.set_epoch(1)
+    assert next(iter(resumed))["id"].tolist() == expected
+
+
+def test_a_distributed_sampler_is_told_the_epoch_and_told_again_on_resume():
+    def fresh():
+        sampler = DistributedSampler(Rows(64), num_replicas=2, rank=1, seed=4)
+        return make(Rows(64), 4, sampler=sampler)
+
+    loader = fresh()
+    loader.set_epoch(3)
+    iterator = iter(loader)
+    next(iterator)
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = ids(next(iterator))
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    assert ids(next(iter(resumed))) == expected
+
+
+class Stateful(IterableDataset):
+    def __init__(self) -> None:
+        self.position = 0
+
+    def __iter__(self):
+        while self.position < 64:
+            self.position += 1
+            yield Rows()[self.position - 1]
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+def test_a_stateful_iterable_resumes_by_its_own_state():
+    loader = make(Stateful(), 4)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = ids(next(iterator))
+    resumed = make(Stateful(), 4)
+    resumed.load_state_dict(state)
+    assert ids(next(iter(resumed))) == expected
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_a_stateful_data_loader_resumes_by_its_own_state():
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def fresh() -> SiftingDataLoader:
+        inner = torchdata.StatefulDataLoader(Rows(64), batch_size=4, num_workers=0)
+        return SiftingDataLoader.wrap(inner, model=classifier(), score_fn=planted, warmup_steps=1)
+
+    loader = fresh()
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state = loader.state_dict()
+    expected = [ids(batch) for batch in iterator]
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    assert [ids(batch) for batch in resumed] == expected
+
+
+def test_a_plain_iterable_is_replayed_with_a_warning_and_an_iterator_is_refused():
+    inner = [
+        {"x": torch.full((4, 8), float(i)), "labels": torch.zeros(4).long()} for i in range(8)
+    ]
+    options = {"model": classifier(), "score_fn": planted, "warmup_steps": 0}
+    loader = SiftingDataLoader.wrap(inner, **options)
+    iterator = iter(loader)
+    next(iterator)
+    state, expected = loader.state_dict(), ids(next(iterator))
+    resumed = SiftingDataLoader.wrap(inner, **options)
+    resumed.load_state_dict(state)
+    with pytest.warns(UserWarning, match="drawing 2 batches of list again"):
+        assert ids(next(iter(resumed))) == expected
+    with pytest.raises(StateError, match="iterator without state_dict"):
+        SiftingDataLoader.wrap(iter(inner), **options).load_state_dict(state)
+
+
+def test_the_state_counts_what_was_handed_out_after_a_break_and_at_the_end():
+    loader = make(Rows(32), 4)
+    for _ in loader:
+        break
+    state = loader.state_dict()
+    assert (state["epoch"], state["cursor"]["batches"]) == (0, 2)
+    list(loader)
+    state = loader.state_dict()
+    assert (state["epoch"], state["cursor"]) == (2, {})
+    at_the_last = make(Rows(32), 4)
+    iterator = iter(at_the_last)
+    for _ in range(4):
+        next(iterator)
+    resumed = make(Rows(32), 4)
+    resumed.load_state_dict(at_the_last.state_dict())
+    assert list(resumed) == []  # the epoch was over but for its end
+    assert len(list(resumed)) == 4
+
+
+def test_counters_and_random_draws_continue():
+    loader = make(Rows(64), 4, criterion="random", score_fn=None)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    resumed = make(Rows(64), 4, criterion="random", score_fn=None)
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.stats["steps"] == 2 and resumed.stats["candidates"] == 16
+    assert [ids(batch) for batch in resumed] == [ids(batch) for batch in iterator]
+
+
+REFUSED = [
+    ("version", {"version": 2}, "version 2"),
+    ("batch size", {"batch_size": 8}, "batch_size 8, this loader has 4"),
+    ("keep", {"keep": 0.25}, "keep 0.25"),
+    ("ranks", {"ranks": 4}, "4 ranks, 1 run now"),
+    ("shards", {"cursor": {"position": 3}}, "saved over TokenShards"),
+]
+
+
+@pytest.mark.parametrize(("_name", "change", "text"), REFUSED)
+def test_a_state_of_something_else_is_refused(_name, change, text):
+    loader = make(Rows(64), 4)
+    next(iter(loader))
+    with pytest.raises(StateError, match=text):
+        make(Rows(64), 4).load_state_dict(loader.state_dict() | change)
+    state = loader.state_dict()
+    del state["pools"]
+    with pytest.raises(StateError, match=r"lacks \['pools'\]"):
+        make(Rows(64), 4).load_state_dict(state)
+
+
+def test_a_state_of_another_seed_is_refused():
+    def fresh(seed):
+        return SiftingDataLoader(TokenShards(DEMO, seed=seed), 64, model=classifier(), keep=1.0)
+
+    loader = fresh(0)
+    next(iter(loader))
+    with pytest.raises(StateError, match="seed 0, these shards have 1"):
+        fresh(1).load_state_dict(loader.state_dict())
+
+
+def test_another_number_of_ranks_continues_shards_and_says_so():
+    def fresh(world) -> SiftingDataLoader:
+        shards = TokenShards(DEMO, with_ids=True, world=world)
+        return SiftingDataLoader(shards, 32, model=classifier(), keep=1.0)
+
+    loaders = [fresh(World(rank, 2)) for rank in range(2)]
+    seen = [next(iter(loader))["id"] for loader in loaders]
+    state = loaders[0].state_dict() | {"ranks": 2}
+    resumed = fresh(World())
+    with pytest.warns(UserWarning, match="kept depends on the number of ranks"):
+        resumed.load_state_dict(state)
+    rest = torch.cat([batch["id"] for batch in resumed])
+    everything = torch.cat([*seen, rest]).sort().values
+    assert torch.equal(everything, torch.arange(TokenShards(DEMO).total))
+
+
+# The object
+
+
+PLAIN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from siftloader import SiftingDataLoader
+
+torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 32)
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(3)])
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.embed(x)))
+
+
+x = torch.randn(600, 4)
+y = (x @ torch.randn(4, 3)).argmax(1)
+dataset = {DATASET}
+model = Net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+{LOADER}
+steps = 0
+for epoch in range(8):
+    for batch in loader:
+        {INPUTS}
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps += 1
+accuracy = (model(x).argmax(1) == y).float().mean().item()
+"""
+KINDS = {
+    "dict": (
+        '[{"x": a, "labels": b} for a, b in zip(x, y)]',
+        'inputs, labels = batch["x"], batch["labels"]',
+    ),
+    "tuple": ("torch.utils.data.TensorDataset(x, y)", "inputs, labels = batch"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_independent_script_changes_in_one_line(kind):
+    dataset, inputs = KINDS[kind]
+    line = "loader = DataLoader(dataset, batch_size=20, shuffle=True)"
+    plain = PLAIN.replace("{DATASET}", dataset).replace("{INPUTS}", inputs)
+    plain = plain.replace("{LOADER}", line)
+    sifted = plain.replace(
+        line,
+        "loader = SiftingDataLoader(dataset, batch_size=20, shuffle=True, model=model, "
+        "exit_layer=1, warmup_steps=10)",
+    )
+    changed = [
+        row
+        for row in difflib.unified_diff(plain.splitlines(), sifted.splitlines(), n=0)
+        if row[0] in "+-" and row[:3] not in ("+++", "---")
+    ]
+    assert len(changed) == 2 and all("loader = " in row for row in changed)
+    before, after = {}, {}
+    exec(compile(plain, "plain", "exec"), before)
+    exec(compile(sifted, "sifted", "exec"), after)
+    assert before["steps"] == 240
+    assert after["steps"] == after["loader"].stats["steps"] == 20 + 7 * 15
+    stats = after["loader"].stats
+    assert stats["score_kept"] > stats["score_dropped"] and stats["sifting"]
+    assert before["accuracy"] > 0.9
+    assert after["accuracy"] > 0.8  # half the updates
+
+
+def test_the_loader_is_a_dataloader_of_finished_batches():
+    loader = make(Rows(32), 4)
+    assert isinstance(loader, DataLoader) and loader.batch_size is None
+    assert len(loader.dataset) == 16 and not hasattr(loader.dataset, "state_dict")
+    rebuilt = DataLoader(loader.dataset, batch_size=None)  # what some frameworks do
+    assert [ids(batch) for batch in rebuilt] == [[3, 4, 5, 6], [10, 11, 12, 13]] + [
+        ids(batch) for batch in list(make(Rows(32), 4))[2:]
+    ]
+
+
+def test_positions_are_torchs():
+    loader = SiftingDataLoader(Rows(40), 4, True, model=classifier(), warmup_steps=0)
+    assert len(loader) == 5
+    assert sorted(i for batch in loader for i in ids(batch)) != list(range(20))
+    sampler = torch.utils.data.BatchSampler(range(40), 5, False)
+    by_sampler = make(Rows(40), batch_sampler=sampler)
+    assert [len(ids(batch)) for batch in by_sampler] == [5] * 4 and len(by_sampler) == 4
+
+
+def test_wrap_takes_any_iterable_and_learns_b_from_its_first_batch():
+    inner = [(torch.full((6, 8), float(i)), torch.zeros(6).long()) for i in range(6)]
+    loader = SiftingDataLoader.wrap(inner, model=classifier(), warmup_steps=0)
+    with pytest.raises(TypeError, match="not known before"):
+        len(loader)
+    handed = list(loader)
+    assert [type(batch) for batch in handed] == [tuple] * 3
+    assert all(len(batch[0]) == 6 for batch in handed)
+    assert (
+        len(
+            list(
+                SiftingDataLoader.wrap(DataLoader(Rows(64), 8), model=classifier(), warmup_steps=0)
+            )
+        )
+        == 4
+    )
+
+
+def test_every_kind_of_batch_comes_out_as_it_went_in():
+    Pair = namedtuple("Pair", ["x", "labels"])
+    x, y = torch.randn(8, 8), torch.zeros(8).long()
+    texts = [f"text {i}" for i in range(8)]
+    for batch in ({"x": x, "labels": y, "text": texts}, (x, y), [x, y], Pair(x, y)):
+        (out,) = list(
+            SiftingDataLoader.wrap(
+                [select_rows(batch, 0, 4), select_rows(batch, 4, 8)],
+                model=classifier(),
+                warmup_steps=0,
+            )
+        )
+        assert type(out) is type(batch)
+        first = out["x"] if isinstance(out, dict) else out[0]
+        assert len(first) == 4
+        if isinstance(out, dict):
+            rows = [int((x == row).all(1).nonzero()) for row in first]
+            assert out["text"] == [f"text {i}" for i in rows] and rows == sorted(rows)
+
+
+def select_rows(batch, start, stop):
+    from siftloader.batches import cut
+
+    return cut(batch, start, stop)
+
+
+def test_the_model_may_be_found_later_and_reattached():
+    holder = {}
+    loader = SiftingDataLoader(Rows(32), 4, model=lambda: holder["model"], warmup_steps=0)
+    holder["model"] = classifier()
+    first = [ids(batch) for batch in loader]
+    torch.manual_seed(42)
+    holder["model"] = classifier()
+    assert [ids(batch) for batch in loader] != first
+    loader.attach_model(classifier())
+    assert len(list(loader)) == 4
+
+
+def test_data_parallel_wrappers_are_seen_through():
+    model = classifier()
+    loader = SiftingDataLoader(Rows(32), 4, model=nn.DataParallel(model), warmup_steps=0)
+    expected = SiftingDataLoader(Rows(32), 4, model=model, warmup_steps=0)
+    assert [ids(a) for a in loader] == [ids(b) for b in expected]
+
+
+def test_the_first_batch_of_the_warm_up_is_test_scored():
+    class Broken(Classifier):
+        def forward(self, x):
+            return super().forward(x).sum()
+
+    loader = SiftingDataLoader(Rows(32), 4, model=Broken(), warmup_steps=1000)
+    with pytest.raises(ScoringError, match="without logits"):
+        next(iter(loader))
+    silent = SiftingDataLoader(Rows(32), 4, model=Broken(), keep=1.0)
+    assert len(list(silent)) == 8
+
+
+def test_short_runs_and_forgotten_train_modes_are_told():
+    with pytest.warns(UserWarning, match=r"inside the warm-up \(8 of 1000 steps\)"):
+        list(make(Rows(32), 4, warmup_steps=1000))
+    with pytest.warns(UserWarning, match="eval mode"):
+        list(make(Rows(32), 4, model=classifier().eval()))
+
+
+def test_on_select_sees_every_pool():
+    seen = []
+    loader = make(Rows(24), 4, on_select=lambda *args: seen.append(args))
+    handed = list(loader)
+    assert [len(each[0]) for each in seen] == [8, 8, 8]
+    assert seen[1][0].tolist() == list(range(8, 16))
+    for (numbers, scores, kept), batch in zip(seen, handed, strict=True):
+        assert numbers[kept].tolist() == ids(batch)
+        assert torch.equal(scores, (numbers % 7).float())
+
+
+def test_stats_are_a_plain_dict_that_any_logger_takes():
+    loader = make(Rows(40), 4, warmup_steps=2)
+    list(loader)
+    stats = loader.stats
+    json.dumps(stats)
+    assert (stats["steps"], stats["samples"], stats["candidates"], stats["kept"]) == (
+        6,
+        24,
+        32,
+        16,
+    )
+    assert stats["score_kept"] >= stats["threshold"] >= stats["score_dropped"]
+    assert stats["seconds_scoring"] > 0 and stats["epoch"] == 1
+
+
+def test_the_model_is_never_pickled():
+    with pytest.raises(TypeError, match="save state_dict"):
+        pickle.dumps(make(Rows(32), 4))
+
+
+def test_unsharded_data_on_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="every rank would train on the same samples"):
+        iter(make(Rows(32), 4))
+    sharded = DistributedSampler(Rows(32), num_replicas=2, rank=1)
+    assert len(list(make(Rows(32), 4, sampler=sharded))) == 2
+    inner = DataLoader(Rows(32), 4)
+    declared = SiftingDataLoader.wrap(
+        inner, model=classifier(), sharded=True, score_fn=planted, warmup_steps=0
+    )
+    assert len(list(declared)) == 4
+    shards = SiftingDataLoader(TokenShards(DEMO), 64, model=classifier(), keep=1.0)
+    assert len(list(shards)) == -(-len(TokenShards(DEMO)) // 64)
+
+
+def test_a_break_leaves_no_thread_behind():
+    before = threading.active_count()
+    for _ in range(3):
+        for _ in SiftingDataLoader(TokenShards(DEMO), 8, model=classifier(), keep=1.0):
+            break
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_data_arrives_in_the_loop():
+    class Failing(Rows):
+        def __getitem__(self, index):
+            if index == 9:
+                raise RuntimeError("row 9 is broken")
+            return super().__getitem__(index)
+
+    iterator = iter(make(Failing(32), 4, warmup_steps=99))
+    next(iterator), next(iterator)
+    with pytest.raises(RuntimeError, match="row 9"):
+        next(iterator)
+
+
+BAD = [
+    ("keep", {"keep": 0.3}, ValueError, "whole number of rows"),
+    ("pool", {"pool": "both"}, ValueError, '"merge" or "split"'),
+    ("output", {"output_device": "cpu"}, ValueError, '"inner"'),
+    ("layer", {"exit_layer": 9, "score_fn": None}, ScoringError, r"1\.\.4"),
+    ("cooldown", {"cooldown_steps": 3}, ValueError, "needs total_steps"),
+    ("torch's own", {"bogus": 3}, TypeError, "bogus"),
+    ("torch's own value", {"num_workers": -1}, ValueError, "num_workers"),
+]
+
+
+@pytest.mark.parametrize(("_name", "options", "error", "text"), BAD)
+def test_wrong_arguments_fail_at_construction(_name, options, error, text):
+    with pytest.raises(error, match=text):
+        make(Rows(32), 4, **options)
+
+
+def test_global_random_streams_are_left_alone():
+    random.seed(1), np.random.seed(1)  # noqa: NPY002 - the global stream is what is checked
+    states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    list(SiftingDataLoader(Rows(64), 4, model=classifier(), warmup_steps=0, criterion="random"))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # noqa: NPY002
