@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import glob
 import gzip
 import hashlib
 import lzma
@@ -103,6 +104,7 @@ def test_what_a_document_is(tmp_path, data, boundary, expected):
     ("data", "where"),
     [
         (b"fine\nbad \xff here\n", r"line 2, byte 9: not UTF-8"),
+        ("é\nbad ".encode() + b"\xff", r"line 2, byte 7: not UTF-8"),
         ("latin é".encode("latin-1"), r"line 1, byte 6: not UTF-8"),
         (b"\xed\xa0\x80 a lone surrogate", r"line 1, byte 0: not UTF-8"),
         ("utf-16".encode("utf-16"), r"line 1, byte 3: a NUL byte.*UTF-16"),
@@ -181,6 +183,18 @@ def test_more_sources_than_a_byte_can_number_are_refused_with_the_way_out(tmp_pa
     with pytest.raises(CorpusError, match=r"257 sources.*256 at most.*give their folder"):
         find_inputs(every)
     assert [len(source.files) for source in find_inputs([str(tmp_path)])] == [257]
+
+
+def test_the_order_of_files_is_not_the_file_systems(library, monkeypatch):
+    straight = find_inputs(["books", "news/*"])
+    walk, matches = os.walk, glob.glob
+    monkeypatch.setattr(
+        os, "walk", lambda top: reversed([(a, b, c[::-1]) for a, b, c in walk(top)])
+    )
+    monkeypatch.setattr(glob, "glob", lambda *args, **kw: sorted(matches(*args, **kw))[::-1])
+    assert find_inputs(["books", "news/*"]) == straight
+    monkeypatch.setattr(glob, "glob", lambda *args, **kw: sorted(matches(*args, **kw)))
+    assert find_inputs(["books", "news/*"]) == straight
 
 
 def test_a_link_that_goes_round_is_not_followed(library):

@@ -332,6 +332,22 @@ def test_a_finished_set_that_lost_a_shard_is_made_again(desk, tmp_path):
     assert hashes(tmp_path / "out") == before
 
 
+def test_a_repair_begins_by_taking_the_manifest_away(desk, tmp_path, monkeypatch):
+    """Else a repair that is killed would leave a folder that looks finished."""
+    run(desk, tmp_path / "out")
+    (tmp_path / "out" / "val-000000.sources.npy").unlink()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "write_atomically", killed)
+        run(desk, tmp_path / "out")
+    assert "manifest.jsonl" not in hashes(tmp_path / "out")
+    run(desk, tmp_path / "out")
+    list(verify(tmp_path / "out"))
+
+
+def killed(*arguments):
+    raise Killed
+
+
 def test_an_unfinished_run_may_be_taken_over_with_other_options(desk, tmp_path):
     """The text had a fault, it was mended, so its hash is another one."""
     run(desk, tmp_path / "a" / "out")
