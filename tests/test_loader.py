@@ -15,7 +15,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from effort import examples
+from hypothesis import given, strategies as st
 from models import Classifier, bert, candidates, classifier, gpt2
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
@@ -161,7 +162,7 @@ def test_nothing_is_read_before_the_first_next_and_one_next_is_one_draw():
     drop_last=st.booleans(),
     shuffle=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_an_epoch_is_what_len_says_and_hands_out_the_best(
     count, batch, over, warmup, drop_last, shuffle
 ):
@@ -291,7 +292,7 @@ def test_the_cool_down_passes_through():
 
 @pytest.mark.parametrize("kind", ["sequential", "shuffled", "generator", "workers"])
 @given(cuts=st.lists(st.integers(0, 9), max_size=4))
-@settings(max_examples=12, deadline=None)
+@examples(12)
 def test_any_number_of_restarts_changes_nothing(kind, cuts):
     """Law 1, map-style data: saved, reloaded in a new process's stead, wherever it likes."""
 
@@ -339,7 +340,7 @@ def test_a_restart_skips_indices_and_fetches_nothing_for_them():
 
 
 @given(cuts=st.lists(st.integers(0, 12), max_size=5))
-@settings(max_examples=15, deadline=None)
+@examples(15)
 def test_any_number_of_restarts_changes_nothing_with_shards(cuts):
     model = classifier()
 

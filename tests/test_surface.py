@@ -1,0 +1,96 @@
+"""The public surface, and what importing it must not do: pytest tests/test_surface.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from types import ModuleType
+
+import siftloader
+from siftloader import errors
+
+
+PUBLIC = """
+    BatchError CorpusError CorruptShard Criterion EarlyExit EmptyEpoch Entropy Loss Mlm Predictions
+    Random Rarity Schedule ScoringError Selection ShardError SiftError Sifter SiftingDataLoader
+    StateError TokenShards TopK World
+""".split()  # noqa: SIM905 - a list of names reads better without quotes
+
+
+def test_the_public_names_are_exactly_these():
+    found = {name: value for name, value in vars(siftloader).items() if not name.startswith("_")}
+    assert sorted(n for n, v in found.items() if not isinstance(v, ModuleType)) == PUBLIC
+
+
+def test_every_error_is_in_the_drawn_tree():
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert name in errors.__doc__
+            assert issubclass(value, errors.SiftError)
+
+
+BLOCKED = """
+    import sys
+
+    class Block:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in {blocked}:
+                raise ImportError(f"{{name}} is blocked")
+
+    sys.meta_path.insert(0, Block())
+"""
+SIFTS = """
+    import torch
+    import siftloader
+    from siftloader import SiftingDataLoader, TokenShards
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(8192, 8)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+            self.head = torch.nn.Linear(8, 8192)
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = layer(x).tanh()
+            return self.head(x)
+
+    loader = SiftingDataLoader(TokenShards("shards/demo"), 8, model=Net(), warmup_steps=0)
+    batch = next(iter(loader))
+    assert batch["input_ids"].shape == (8, 128) and loader.stats["kept"] == 8
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+
+
+def test_sifting_needs_neither_webdataset_nor_torchdata_nor_transformers():
+    blocked = {"webdataset", "torchdata", "transformers", "tokenizers", "pyarrow"}
+    done = run(BLOCKED.format(blocked=blocked) + SIFTS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_block_above_can_fail():
+    done = run(BLOCKED.format(blocked={"numpy"}) + SIFTS)
+    assert done.returncode != 0 and "numpy is blocked" in done.stderr
+
+
+def test_importing_changes_nothing():
+    done = run("""
+        import random, sys, threading, warnings
+        import numpy as np, torch
+        before = (torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters),
+                  torch.get_num_threads(), torch.is_grad_enabled(), threading.active_count())
+        import siftloader
+        after = (torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters),
+                 torch.get_num_threads(), torch.is_grad_enabled(), threading.active_count())
+        assert before == after
+        assert "webdataset" not in sys.modules and "transformers" not in sys.modules
+    """)
+    assert done.returncode == 0, done.stderr
