@@ -206,9 +206,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             )
         batch["labels"] = labels
         if self.with_ids:
-            batch["id"] = rows.ids.copy()  # not a view: it would keep the whole block alive
+            batch["id"] = rows.ids
         if rows.sources is not None:
-            batch["source"] = rows.sources.copy()
+            batch["source"] = rows.sources
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _order(self, epoch: int) -> Order:

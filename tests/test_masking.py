@@ -135,6 +135,16 @@ def test_draws_are_independent_of_those_beside_them(pair):
     within((one[drawn] == two[drawn]).sum(), drawn.sum(), 1 / 44)
 
 
+def test_any_two_samples_and_any_two_places_overlap_as_chance_says():
+    mlm = Mlm(0.3, mask_id=4, vocab_size=50)
+    _, labels = mlm(np.full((1024, 512), 49, np.uint16), np.arange(1024), **KEYS)
+    chosen = (labels != -100) - 0.3  # [n, T]
+    for side in (chosen, chosen.T):
+        overlaps = (side @ side.T)[np.triu_indices(len(side), 1)]
+        assert abs(overlaps.var() / (side.shape[1] * 0.21**2) - 1) < 0.03
+        assert np.abs(overlaps).max() < 7 * overlaps.std()
+
+
 def test_being_chosen_says_nothing_about_the_fate():
     """Lowering the probability keeps a subset of the choices, with the fates they had."""
     ids, names = text(64, 128), np.arange(64)
