@@ -1,6 +1,6 @@
 """The command line: ``siftloader shard``, ``verify`` and ``inspect``.
 
-Exit status: 0 done, 1 the data are not as they should be, 2 the command is not.
+Exit status: 0 done, 1 the data are not as they should be, 2 the command is not, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, 2)
     except (SiftError, OSError) as error:
         return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command starts again", 130)
     return command
 
 
-def _complain(error: Exception, status: int) -> int:
+def _complain(error: object, status: int) -> int:
     print(f"siftloader: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 

@@ -552,9 +552,10 @@ def _difference(key: str, found: Mapping[str, Any], asked: Mapping[str, Any]) ->
 @contextmanager
 def _claimed(out: Path, recipe: Mapping[str, Any]) -> Iterator[ShardSet | None]:
     """Hold the folder alone, emptied of what an unfinished run left; or the finished set."""
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
+    handle = None
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
         _lock(handle, out)
         finished = _look(out, recipe)
         if finished is None:
@@ -565,8 +566,13 @@ def _claimed(out: Path, recipe: Mapping[str, Any]) -> Iterator[ShardSet | None]:
                 if entry.name != RECIPE:
                     entry.unlink()
         yield finished
+    except OSError as error:
+        raise CorpusError(
+            f"{out}: cannot be written ({error}); once it can, run the same again"
+        ) from error
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def _lock(handle: int, out: Path) -> None:

@@ -87,6 +87,15 @@ def test_what_went_wrong_is_one_line_and_a_status(text, tmp_path, capsys, more, 
     assert message in complaint
 
 
+def test_an_interruption_is_one_line_too(text, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("siftloader.prepare.tokenise", interrupted)
+    assert main(shard(text, tmp_path / "out")) == 130
+    assert capsys.readouterr() == ("", "siftloader: interrupted; the same command starts again\n")
+
+
 def test_a_missing_file_is_named(tmp_path, capsys):
     assert main(shard(tmp_path / "gone.txt", tmp_path / "out")) == 1
     assert "gone.txt: no such file or folder" in capsys.readouterr().err

@@ -287,6 +287,19 @@ def test_killed_at_any_write_it_leaves_no_manifest_and_runs_again_to_the_same_by
     assert survived == len(hashes(tmp_path / "straight" / "set"))
 
 
+def test_a_full_disk_is_named_and_leaves_no_file_that_looks_whole(desk, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(siftloader.shards.os, "fsync", full)
+        with pytest.raises(CorpusError, match=r"out: cannot be written .*No space left"):
+            run(desk, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {"prepare.json.part"}
+    run(desk, tmp_path / "out")
+    list(verify(tmp_path / "out"))
+
+
 def test_a_process_that_dies_leaves_what_the_next_one_can_use(desk, tmp_path):
     """No exception, no clean-up: the process is gone, in the middle of a shard."""
     program = (
