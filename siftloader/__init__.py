@@ -11,7 +11,7 @@ from siftloader.errors import (
     StateError as StateError,
 )
 from siftloader.exits import EarlyExit as EarlyExit
-from siftloader.loader import Sifter as Sifter, SiftingDataLoader as SiftingDataLoader
+from siftloader.loader import SiftingDataLoader as SiftingDataLoader
 from siftloader.masking import Mlm as Mlm
 from siftloader.schedule import Schedule as Schedule
 from siftloader.scores import (
@@ -23,6 +23,7 @@ from siftloader.scores import (
     Rarity as Rarity,
 )
 from siftloader.selection import Selection as Selection, TopK as TopK
+from siftloader.sifter import Sifter as Sifter
 from siftloader.stream import TokenShards as TokenShards
 from siftloader.world import World as World
 

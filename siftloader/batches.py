@@ -127,6 +127,19 @@ def merge(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
     return _map(batches[-1], lambda _: next(merged))
 
 
+def merge_labels(labels: Sequence[Tensor | None]) -> Tensor | None:
+    """The labels of merged rows, [P] or [P, T], padded as ``merge`` pads the rows; None if unknown."""
+    found = [each for each in labels if each is not None]
+    if not found or len(found) == 1:
+        return found[0] if found else None
+    length = max(each.shape[-1] for each in found)
+    if found[0].ndim == 2:
+        found = [
+            torch.nn.functional.pad(e, (0, length - e.shape[-1]), value=IGNORED) for e in found
+        ]
+    return torch.cat(found)
+
+
 def _concatenate(
     column: list[Any], counts: list[int], name: str, masked: bool, pad_id: int
 ) -> Any:

@@ -4,8 +4,7 @@
     for batch in loader: ...                                           # unchanged
 
 Every step draws ``P = b / keep`` candidates, scores them with the first ``j`` layers of the live model
-under its own head, and hands out the ``b`` with the highest score. ``Sifter`` is that one step alone, for
-loops that draw their own batches.
+under its own head, and hands out the ``b`` with the highest score.
 
 Letters: b rows the loop receives, P rows of a pool, T positions of a row, V vocabulary.
 """
@@ -15,218 +14,27 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from siftloader.batches import IGNORED, Batch, cut, leaves, merge, move, rows, select
+from siftloader.batches import Batch, cut, leaves, merge, merge_labels, move, rows, select
 from siftloader.candidates import Cursor, LoaderCandidates, Piece, ShardCandidates
-from siftloader.errors import EmptyEpoch, ScoringError, StateError
-from siftloader.exits import EarlyExit, unwrap
+from siftloader.errors import EmptyEpoch, StateError
 from siftloader.schedule import Epoch, Schedule
-from siftloader.scores import Criterion, Predictions, Random, Rarity, Targets, criterion_named
-from siftloader.selection import Selection, TopK
+from siftloader.scores import Criterion, criterion_named
+from siftloader.selection import Selection
+from siftloader.sifter import Labels, Model, ScoreFunction, Sifter, whole
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards
 from siftloader.world import World
 
 
 STATE_VERSION = 1
-Model: TypeAlias = nn.Module | Callable[[], nn.Module]
-Labels: TypeAlias = str | Callable[[Batch], Tensor]
-ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
-
-
-class Sifter:
-    """Keep the candidates with the highest score: P in, ``keep * P`` out.
-
-    sift = Sifter(model, exit_layer=1, criterion="entropy", keep=0.5)
-    batch = sift(candidates)            # same structure and types, rows in candidate order
-    scores = sift.score(candidates)     # [P] float32 on the model's device, nats
-
-    ``model`` is the live model, wrapped or not, or a callable that finds it. ``exit_layer`` is j in 1..N,
-    ``"path.to.stack:j"``, or ``"full"``. Labels are ``batch["labels"]``, else the last element of a
-    tuple, else ``labels`` (a key, or a function of the batch). ``score_fn(early, batch)`` replaces all
-    that: it gets the early exit to call like the model and returns [P]. ``shift_labels`` says whether the
-    label at t + 1 belongs to the prediction at t; found for Hugging Face models. ``autocast`` is the
-    dtype to score in where the training loop owns the autocast context.
-
-    Rows without labels and rows whose score is not finite score ``-inf``, so they rank last. Nothing of
-    the model is touched: no parameter, buffer, flag, hook or random stream. (Paper, section 7.)
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        *,
-        exit_layer: int | str = 1,
-        criterion: Criterion | str = "loss",
-        keep: float = 0.5,
-        selection: Selection | None = None,
-        labels: Labels | None = None,
-        score_fn: ScoreFunction | None = None,
-        shift_labels: bool | None = None,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        if not callable(model):
-            raise TypeError(
-                f"model must be a torch.nn.Module or a function that returns one, "
-                f"got {type(model).__name__}"
-            )
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
-        self.keep = keep
-        self.exit_layer = exit_layer
-        self.criterion = criterion_named(criterion)
-        self.selection = selection or TopK()
-        self.stats = Stats()
-        self.pools = 0  # scored so far: the key of random draws
-        self._labels, self._score_fn = labels, score_fn
-        self._shift, self._autocast = shift_labels, autocast
-        self._early: EarlyExit | None = None
-        self.attach_model(model)
-
-    def attach_model(self, model: Model) -> None:
-        """Score with this model from now on: after wrapping it, say."""
-        self._model, self._early = model, None
-        # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
-        if isinstance(model, nn.Module) and self._needs_model:
-            self._early = EarlyExit(model, self.exit_layer)
-
-    @property
-    def model(self) -> nn.Module:
-        """The live model without its compiled and data-parallel wrappers."""
-        model = self._model if isinstance(self._model, nn.Module) else self._model()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model= returned {type(model).__name__}, need a torch.nn.Module")
-        return unwrap(model)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model reads its input: the device of its input embedding, else its first parameter."""
-        model = self.model
-        try:
-            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-            return torch.device(embedding.weight.device)
-        except (AttributeError, NotImplementedError):
-            first = next(model.parameters(), None)
-            return torch.device("cpu") if first is None else first.device
-
-    def __call__(self, candidates: Batch) -> Batch:
-        """The best ``keep * P`` rows of ``candidates``; raises ValueError where that is not whole."""
-        keep = whole(rows(candidates) * self.keep)
-        if keep is None:
-            raise ValueError(
-                f"{rows(candidates)} candidates * keep {self.keep} is not a whole number of rows"
-            )
-        labels = self.labels_of(candidates)
-        candidates = move(candidates, self.device)
-        return select(candidates, self.winners(candidates, labels, keep)[0])
-
-    def score(self, candidates: Batch) -> Tensor:
-        """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
-        return self._score(move(candidates, self.device), self.labels_of(candidates))[0]
-
-    def winners(
-        self, candidates: Batch, labels: Tensor | None, keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Indices of the kept [b], rising, and all scores [P]; counted in ``stats``.
-
-        ``candidates`` lie on the model's device, ``labels`` best on the host.
-        """
-        with self.stats.timing(self.device):
-            scores, nonfinite, unlabelled = self._score(candidates, labels)
-            index = self.selection(scores, keep)
-        self.pools += 1
-        self.stats.count_pool(scores, index, nonfinite, unlabelled)
-        return index, scores
-
-    def labels_of(self, batch: Batch) -> Tensor | None:
-        """The labels of a batch as they lie; None where ``score_fn`` makes them unnecessary."""
-        if self._score_fn is not None:
-            return None
-        if callable(self._labels):
-            return self._labels(batch)
-        found: Any = None
-        if isinstance(batch, Mapping):
-            found = batch.get(self._labels or "labels")
-        elif hasattr(batch, self._labels or "labels"):
-            found = getattr(batch, self._labels or "labels")
-        elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-            found = batch[-1]
-        if not isinstance(found, Tensor):
-            raise ScoringError(
-                f'no labels in a batch of type {type(batch).__name__}: put them under "labels" or '
-                f"last in a tuple, or pass labels= (a key or a function) or score_fn="
-            )
-        return found
-
-    def _score(self, candidates: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        # -> scores [P], how many were not finite (on the device), how many rows had no label
-        device, samples = self.device, rows(candidates)
-        unlabelled = 0
-        with torch.no_grad(), self._precision(device):
-            if self._score_fn is not None:
-                scores = self._score_fn(self._exit(), candidates)
-            else:
-                assert labels is not None
-                targets = Targets.of(labels, device, self._shifted(candidates, labels))
-                unlabelled = sum(
-                    begin == end
-                    for begin, end in zip(targets.starts, targets.starts[1:], strict=False)
-                )
-                scores = self.criterion(self._predictions(candidates, targets))
-        if not isinstance(scores, Tensor) or scores.shape != (samples,):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
-        scores = scores.detach().to(device, torch.float32)
-        bad = ~scores.isfinite()
-        return scores.masked_fill(bad, -torch.inf), bad.sum() - unlabelled, unlabelled
-
-    def _predictions(self, candidates: Batch, targets: Targets) -> Predictions:
-        def chunks() -> Iterator[Tensor]:
-            return self._exit().logits_at(
-                candidates, targets.positions, targets.starts, targets.length
-            )
-
-        return Predictions(targets, chunks, self.pools)
-
-    @property
-    def _needs_model(self) -> bool:
-        return self._score_fn is not None or not isinstance(self.criterion, (Random, Rarity))
-
-    def _exit(self) -> EarlyExit:
-        if self._early is None or not self._early.is_of(self.model):
-            self._early = EarlyExit(self.model, self.exit_layer)
-        return self._early
-
-    def _shifted(self, candidates: Batch, labels: Tensor) -> bool:
-        if self._shift is None:
-            known = _is_causal(self.model)
-            ids = next((leaf for leaf in leaves(candidates) if isinstance(leaf, Tensor)), None)
-            if known is None and _labels_are_inputs(ids, labels):
-                raise ScoringError(
-                    "the labels are the inputs themselves, so either this is a causal model whose "
-                    "loss shifts them (pass shift_labels=True) or an unmasked one "
-                    "(shift_labels=False); every score would be wrong otherwise"
-                )
-            self._shift = bool(known)
-        return self._shift
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        # The loop's own autocast context is kept, without its cache: casts made here, without
-        # gradients, must not be found by the training step.
-        dtype = self._autocast
-        if dtype is None and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 @dataclass(frozen=True)
@@ -470,7 +278,7 @@ class SiftingDataLoader(DataLoader[Any]):
         batch, labels = one.take(one.rows)
         if not self._tested:
             # What cannot be scored fails on the first batch, not when the warm-up ends.
-            self._sifter._score(batch, labels)
+            self._sifter.rate(batch, labels)
             self._tested = True
         if self._split and self._sifter.keep < 1:
             batch = cut(batch, 0, max(1, int(one.piece.rows * self._sifter.keep)))
@@ -505,7 +313,7 @@ class SiftingDataLoader(DataLoader[Any]):
             if not last.rows:
                 held.popleft()
         candidates = merge(parts, self._pad_id)
-        index, scores = self._sifter.winners(candidates, _merged(labels), self._batch_size)
+        index, scores = self._sifter.winners(candidates, merge_labels(labels), self._batch_size)
         self._tested = True
         if self._on_select is not None:
             self._report(candidates, scores, index)
@@ -626,12 +434,6 @@ class SiftingDataLoader(DataLoader[Any]):
         )
 
 
-def whole(number: float) -> int | None:
-    """The integer a product or quotient of sizes means, None where it is none."""
-    nearest = round(number)
-    return nearest if nearest >= 1 and abs(number - nearest) < 1e-6 * nearest else None
-
-
 def _candidates(
     dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> ShardCandidates | LoaderCandidates:
@@ -648,31 +450,3 @@ def _candidates(
         pinned = inner.pin_memory and torch.cuda.is_available()
         return ShardCandidates(dataset, inner.batch_size, inner.drop_last, pinned)
     return LoaderCandidates(inner)
-
-
-def _merged(labels: list[Tensor | None]) -> Tensor | None:
-    # [P] or [P, T], padded like the rows themselves
-    found = [each for each in labels if each is not None]
-    if not found or len(found) == 1:
-        return found[0] if found else None
-    length = max(each.shape[-1] for each in found)
-    if found[0].ndim == 2:
-        found = [nn.functional.pad(e, (0, length - e.shape[-1]), value=IGNORED) for e in found]
-    return torch.cat(found)
-
-
-def _is_causal(model: nn.Module) -> bool | None:
-    # Hugging Face names the loss on the model, or the task in the class; None for anyone else's.
-    kind, name = getattr(model, "loss_type", None), type(model).__name__
-    if isinstance(kind, str) and kind.startswith("For"):
-        return kind == "ForCausalLM"
-    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
-        return True
-    return False if hasattr(model, "config") and "For" in name else None
-
-
-def _labels_are_inputs(ids: Tensor | None, labels: Tensor) -> bool:
-    if ids is None or labels.ndim != 2 or ids.shape != labels.shape or ids.is_floating_point():
-        return False
-    wanted = labels != IGNORED
-    return bool(((labels == ids.to(labels.device)) | ~wanted).all()) and bool(wanted.any())

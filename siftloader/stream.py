@@ -62,8 +62,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     every sample exactly once over the ranks. Other splits give every rank equally many samples and
     leave out the last ``total % ranks`` positions, other samples in each epoch.
 
-    A shard is verified (sha256) when it is first opened; ``verify=False`` trusts the disk. At most
-    ``window + 1`` shards are mapped at once, beside one block of about a million token ids.
+    A shard is verified (sha256) when it is first opened, by each process that opens it, and again once
+    the file was touched; ``verify=False`` trusts the disk. At most ``window + 1`` shards are mapped at once, beside one block of about a million token ids.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             raise ShardError(f"{folder}: not a folder; give the one that holds manifest.jsonl")
         self.shard_set = ShardSet.open(folder)
         self.split = split
-        self.seed = seed
+        self.seed = int(seed)  # a NumPy integer would make the state unfit for JSON
         self.window = window
         self.world = world
         self.verify = verify
@@ -265,7 +265,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         if not (self._pending and epoch == self._epoch):
-            self._epoch, self._position, self._pending = epoch, 0, True
+            self._epoch, self._position, self._pending = int(epoch), 0, True
         self._reader += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from models import (
 from torch import Tensor, nn
 
 from siftloader import EarlyExit, ScoringError, Sifter, exits
+from siftloader.stack import find_stack
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -151,7 +152,7 @@ def test_chunks_change_nothing_and_bound_the_logits(family, monkeypatch):
         found = Sifter(model, exit_layer=2, criterion=criterion).score(batch)
         assert torch.allclose(found, expected, atol=1e-5)
     trunk = []
-    stack = model.get_submodule(exits.find_stack(model))
+    stack = model.get_submodule(find_stack(model))
     hook = stack[0].register_forward_hook(lambda *_: trunk.append(1))
     sifter = Sifter(model, exit_layer=2, criterion=Watch())
     sifter.score(batch)

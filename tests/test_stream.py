@@ -386,6 +386,21 @@ def test_a_state_of_the_very_end_has_an_empty_rest_and_then_the_next_epoch(make)
     assert [row(sample) for sample in second] == epoch_of(make(), 1)
 
 
+def test_a_state_is_plain_json_whatever_the_numbers_were_given_as(make):
+    shards = opened(make(), seed=np.int64(2))
+    shards.set_epoch(np.int64(3))
+    next(shards.batches(4))
+    assert json.loads(json.dumps(shards.state_dict())) == {
+        "version": 1,
+        "fingerprint": shards.fingerprint,
+        "split": "train",
+        "seed": 2,
+        "window": 2,
+        "epoch": 3,
+        "position": 4,
+    }
+
+
 def test_a_stale_iterator_moves_nothing(make):
     shards = opened(make())
     stale = shards.batches(2)
