@@ -1,7 +1,7 @@
 """BERT's masked language modelling, a batch at a time, from counters instead of a generator.
 
-Every draw is a hash of (seed, epoch, repeat, sample id, token position). So the masks of a sample do not
-depend on who reads it, in which batch, after which restart:
+Every draw is a hash of (seed, epoch, repeat, sample id, token position). So the masks of a sample do
+not depend on who reads it, in which batch, after which restart:
 
     mlm = Mlm(0.15, mask_id=103, vocab_size=30522, special_ids=(0, 100, 101, 102, 103))
     input_ids, labels = mlm(ids, sample_ids, seed=0, epoch=0)    # int64 [n, T] each
@@ -29,7 +29,7 @@ MASKED, REPLACED = 0.8, 0.9  # of the chosen tokens: 80 % [MASK], 10 % another i
 
 @dataclass(frozen=True)
 class Mlm:
-    """Choose ``probability`` of the ordinary tokens; 80 % become [MASK], 10 % a random id, 10 % stay.
+    """Chooses ``probability`` of the ordinary tokens; 80 % become [MASK], 10 % a random id, 10 % stay.
 
     Special ids are never chosen, never labelled and never drawn as replacements.
     """
@@ -104,7 +104,7 @@ class Mlm:
         flat = input_ids.reshape(-1)
         flat[chosen[fate < np.uint32(MASKED * 2**32)]] = self.mask_id
         replaced = (fate >= np.uint32(MASKED * 2**32)) & (fate < np.uint32(REPLACED * 2**32))
-        # A 32-bit fraction of the table's length: uniform to one part in 100,000 at any vocabulary.
+        # A 32-bit fraction of the table's length: uniform to one part in 10,000 at any vocabulary.
         pick = (draw[replaced].astype(np.uint64) * np.uint64(len(self._ordinary))) >> np.uint64(32)
         flat[chosen[replaced]] = self._ordinary[pick.astype(np.int64)]
         return input_ids, labels
@@ -132,7 +132,7 @@ def _row_keys(
 
 
 def _words(keys: NDArray[np.uint64], width: int) -> NDArray[np.uint32]:
-    # [n, T]: one 32-bit word per token. This alone runs over every token, hence 32-bit and in place.
+    # [n, T]: one word per token. This alone runs over every token, hence 32-bit and in place.
     positions = mix32(np.arange(1, width + 1, dtype=np.uint32))
     words = positions[None, :] ^ keys.astype(np.uint32)[:, None]
     words *= np.uint32(0x9E3779B1)

@@ -1,7 +1,8 @@
 """The order of an epoch as a pure function: (fingerprint, seed, epoch, position) -> (shard, row).
 
-Shards are permuted, taken ``window`` at a time, and the samples of a window are permuted by a Feistel
-network. Nothing is buffered and nothing is drawn, so any position is found without those before it:
+Shards are permuted, taken ``window`` at a time, and the samples of a window are permuted by a
+Feistel network. Nothing is buffered and nothing is drawn, so any position is found without those
+before it:
 
     order = Order((4, 3, 5), fingerprint="ab12", seed=0, epoch=0)
     shard, row = order.locate(np.arange(12))    # every (shard, row) once, int64 [12] each

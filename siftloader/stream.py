@@ -1,11 +1,11 @@
-"""``TokenShards``: samples, or whole batches, of a prepared split, in an order that needs no state.
+"""``TokenShards``: samples, or whole batches, of a split, in an order that needs no state.
 
     shards = TokenShards("shards/wikibooks", split="train", seed=0)
     for batch in shards.batches(32):        # dict of int64 tensors [32, 512]
         loss = model(**batch).loss
 
-Global position ``p`` of an epoch belongs to rank ``p % ranks``; the loader workers of a rank take turns
-in the rank's own sequence. So the state is one number, whatever the topology was or becomes.
+Global position ``p`` of an epoch belongs to rank ``p % ranks``; the loader workers of a rank take
+turns in the rank's own sequence. So the state is one number, whatever the topology was or becomes.
 
 Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabulary.
 """
@@ -53,17 +53,18 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     labels equal to the ids for ``clm``. A number is ``Mlm`` at that probability, an ``Mlm`` is
     used as it is. ``None`` leaves the ids alone and labels them all, except padding (-100).
 
-    Every iteration begins the next epoch; the first after ``load_state_dict`` continues. Loader workers
-    iterate over copies, so with ``num_workers > 0`` call ``set_epoch`` before every epoch (and not
-    with ``persistent_workers``), as with a DistributedSampler. Of two iterators alive at once, the one
-    that started last is the one that counts.
+    Every iteration begins the next epoch; the first after ``load_state_dict`` continues. Loader
+    workers iterate over copies, so with ``num_workers > 0`` call ``set_epoch`` before every epoch
+    (and not with ``persistent_workers``), as with a DistributedSampler. Of two iterators alive at
+    once, the one that started last is the one that counts.
 
-    ``split="val"`` is read in the order of the manifest with the masks of epoch 0, always, and hands out
-    every sample exactly once over the ranks. Other splits give every rank equally many samples and
-    leave out the last ``total % ranks`` positions, other samples in each epoch.
+    ``split="val"`` is read in the order of the manifest with the masks of epoch 0, always, and hands
+    out every sample exactly once over the ranks. Other splits give every rank equally many samples
+    and leave out the last ``total % ranks`` positions, other samples in each epoch.
 
-    A shard is verified (sha256) when it is first opened, by each process that opens it, and again once
-    the file was touched; ``verify=False`` trusts the disk. At most ``window + 1`` shards are mapped at once, beside one block of about a million token ids.
+    A shard is verified (sha256) when it is first opened, by each process that opens it, and again
+    once the file was touched; ``verify=False`` trusts the disk. At most ``window + 1`` shards are
+    mapped at once, beside one block of about a million token ids.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         return self.rows()
 
     def rows(self, position: int = 0, world: World | None = None) -> int:
-        """How many rows this rank, all its workers together, still hands out from ``position`` on."""
+        """How many rows this rank, all its workers together, hands out from ``position`` on."""
         here = self._world(world)
         if self._shuffle and self.total < here.ranks:
             raise EmptyEpoch(
@@ -145,7 +146,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def read_batches(
         self, n: int, epoch: int, position: int = 0, world: World | None = None
     ) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches of ``n`` rows from global ``position`` of ``epoch`` on, the last ragged.
+        """This rank's batches of ``n`` rows from ``position`` of ``epoch`` on, the last ragged.
 
         Neither reads nor moves the epoch and position of this object, so a thread may read ahead.
         """
@@ -180,7 +181,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         sources = np.empty(len(row), np.int64) if self.with_source else None
         ids = np.empty(len(row), np.int64)
         numbers, seen = np.unique(shard, return_index=True)
-        # In the order of first use: a block that crosses into the next window opens each shard once.
+        # In the order of first use: a block that crosses into a new window opens each shard once.
         for number in numbers[np.argsort(seen)].tolist():
             at = np.flatnonzero(shard == number)
             content = opened.get(number)
@@ -259,8 +260,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration epoch ``epoch``, from its start.
 
-        A restored state that stands in this very epoch keeps its position, so that loops which announce
-        every epoch resume too.
+        A restored state that stands in this very epoch keeps its position, so that loops which
+        announce every epoch resume too.
         """
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
@@ -269,7 +270,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._reader += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, JSON-able: every global position below ``position`` was handed out.
+        """Where the stream stands, JSON-able: all positions below ``position`` were handed out.
 
         ``position`` counts over all ranks, so the state of any rank restores all of them.
         """
@@ -305,7 +306,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"{STATE_VERSION}; upgrade siftloader"
             )
         remedies = {
-            "fingerprint": f"open the data set it was saved from instead of {self.shard_set.folder}",
+            "fingerprint": f"open the data set it was saved from, not {self.shard_set.folder}",
             "split": "load it into the TokenShards of that split",
             "seed": f"construct TokenShards(..., seed={state['seed']!r})",
             "window": f"construct TokenShards(..., window={state['window']!r})",
