@@ -20,7 +20,7 @@ from siftloader import TokenShards
 
 # base has the size of GPT-2; the paper trained no GPT, so its steps and rates are the usual ones.
 PRESETS = {
-    "tiny": Preset(4, 128, 4, 0.0, 0.06, 8, 400, 3e-3, 0.1, 0.05, 0.2),
+    "tiny": Preset(4, 128, 4, 0.0, 0.06, 8, 300, 3e-3, 0.1, 0.05, 0.2),
     "small": Preset(8, 512, 8, 0.1, 0.02, 128, 40_000, 5e-4, 0.02, 0.025, 0.2),
     "base": Preset(12, 768, 12, 0.1, 0.02, 32, 800_000, 2.5e-4, 0.002, 0.025, 0.2),
 }

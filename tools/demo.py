@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import io
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -55,13 +56,12 @@ COLOURS = {"none": "#333333", "random": "#9a9a9a", "loss": "#c8442b", "entropy":
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to train, and how much of it fits into the demo."""
+    """A model to train, and on what."""
 
     name: str
     main: Callable[[list[str]], None]
     preset: pretrain_bert.Preset
     shards: Path
-    steps: int
 
     @property
     def title(self) -> str:
@@ -84,8 +84,8 @@ class Arm:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     subjects = [
-        Subject("BERT", pretrain_bert.main, pretrain_bert.PRESETS["tiny"], options.bert, 400),
-        Subject("GPT", pretrain_gpt.main, pretrain_gpt.PRESETS["tiny"], options.gpt, 300),
+        Subject("BERT", pretrain_bert.main, pretrain_bert.PRESETS["tiny"], options.bert),
+        Subject("GPT", pretrain_gpt.main, pretrain_gpt.PRESETS["tiny"], options.gpt),
     ]
     for subject in subjects:
         if not subject.shards.is_dir():
@@ -132,16 +132,22 @@ def machine() -> str:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name()]
-    return (
+    text = (
         f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads, "
         f"{platform.system()}, python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, "
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}\n"
     )
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load > 0.5:
+        text += (
+            f"Other work runs here (load {load:.1f}): the losses are right, the seconds are not.\n"
+        )
+    return text
 
 
 def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
-    steps, evaluations, samples = (8, 4, 32) if options.quick else (subject.steps, 10, 256)
+    steps, evaluations, samples = (8, 4, 32) if options.quick else (subject.preset.steps, 10, 192)
     log = options.out / f"{subject.name.lower()}-{sift}.jsonl"
     command = {
         "shards": subject.shards,
@@ -153,11 +159,14 @@ def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
         "final-samples": samples if options.quick else 1_000_000,
         "log": log,
     }
-    print(f"{subject.name}, {NAMES[sift]} ...", end=" ", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):  # the same lines are in the log
         subject.main([f"--{name}={value}" for name, value in command.items()])
     *curve, end = [json.loads(line) for line in log.read_text().splitlines()]
-    print(f"held-out loss {end['val_loss']:.3f}, {end['seconds_training']:.0f} s", flush=True)
+    print(
+        f"{subject.name}, {NAMES[sift]}: held-out loss {end['val_loss']:.3f} after "
+        f"{end['seconds_training']:.0f} s",
+        flush=True,
+    )
     return Arm(sift, curve, end)
 
 
