@@ -1,31 +1,65 @@
-"""Train on the samples worth training on: SIFT for any unmodified PyTorch loop."""
+"""Train on the samples worth training on: SIFT for any unmodified PyTorch loop.
 
-from siftloader.errors import (
-    BatchError as BatchError,
-    CorpusError as CorpusError,
-    CorruptShard as CorruptShard,
-    EmptyEpoch as EmptyEpoch,
-    ScoringError as ScoringError,
-    ShardError as ShardError,
-    SiftError as SiftError,
-    StateError as StateError,
-)
-from siftloader.exits import EarlyExit as EarlyExit
-from siftloader.loader import SiftingDataLoader as SiftingDataLoader
-from siftloader.masking import Mlm as Mlm
-from siftloader.schedule import Schedule as Schedule
-from siftloader.scores import (
-    Criterion as Criterion,
-    Entropy as Entropy,
-    Loss as Loss,
-    Predictions as Predictions,
-    Random as Random,
-    Rarity as Rarity,
-)
-from siftloader.selection import Selection as Selection, TopK as TopK
-from siftloader.sifter import Sifter as Sifter
-from siftloader.stream import TokenShards as TokenShards
-from siftloader.world import World as World
+Names are imported from their files when they are first used, so that preparing a corpus never loads
+torch.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from siftloader.errors import (
+        BatchError as BatchError,
+        CorpusError as CorpusError,
+        CorruptShard as CorruptShard,
+        EmptyEpoch as EmptyEpoch,
+        ScoringError as ScoringError,
+        ShardError as ShardError,
+        SiftError as SiftError,
+        StateError as StateError,
+    )
+    from siftloader.exits import EarlyExit as EarlyExit
+    from siftloader.loader import SiftingDataLoader as SiftingDataLoader
+    from siftloader.masking import Mlm as Mlm
+    from siftloader.schedule import Schedule as Schedule
+    from siftloader.scores import (
+        Criterion as Criterion,
+        Entropy as Entropy,
+        Loss as Loss,
+        Predictions as Predictions,
+        Random as Random,
+        Rarity as Rarity,
+    )
+    from siftloader.selection import Selection as Selection, TopK as TopK
+    from siftloader.sifter import Sifter as Sifter
+    from siftloader.stream import TokenShards as TokenShards
+    from siftloader.world import World as World
 
 __version__ = "0.1.0.dev0"
+
+_NAMES = {
+    "errors": "BatchError CorpusError CorruptShard EmptyEpoch ScoringError ShardError SiftError "
+    "StateError",
+    "exits": "EarlyExit",
+    "loader": "SiftingDataLoader",
+    "masking": "Mlm",
+    "schedule": "Schedule",
+    "scores": "Criterion Entropy Loss Predictions Random Rarity",
+    "selection": "Selection TopK",
+    "sifter": "Sifter",
+    "stream": "TokenShards",
+    "world": "World",
+}
+_FILES = {name: file for file, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_FILES)  # noqa: PLE0605 - for `import *`; the names above are for type checkers
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module 'siftloader' has no attribute {name!r}")
+    return getattr(import_module(f"siftloader.{_FILES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

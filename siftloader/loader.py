@@ -237,6 +237,9 @@ class SiftingDataLoader(DataLoader[Any]):
             )
         self._source.check(state["cursor"])
         self._check_topology(state)
+        if self._batch_size is None and (size := state["batch_size"]) is not None:
+            # Not to be learned again: the next inner batch may be a ragged one.
+            self._set_sizes(whole(size / self._sifter.keep) or size if self._split else size)
         if (told := state.get("set_epoch")) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)

@@ -452,6 +452,37 @@ def test_a_distributed_sampler_is_told_the_epoch_and_told_again_on_resume():
     assert ids(next(iter(resumed))) == expected
 
 
+def test_a_restart_leaves_the_global_random_stream_alone():
+    loader = make(Rows(64), 4, True)
+    next(iter(loader))
+    resumed = make(Rows(64), 4, True)
+    resumed.load_state_dict(loader.state_dict())
+    before = torch.get_rng_state()
+    next(iter(resumed))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:resuming by drawing")
+@pytest.mark.parametrize("cut", range(6))
+def test_half_used_inner_batches_survive_a_restart(cut):
+    def fresh() -> SiftingDataLoader:
+        sizes, start, inner = [4, 3, 5, 2, 6, 4, 1, 7, 4, 6], 0, []
+        for size in sizes:
+            x = torch.arange(start, start + size).float()[:, None].expand(-1, 8)
+            inner.append({"x": x, "labels": torch.zeros(size, dtype=torch.long)})
+            start += size
+        return SiftingDataLoader.wrap(inner, model=classifier(), score_fn=planted, warmup_steps=1)
+
+    straight = [ids(batch) for batch in fresh()]
+    assert len(straight) == 6
+    loader = fresh()
+    iterator = iter(loader)
+    found = [ids(next(iterator)) for _ in range(cut)]
+    resumed = fresh()
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert found + [ids(batch) for batch in resumed] == straight
+
+
 class Stateful(IterableDataset):
     def __init__(self) -> None:
         self.position = 0

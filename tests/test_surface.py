@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
-from types import ModuleType
+
+import pytest
 
 import siftloader
 from siftloader import errors
@@ -19,8 +20,26 @@ PUBLIC = """
 
 
 def test_the_public_names_are_exactly_these():
-    found = {name: value for name, value in vars(siftloader).items() if not name.startswith("_")}
-    assert sorted(n for n, v in found.items() if not isinstance(v, ModuleType)) == PUBLIC
+    assert [name for name in dir(siftloader) if not name.startswith("_")] == PUBLIC
+    assert siftloader.__all__ == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_there_and_documented(name):
+    assert getattr(siftloader, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'Siftr'"):
+        siftloader.Siftr  # noqa: B018
+
+
+def test_preparing_a_corpus_never_loads_torch():
+    done = run("""
+        import sys
+        import siftloader.cli, siftloader.prepare, siftloader.order, siftloader.masking
+        assert "torch" not in sys.modules
+        siftloader.SiftingDataLoader
+        assert "torch" in sys.modules
+    """)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_error_is_in_the_drawn_tree():
@@ -87,7 +106,7 @@ def test_importing_changes_nothing():
         import numpy as np, torch
         before = (torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters),
                   torch.get_num_threads(), torch.is_grad_enabled(), threading.active_count())
-        import siftloader
+        from siftloader import SiftingDataLoader
         after = (torch.get_rng_state().tolist(), random.getstate(), list(warnings.filters),
                  torch.get_num_threads(), torch.is_grad_enabled(), threading.active_count())
         assert before == after
