@@ -18,12 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from siftloader import TokenShards
 
 
-# base has the size of GPT-2; the paper trained no GPT, so its steps and rates are the usual ones.
-PRESETS = {
-    "tiny": Preset(4, 128, 4, 0.0, 0.06, 8, 300, 3e-3, 0.1, 0.05, 0.2),
-    "small": Preset(8, 512, 8, 0.1, 0.02, 128, 40_000, 5e-4, 0.02, 0.025, 0.2),
-    "base": Preset(12, 768, 12, 0.1, 0.02, 32, 800_000, 2.5e-4, 0.002, 0.025, 0.2),
-}
+TINY = Preset(4, 128, 4, 8, 300, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
+SMALL = Preset(8, 512, 8, 128, 40_000, lr=5e-4, lr_warmup=0.02)
+# As large as GPT-2; the paper trained no GPT, so the figures are customary ones.
+BASE = Preset(12, 768, 12, 32, 800_000, lr=2.5e-4, lr_warmup=0.002)
+PRESETS = {"tiny": TINY, "small": SMALL, "base": BASE}
 
 
 def main(arguments: list[str] | None = None) -> None:

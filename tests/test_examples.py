@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def clm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     written = [
         write_shard(folder, stem, rng.integers(0, 90, (n, 16)), np.zeros(n, np.uint8), layout)
-        for stem, n in (("train-000000", 40), ("val-000000", 8))
+        for stem, n in (("train-000000", 42), ("val-000000", 8))
     ]
     write_dataset(
         folder,
@@ -76,35 +77,52 @@ def test_gpt_trains_in_the_same_loop(clm: Path, sift: str, tmp_path: Path) -> No
 def test_a_killed_run_resumes_as_if_never_interrupted(
     sift: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(name: str, *more: str) -> tuple[dict[str, Any], list[Any]]:
-        checkpoint, log = tmp_path / f"{name}.pt", tmp_path / f"{name}.jsonl"
-        files = (f"--checkpoint={checkpoint}", f"--log={log}", "--checkpoint-every=5")
-        pretrain_bert.main([f"--shards={DEMO}", f"--sift={sift}", *SHORT, *SIFTED, *files, *more])
-        losses = [[line[k] for k in ("step", "val_loss", "val_accuracy")] for line in lines(log)]
-        return torch.load(checkpoint), losses
+    arguments = [f"--shards={DEMO}", f"--sift={sift}", *SHORT, *SIFTED]
+    assert_resumes_exactly(pretrain_bert.main, arguments, 5, tmp_path, monkeypatch)
 
-    straight, its_losses = run("straight")
-    with monkeypatch.context() as patch:
-        saved = pretrain_bert.save
 
-        def save_and_die(*arguments: Any) -> None:
-            saved(*arguments)
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("sift", ["none", "loss", "random"])
+@pytest.mark.parametrize("killed_at", [10, 13])
+def test_it_resumes_at_and_after_the_end_of_an_epoch(
+    clm: Path, sift: str, killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 42 samples: ten plain batches of four and two samples over, five sifted ones
+    arguments = [f"--shards={clm}", f"--sift={sift}", *SHORT, *SIFTED, "--steps=18"]
+    assert_resumes_exactly(pretrain_gpt.main, arguments, killed_at, tmp_path, monkeypatch)
 
+
+def assert_resumes_exactly(
+    main: Callable[[list[str]], None],
+    arguments: list[str],
+    killed_at: int,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(name: str, *more: str) -> dict[str, Any]:
+        files = [f"--checkpoint={folder / name}.pt", f"--log={folder / name}.jsonl"]
+        main([*arguments, *files, f"--checkpoint-every={killed_at}", *more])
+        return torch.load(folder / f"{name}.pt")
+
+    def logged(name: str) -> list[Any]:
+        found = lines(folder / f"{name}.jsonl")
+        return [[line[k] for k in ("step", "val_loss", "val_accuracy")] for line in found]
+
+    straight, save = run("straight"), pretrain_bert.save
+
+    def save_and_die(*state: Any) -> None:
+        save(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pretrain_bert, "save", save_and_die)
-        with pytest.raises(KeyboardInterrupt):
-            run("killed")
-    assert torch.load(tmp_path / "killed.pt")["step"] == 5
-    resumed, losses = run("killed", f"--resume={tmp_path / 'killed.pt'}")
-    assert losses == its_losses
-    assert resumed["step"] == 8 and resumed["data"].keys() == straight["data"].keys()
+        run("killed")
+    assert torch.load(folder / "killed.pt")["step"] == killed_at
+    resumed = run("killed", f"--resume={folder / 'killed.pt'}")
+    assert logged("killed") == logged("straight")
     for name, parameter in straight["model"].items():
         assert torch.equal(parameter, resumed["model"][name]), name
-    for mine, theirs in zip(
-        straight["optimizer"]["state"].values(),
-        resumed["optimizer"]["state"].values(),
-        strict=True,
-    ):
+    moments = (run["optimizer"]["state"].values() for run in (straight, resumed))
+    for mine, theirs in zip(*moments, strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in mine)
 
 

@@ -182,9 +182,10 @@ def unigram_entropy(folder: Path) -> float:
 def table(subject: Subject, arms: list[Arm], unigram: float, options: argparse.Namespace) -> str:
     preset = subject.preset
     lines = [
-        f"\n{subject.title}, batches of {preset.batch_size} from {2 * preset.batch_size} scored by "
-        f"layer 1; no sifting in the first {preset.sift_warmup:.0%} and the last "
-        f"{preset.cooldown:.0%} of the steps; seed {options.seed}",
+        f"\n{subject.title}, seed {options.seed}, {preset.batch_size} samples a step, chosen from "
+        f"{2 * preset.batch_size} by its first layer",
+        f"(as they come in the first {preset.sift_warmup:.0%} and the last {preset.cooldown:.0%} of "
+        f"the steps)",
         f"{'':<15}{'samples':>9}{'held-out':>10}{'accuracy':>10}{'training':>10}{'scoring':>9}"
         f"{'scoring':>9}",
         f"{'':<15}{'backprop.':>9}{'nats':>10}{'':>10}{'seconds':>10}{'seconds':>9}{'share':>9}",
