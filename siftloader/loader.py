@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from siftloader.batches import Batch, cut, leaves, merge, merge_labels, move, rows, select
 from siftloader.candidates import Cursor, LoaderCandidates, Piece, ShardCandidates
@@ -146,6 +146,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._gives_back = output_device == "inner"
         self._epoch, self._begun = 0, False  # the epoch to begin next, or the one under way
         self._cursor: Cursor = {}
+        self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = keep == 1.0
         self._warned = False
@@ -170,6 +171,8 @@ class SiftingDataLoader(DataLoader[Any]):
             self._epoch, self._cursor = self._epoch + 1, {}
         self._begun = True
         resumed = bool(self._cursor)
+        if not resumed:
+            self._epoch_step = self._sifter.stats.steps
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
         self._cursor, pieces = self._source.draw(self._epoch, self._cursor)
         return self._batches(pieces, resumed)
@@ -180,7 +183,8 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def epoch(self) -> Epoch:
         """Batches and samples of the epoch under way, else of the next; TypeError where unknown."""
-        return self._plan(self._first_step)
+        under_way = self._begun or self._cursor
+        return self._plan(self._epoch_step if under_way else self._sifter.stats.steps)
 
     def total_batches(self, epochs: int) -> int:
         """Batches of that many epochs from step 0: what a learning-rate schedule must span."""
@@ -213,6 +217,7 @@ class SiftingDataLoader(DataLoader[Any]):
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
+            "epoch_step": self._epoch_step,
             "cursor": self._cursor,
             "batch_size": self._batch_size,
             "keep": self._sifter.keep,
@@ -230,7 +235,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 f"found a state of version {version!r}, this siftloader reads up to {STATE_VERSION}; "
                 f"upgrade siftloader, or start afresh without the state"
             )
-        missing = {"epoch", "cursor", "batch_size", "keep", "ranks", "pools", "stats"} - set(state)
+        missing = set(self.state_dict()) - set(state)
         if missing:
             raise StateError(
                 f"the state lacks {sorted(missing)}; it needs all that state_dict gives"
@@ -240,10 +245,11 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._batch_size is None and (size := state["batch_size"]) is not None:
             # Not to be learned again: the next inner batch may be a ragged one.
             self._set_sizes(whole(size / self._sifter.keep) or size if self._split else size)
-        if (told := state.get("set_epoch")) is not None:
+        if (told := state["set_epoch"]) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)
         self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
+        self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
         self._sifter.stats = Stats.from_state(state["stats"])
 
@@ -255,7 +261,6 @@ class SiftingDataLoader(DataLoader[Any]):
     def _batches(self, pieces: Iterator[Piece], resumed: bool) -> Iterator[Batch]:
         held: deque[_Held] = deque()
         handed, before = 0, self._sifter.pools
-        self._steps_before = self._sifter.stats.steps
         try:
             while True:
                 sifts = self._sifts()
@@ -404,13 +409,6 @@ class SiftingDataLoader(DataLoader[Any]):
         return self._schedule.epoch(step, rows_, self._batch_size, self._pool)
 
     @property
-    def _first_step(self) -> int:
-        # The step at which the epoch under way began, else the step now.
-        return self._steps_before if self._begun else self._sifter.stats.steps
-
-    _steps_before = 0
-
-    @property
     def _pad_id(self) -> int:
         pad = getattr(getattr(self._sifter.model, "config", None), "pad_token_id", None)
         return pad if isinstance(pad, int) else 0
@@ -441,6 +439,11 @@ def _candidates(
     dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> ShardCandidates | LoaderCandidates:
     if isinstance(dataset, _Existing):
+        if isinstance(dataset.loader, Dataset):
+            raise TypeError(
+                f"wrap takes a loader of batches, {type(dataset.loader).__name__} is a data set of "
+                f"samples; use SiftingDataLoader(dataset, batch_size=..., model=...)"
+            )
         if args or options:
             raise TypeError(
                 f"wrap takes a loader as it is; it does not take {sorted(options) or args}"

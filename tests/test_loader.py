@@ -17,18 +17,22 @@ import pytest
 import torch
 from effort import examples
 from hypothesis import given, strategies as st
-from models import Classifier, bert, candidates, classifier, gpt2
+from models import FAMILIES, Classifier, bert, candidates, classifier, gpt2
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from siftloader import (
     EmptyEpoch,
+    Rarity,
     ScoringError,
     Sifter,
     SiftingDataLoader,
     StateError,
     TokenShards,
 )
+from siftloader.exits import _Twin
+from siftloader.scores import Targets
 from siftloader.world import World
 
 
@@ -565,6 +569,20 @@ def test_the_state_counts_what_was_handed_out_after_a_break_and_at_the_end():
     assert len(list(resumed)) == 4
 
 
+def test_the_length_of_a_resumed_epoch_is_the_whole_epochs():
+    loader = make(Rows(64), 4, warmup_steps=4)
+    expected = len(loader)
+    iterator = iter(loader)
+    assert len(loader) == expected
+    for _ in range(6):
+        next(iterator)
+    resumed = make(Rows(64), 4, warmup_steps=4)
+    resumed.load_state_dict(loader.state_dict())
+    assert len(resumed) == len(loader) == expected == 4 + 6
+    assert len(list(resumed)) == 4
+    assert len(resumed) == 8
+
+
 def test_counters_and_random_draws_continue():
     loader = make(Rows(64), 4, criterion="random", score_fn=None)
     iterator = iter(loader)
@@ -734,6 +752,72 @@ def test_wrap_takes_any_iterable_and_learns_b_from_its_first_batch():
         )
         == 4
     )
+
+
+def test_a_data_set_is_no_loader():
+    with pytest.raises(TypeError, match="data set of samples"):
+        SiftingDataLoader.wrap(TokenShards(DEMO), model=classifier())
+    with pytest.raises(TypeError, match="loader as it is"):
+        SiftingDataLoader.wrap([], model=classifier(), batch_size=4)
+
+
+class Asked(TorchDispatchMode):
+    """Notes every operation that a GPU would have to answer before the host goes on."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "_unique2",
+        "equal",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.waited = True, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.on and func.overloadpacket.__name__ in self.WAITING:
+            self.waited.append(func)
+        for index in args[1:2] if func.overloadpacket.__name__ in ("index", "index_put_") else ():
+            if self.on and any(each is not None and each.dtype == torch.bool for each in index):
+                self.waited.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("criterion", ["loss", "entropy", "random", "rarity"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "classifier"])
+def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
+    model = FAMILIES[family]()
+    criterion = Rarity(np.ones(97)) if criterion == "rarity" else criterion
+    batch = candidates(family, 16)
+    inner = [batch] * 6
+    loader = SiftingDataLoader.wrap(inner, model=model, criterion=criterion, warmup_steps=0)
+    iterator = iter(loader)
+    next(iterator)  # the first pool is compared with the slow path
+    asked = Asked()
+
+    def unwatched(call):
+        def run(*args):
+            asked.on = False
+            try:
+                return call(*args)
+            finally:
+                asked.on = True
+
+        return run
+
+    # Labelled positions are found where the labels are, on the host; and what the model's own forward
+    # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
+    monkeypatch.setattr(Targets, "of", unwatched(Targets.of))
+    monkeypatch.setattr(_Twin, "run", unwatched(_Twin.run))
+    with asked:
+        next(iterator), next(iterator)
+    assert asked.waited == []
+    with asked:
+        torch.ones(3).sum().item(), torch.ones(3)[torch.ones(3) > 0]
+    assert len(asked.waited) == 2
 
 
 def test_every_kind_of_batch_comes_out_as_it_went_in():
