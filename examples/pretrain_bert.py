@@ -11,6 +11,8 @@ in ``make_loader`` that builds a SiftingDataLoader where torch's DataLoader was.
     --sift random     of twice the samples, a random half: the control that the others must beat
 
 The log has one JSON line per evaluation. Seconds leave evaluation out; scoring is part of training.
+With --checkpoint runs/bert.pt a killed run goes on where it was: the same command, and --resume
+runs/bert.pt. The paper's run is --preset base on shards of 512 tokens.
 """
 
 from __future__ import annotations

@@ -122,6 +122,30 @@ def test_a_compiled_model_is_scored_by_its_live_weights():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_compiled_in_place_are_scored_by_their_twins():
+    model, batch = bert(), candidates("bert")
+    expected = EarlyExit(model, layer=2).logits(batch)
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend="eager")
+    model.compile(backend="eager")
+    assert torch.equal(EarlyExit(model, layer=2).logits(batch), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_graph_is_built(family):
+    seen = []
+
+    class Watch:
+        def __call__(self, early):
+            values = early.each(lambda logits, labels: seen.append(logits) or logits[:, 0])
+            return early.reduce(values)
+
+    Sifter(FAMILIES[family](), criterion=Watch()).score(candidates(family))
+    assert seen and not any(logits.requires_grad for logits in seen)
+
+
 def test_the_head_runs_at_the_labelled_positions_only():
     model, batch = bert(), candidates("bert")
     seen = []
