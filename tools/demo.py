@@ -236,10 +236,10 @@ def verdict(gap: float) -> str:
     """What a gap to the random half, in nats, is worth; negative is for sifting."""
     if abs(gap) < ORDER_SPREAD:
         return (
-            f"A tie: the order of the data alone has moved a tiny GPT by {ORDER_SPREAD} nats, "
+            f"Against that control a tie: the order of the data alone has moved a tiny GPT by {ORDER_SPREAD} nats, "
             f"another seed by {SEED_SPREAD}."
         )
-    outcome = "Sifting won here" if gap < 0 else "Sifting lost here"
+    outcome = f"Against that control sifting {'won' if gap < 0 else 'lost'} here"
     if abs(gap) < SEED_SPREAD:
         return (
             f"{outcome}, by less than another seed alone has moved a tiny GPT ({SEED_SPREAD} "
