@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pretrain_bert
 import pretrain_gpt
+import sift_own_batches
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,3 +154,14 @@ def test_base_is_the_paper() -> None:
     assert (base.layers, base.hidden, base.batch_size, base.steps) == (12, 768, 32, 800_000)
     assert round(base.sift_warmup * base.steps) == 20_000
     assert (base.lr, base.lr_warmup, base.dropout, base.cooldown) == (1e-4, 0.002, 0.1, 0)
+
+
+def test_a_loop_with_its_own_batches_needs_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 40)
+    sift_own_batches.main([str(text), "--steps=40"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 20: loss ") and second.startswith("step 40: loss ")
+    assert float(second.split()[3]) < float(first.split()[3])
