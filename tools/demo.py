@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +139,27 @@ def machine() -> str:
         f"transformers {transformers.__version__}, "
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}\n"
     )
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if load > 0.5:
+    if (busy := others_busy()) > 0.2:
         text += (
-            f"Other work runs here (load {load:.1f}): the losses are right, the seconds are not.\n"
+            f"Other work keeps {busy:.1f} cores busy: the losses are right, the seconds are not.\n"
         )
     return text
+
+
+def others_busy() -> float:
+    """Cores busy for a second while this process sleeps; 0 where the system does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+
+    def idle() -> int:
+        fields = stat.read_text().split()  # cpu user nice system idle iowait ...
+        return int(fields[4]) + int(fields[5])
+
+    before, since = idle(), time.perf_counter()
+    time.sleep(1)
+    ticks = (time.perf_counter() - since) * os.sysconf("SC_CLK_TCK")
+    return max(0.0, (os.cpu_count() or 1) - (idle() - before) / ticks)
 
 
 def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
@@ -200,7 +216,8 @@ def table(subject: Subject, arms: list[Arm], unigram: float, options: argparse.N
     loading = max(arm.end["seconds_loading"] for arm in arms)
     lines.append(f"{'unigrams alone':<15}{'':>9}{unigram:>10.3f}")
     lines.append(
-        f"Scoring and loading (at most {loading:.1f} s) are part of training, evaluation is not."
+        f"Scoring and loading (at most {loading:.1f} s) are part of training, evaluation is not. "
+        f"The curves take fewer held-out samples than the table."
     )
     return "\n".join(lines)
 
@@ -276,6 +293,7 @@ def draw(found: list[tuple[Subject, list[Arm], float]], file: Path) -> None:
                     label=NAMES[arm.sift],
                 )
             axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
