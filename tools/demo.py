@@ -163,7 +163,7 @@ def others_busy() -> float:
 
 
 def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
-    steps, evaluations, samples = (8, 4, 32) if options.quick else (subject.preset.steps, 10, 192)
+    steps, evaluations, samples = (8, 4, 32) if options.quick else (subject.preset.steps, 10, 128)
     log = options.out / f"{subject.name.lower()}-{sift}.jsonl"
     command = {
         "shards": subject.shards,
