@@ -293,10 +293,10 @@ def draw(found: list[tuple[Subject, list[Arm], float]], file: Path) -> None:
                     label=NAMES[arm.sift],
                 )
             axes.set_xlim(left=0)
-            axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.set_xlabel(label)
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
+        row[0].xaxis.set_major_formatter("{x:,.0f}")
         row[0].set_ylabel("held-out loss, nats per token")
         row[0].set_title(subject.title, loc="left", fontweight="bold")
         row[1].annotate(
