@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == options.steps:
-            seen = sift.stats.read()
+            seen = sift.stats
             print(
                 f"step {step}: loss {loss.item():.3f} nats on the kept half, which its first layer "
                 f"scored {seen['score_kept']:.3f} (the other half {seen['score_dropped']:.3f})"

@@ -297,8 +297,9 @@ def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
 def _parameters_of(model: nn.Module) -> tuple[set[str], bool]:
     parameters = inspect.signature(model.forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    # forward(*args, **kwargs) of a wrapper names nothing; then everything is passed.
-    return named, not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    # forward(labels=None, **inputs) names no input: then everything is one.
+    nameless = all("label" in name for name in named)
+    return named, nameless and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _logits_of(output: Any) -> Tensor:

@@ -172,7 +172,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._begun = True
         resumed = bool(self._cursor)
         if not resumed:
-            self._epoch_step = self._sifter.stats.steps
+            self._epoch_step = self._sifter.counts.steps
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
         self._cursor, pieces = self._source.draw(self._epoch, self._cursor)
         return self._batches(pieces, resumed)
@@ -184,7 +184,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def epoch(self) -> Epoch:
         """Batches and samples of the epoch under way, else of the next; TypeError where unknown."""
         under_way = self._begun or self._cursor
-        return self._plan(self._epoch_step if under_way else self._sifter.stats.steps)
+        return self._plan(self._epoch_step if under_way else self._sifter.counts.steps)
 
     def total_batches(self, epochs: int) -> int:
         """Batches of that many epochs from step 0: what a learning-rate schedule must span."""
@@ -196,8 +196,8 @@ class SiftingDataLoader(DataLoader[Any]):
     @property
     def stats(self) -> dict[str, Any]:
         """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
-        self._sifter.stats.sifting = self._sifts()
-        return {"epoch": self._epoch, **self._sifter.stats.read()}
+        self._sifter.counts.sifting = self._sifts()
+        return {"epoch": self._epoch, **self._sifter.counts.read()}
 
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
@@ -224,7 +224,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
             "set_epoch": self._told_epoch,
-            "stats": self._sifter.stats.state(),
+            "stats": self._sifter.counts.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -251,7 +251,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
-        self._sifter.stats = Stats.from_state(state["stats"])
+        self._sifter.counts = Stats.from_state(state["stats"])
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -271,8 +271,8 @@ class SiftingDataLoader(DataLoader[Any]):
                     break
                 handed += 1
                 # Counted before it leaves: the loop may never come back.
-                self._sifter.stats.samples += rows(batch)
-                self._sifter.stats.steps += self._sifter.model.training
+                self._sifter.counts.samples += rows(batch)
+                self._sifter.counts.steps += self._sifter.model.training
                 yield batch
         finally:
             if hasattr(pieces, "close"):
@@ -307,7 +307,7 @@ class SiftingDataLoader(DataLoader[Any]):
         take = min(drawn, self._pool)
         if take < self._batch_size:
             self._cursor = held[-1].piece.after(held[-1].piece.rows)
-            self._sifter.stats.tail_dropped += drawn
+            self._sifter.counts.tail_dropped += drawn
             held.clear()
             return self._next_sifted(pieces, held) if self._split else None
         parts, labels, last = [], [], held[0]
@@ -344,8 +344,8 @@ class SiftingDataLoader(DataLoader[Any]):
         return move(batch, where)
 
     def _sifts(self) -> bool:
-        stats, sifter = self._sifter.stats, self._sifter
-        return sifter.keep < 1 and self._schedule.sifts(stats.steps) and sifter.model.training
+        counts, sifter = self._sifter.counts, self._sifter
+        return sifter.keep < 1 and self._schedule.sifts(counts.steps) and sifter.model.training
 
     def _report(self, candidates: Batch, scores: Tensor, index: Tensor) -> None:
         assert self._on_select is not None
@@ -353,27 +353,27 @@ class SiftingDataLoader(DataLoader[Any]):
         kept[index] = True
         ids = candidates.get("id") if isinstance(candidates, Mapping) else None
         if ids is None:
-            seen = self._sifter.stats.candidates
+            seen = self._sifter.counts.candidates
             ids = torch.arange(seen - len(scores), seen, device=scores.device)
         self._on_select(ids, scores, kept)
 
     def _end_epoch(self, handed: int, resumed: bool, scored: bool) -> None:
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
-        stats, steps = self._sifter.stats, self._schedule.warmup_steps
+        counts, steps = self._sifter.counts, self._schedule.warmup_steps
         if not handed and not resumed:
             raise EmptyEpoch(
-                f"an epoch handed out nothing: {stats.tail_dropped} rows were drawn in all, a pool "
+                f"an epoch handed out nothing: {counts.tail_dropped} rows were drawn in all, a pool "
                 f"needs at least batch_size = {self._batch_size} rows (of {self._pool} wanted); "
                 f"use more data, a smaller batch_size, or a sampler that is not empty"
-                if stats.tail_dropped
+                if counts.tail_dropped
                 else "an epoch handed out nothing: the inner loader is empty"
             )
         if scored or self._warned or self._sifter.keep == 1 or resumed:
             return
         self._warned = True
-        if stats.steps < steps:
+        if counts.steps < steps:
             warnings.warn(
-                f"the epoch ended inside the warm-up ({stats.steps} of {steps} steps): nothing was "
+                f"the epoch ended inside the warm-up ({counts.steps} of {steps} steps): nothing was "
                 f"sifted; lower warmup_steps if the run is short",
                 stacklevel=3,
             )

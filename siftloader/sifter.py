@@ -72,7 +72,7 @@ class Sifter:
         self.exit_layer = exit_layer
         self.criterion = criterion_named(criterion)
         self.selection = selection or TopK()
-        self.stats = Stats()
+        self.counts = Stats()
         self.pools = 0  # scored so far: the key of random draws
         self._labels, self._score_fn = labels, score_fn
         self._shift, self._autocast = shift_labels, autocast
@@ -105,6 +105,11 @@ class Sifter:
             first = next(model.parameters(), None)
             return torch.device("cpu") if first is None else first.device
 
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What happened so far, a plain dict; reading it may wait for the GPU."""
+        return self.counts.read()
+
     def __call__(self, candidates: Batch) -> Batch:
         """The best ``keep * P`` rows of ``candidates``; raises ValueError where that is not whole."""
         keep = whole(rows(candidates) * self.keep)
@@ -123,12 +128,12 @@ class Sifter:
     def winners(
         self, candidates: Batch, labels: Tensor | None, keep: int
     ) -> tuple[Tensor, Tensor]:
-        """Indices of the kept [b], rising, and all scores [P]; counted in ``stats``."""
-        with self.stats.timing(self.device):
+        """Indices of the kept [b], rising, and all scores [P]; both counted."""
+        with self.counts.timing(self.device):
             scores, nonfinite, unlabelled = self.rate(candidates, labels)
             index = self.selection(scores, keep)
         self.pools += 1
-        self.stats.count_pool(scores, index, nonfinite, unlabelled)
+        self.counts.count_pool(scores, index, nonfinite, unlabelled)
         return index, scores
 
     def labels_of(self, batch: Batch) -> Tensor | None:

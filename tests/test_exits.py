@@ -312,6 +312,21 @@ def test_named_fields_of_the_forward_are_passed_and_no_others():
         EarlyExit(model, layer=1).logits({"tokens": batch["input_ids"]})
 
 
+def test_a_forward_of_any_keywords_gets_all_fields_but_the_labels():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, labels=None, **inputs):
+            assert labels is None
+            return self.inner(**inputs)
+
+    model, batch = bert(), candidates("bert")
+    expected = EarlyExit(model, layer=1).logits(batch)
+    assert torch.equal(EarlyExit(Wrapper(model), layer=1).logits(batch), expected)
+
+
 def test_a_model_without_logits_is_refused():
     class Silent(Classifier):
         def forward(self, x):

@@ -55,8 +55,8 @@ def test_a_row_without_labels_never_wins_and_is_counted(family, criterion):
     assert scores[3] == -torch.inf
     kept = sifter(batch)
     assert all(torch.equal(kept[k], torch.cat([batch[k][:3], batch[k][4:]])) for k in batch)
-    assert sifter.stats.read()["unlabelled"] == 1
-    assert sifter.stats.read()["nonfinite"] == 0
+    assert sifter.stats["unlabelled"] == 1
+    assert sifter.stats["nonfinite"] == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +86,7 @@ def test_a_score_that_is_not_finite_ranks_last_and_is_counted():
     sifter = Sifter(model, keep=0.75)
     kept = sifter(batch)
     assert not kept["x"].isnan().any() and len(kept["x"]) == 6
-    assert sifter.stats.read()["nonfinite"] == 1
+    assert sifter.stats["nonfinite"] == 1
 
 
 def test_the_label_shift_belongs_to_the_score():
