@@ -2,8 +2,8 @@
 
 A batch is any nest of mappings, tuples, named tuples, lists and dataclasses. Its *fields* are the leaves
 that hold one entry per sample: tensors and arrays whose first dimension is the number of rows, and lists
-of that length without a tensor in them (strings, say). Everything else passes as it is. Structure and
-types come out as they went in.
+and tuples of that length (strings, say, or tensors of different lengths). Everything else passes as it
+is. Structure and types come out as they went in.
 
 Letters: P rows (samples) of a batch, T positions of a row.
 """
@@ -34,7 +34,7 @@ def rows(batch: Batch) -> int:
 
     Raises BatchError where no tensor has a first dimension.
     """
-    sizes = [int(leaf.shape[0]) for leaf in leaves(batch) if _is_array(leaf) and leaf.ndim > 0]
+    sizes = list(_sizes(batch, inside=False)) or list(_sizes(batch, inside=True))
     if not sizes:
         raise BatchError(
             f"no tensor with a sample dimension in a batch of type {type(batch).__name__}; a batch "
@@ -43,14 +43,24 @@ def rows(batch: Batch) -> int:
     return Counter(sizes).most_common(1)[0][0]
 
 
-def leaves(batch: Batch) -> Iterator[Any]:
-    """Yield every leaf of the nest, in order."""
-    children = _children(batch)
+def _sizes(batch: Batch, inside: bool, depth: int = 0) -> Iterator[int]:
+    # A list of tensors inside a batch may be one tensor per sample: it counts only if nothing else does.
+    if _is_array(batch):
+        if batch.ndim > 0:
+            yield int(batch.shape[0])
+    elif inside or not (depth and isinstance(batch, list)):
+        for child in _children(batch) or ():
+            yield from _sizes(child, inside, depth + 1)
+
+
+def leaves(batch: Batch, count: int | None = None) -> Iterator[Any]:
+    """Yield every leaf of the nest, in order; with ``count`` rows, per-sample lists are leaves."""
+    children = _children(batch, count)
     if children is None:
         yield batch
         return
     for child in children:
-        yield from leaves(child)
+        yield from leaves(child, count)
 
 
 def select(batch: Batch, index: Tensor) -> Batch:
@@ -59,13 +69,13 @@ def select(batch: Batch, index: Tensor) -> Batch:
     A list, an array or a tensor on the CPU costs a synchronisation if ``index`` is on a GPU.
     """
     count = rows(batch)
-    return _map(batch, lambda leaf: _take(leaf, index) if _is_field(leaf, count) else leaf)
+    return _map(batch, lambda leaf: _take(leaf, index) if _is_field(leaf, count) else leaf, count)
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:
     """Rows ``start`` to ``stop``, as views where the fields allow it."""
     count = rows(batch)
-    return _map(batch, lambda leaf: leaf[start:stop] if _is_field(leaf, count) else leaf)
+    return _map(batch, lambda leaf: leaf[start:stop] if _is_field(leaf, count) else leaf, count)
 
 
 def move(batch: Batch, device: torch.device | str) -> Batch:
@@ -73,58 +83,57 @@ def move(batch: Batch, device: torch.device | str) -> Batch:
     target = torch.device(device)
     # Device to host must wait: nobody could tell when the host may read.
     asynchronous = target.type != "cpu"
-    return _map(
-        batch,
-        lambda leaf: (
-            leaf.to(target, non_blocking=asynchronous) if isinstance(leaf, Tensor) else leaf
-        ),
-    )
+    return _map_tensors(batch, lambda tensor: tensor.to(target, non_blocking=asynchronous))
 
 
 def pin(batch: Batch) -> Batch:
     """The same batch in page-locked memory, from which a GPU copies without waiting."""
-    return _map(batch, lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf)
+    return _map_tensors(batch, lambda tensor: tensor.pin_memory())
 
 
 def clone(batch: Batch) -> Batch:
     """The same batch with tensors and arrays of its own, safe from a loader that reuses buffers."""
-    return _map(
-        batch,
-        lambda leaf: (
-            leaf.clone()
-            if isinstance(leaf, Tensor)
-            else leaf.copy()
-            if isinstance(leaf, np.ndarray)
-            else leaf
-        ),
-    )
+    cloned = _map_tensors(batch, lambda tensor: tensor.clone())
+    return _map(cloned, lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
 
 
-def merge(batches: Sequence[Batch], pad_id: int = 0) -> Batch:
+def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    return _map(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
+
+
+def merge(batches: Sequence[Batch], pad_id: int = 0, label: str = "labels") -> Batch:
     """One batch of all rows, in order; leaves that are no fields come from the last batch.
 
-    Rows of different lengths are padded on the right to the longest: ids with ``pad_id``, labels with
-    -100, everything else with 0. That needs an ``attention_mask`` in the batch, or the padding would
-    be read as text: BatchError otherwise, and where batches differ in structure.
+    Rows of different lengths are padded on the right to the longest: ids with ``pad_id``, the field
+    ``label`` and any other whose name says label with -100, everything else with 0. That needs an
+    ``attention_mask`` in the batch, or the padding would be read as text: BatchError otherwise, and
+    where batches differ in structure.
     """
     if len(batches) == 1:
         return batches[0]
     counts = [rows(batch) for batch in batches]
-    flat = [list(leaves(batch)) for batch in batches]
-    if len({len(each) for each in flat}) != 1:
+    names = [_names(batch, count) for batch, count in zip(batches, counts, strict=True)]
+    if any(each != names[0] for each in names):
         raise BatchError(
-            f"batches of one pool differ in structure ({[len(each) for each in flat]} leaves); "
-            f"every batch of the inner loader needs the same fields"
+            f"batches of one pool differ in structure ({[len(each) for each in names]} leaves, "
+            f"{sorted(set(names[0]) ^ set(names[-1]))} not in all); every batch of the inner loader "
+            f"needs the same fields in the same order"
         )
+    flat = [list(leaves(batch, count)) for batch, count in zip(batches, counts, strict=True)]
     masked = isinstance(batches[0], Mapping) and "attention_mask" in batches[0]
-    names = _names(batches[0])
     merged = iter(
         [
-            _concatenate(list(column), counts, names[number], masked, pad_id)
-            for number, column in enumerate(zip(*flat, strict=True))
+            _concatenate(list(column), counts, name, masked, _padding(name, pad_id, label))
+            for name, column in zip(names[0], zip(*flat, strict=True), strict=True)
         ]
     )
-    return _map(batches[-1], lambda _: next(merged))
+    return _map(batches[-1], lambda _: next(merged), counts[-1])
+
+
+def _padding(name: str, pad_id: int, label: str) -> int:
+    if "label" in name or name == label:
+        return IGNORED
+    return pad_id if name == "input_ids" else 0
 
 
 def merge_labels(labels: Sequence[Tensor | None]) -> Tensor | None:
@@ -141,12 +150,12 @@ def merge_labels(labels: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _concatenate(
-    column: list[Any], counts: list[int], name: str, masked: bool, pad_id: int
+    column: list[Any], counts: list[int], name: str, masked: bool, padding: int
 ) -> Any:
     if not all(_is_field(leaf, count) for leaf, count in zip(column, counts, strict=True)):
         return column[-1]
-    if isinstance(column[0], list):
-        return [entry for leaf in column for entry in leaf]
+    if isinstance(column[0], (list, tuple)):
+        return type(column[0])(entry for leaf in column for entry in leaf)
     if isinstance(column[0], np.ndarray):
         return np.concatenate(column)
     if len({leaf.shape[1:] for leaf in column}) > 1:
@@ -156,9 +165,8 @@ def _concatenate(
                 f"{name!r} and no attention_mask to tell padding from text; pad to one length in "
                 f'collate_fn, or use pool="split", which never mixes inner batches'
             )
-        value = IGNORED if "label" in name else pad_id if name == "input_ids" else 0
         shape = [max(sizes) for sizes in zip(*(leaf.shape[1:] for leaf in column), strict=True)]
-        column = [_pad(leaf, shape, value) for leaf in column]
+        column = [_pad(leaf, shape, padding) for leaf in column]
     return torch.cat(column)
 
 
@@ -179,7 +187,7 @@ def _is_array(leaf: Any) -> bool:
 def _is_field(leaf: Any, count: int) -> bool:
     if _is_array(leaf):
         return bool(leaf.ndim > 0 and leaf.shape[0] == count)
-    return isinstance(leaf, list) and len(leaf) == count
+    return isinstance(leaf, (list, tuple)) and len(leaf) == count
 
 
 def _take(leaf: Any, index: Tensor) -> Any:
@@ -187,17 +195,21 @@ def _take(leaf: Any, index: Tensor) -> Any:
         return leaf.index_select(0, index.to(leaf.device, non_blocking=True))
     if isinstance(leaf, np.ndarray):
         return leaf[index.cpu().numpy()]
-    return [leaf[position] for position in index.tolist()]
+    return type(leaf)(leaf[position] for position in index.tolist())
 
 
-def _children(batch: Batch) -> Sequence[Any] | None:
-    # The parts of a container, None for a leaf. A list without any tensor is a leaf: one per sample.
+def _children(batch: Batch, count: int | None = None) -> Sequence[Any] | None:
+    # The parts of a container, None for a leaf. A list without any tensor is a leaf, and so is one of
+    # ``count`` entries that do not all hold ``count`` rows: one entry per sample.
     if isinstance(batch, Mapping):
         return list(batch.values())
-    if isinstance(batch, tuple):
-        return batch
-    if isinstance(batch, list):
-        return batch if any(_holds_tensor(child) for child in batch) else None
+    if isinstance(batch, (tuple, list)):
+        if hasattr(batch, "_fields"):
+            return batch
+        if not any(_holds_tensor(child) for child in batch):
+            return None
+        per_sample = len(batch) == count and not all(count in _sizes(each, True) for each in batch)
+        return None if per_sample else batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     return None
@@ -209,9 +221,9 @@ def _holds_tensor(batch: Batch) -> bool:
     return any(_holds_tensor(child) for child in _children(batch) or ())
 
 
-def _names(batch: Batch, name: str = "") -> list[str]:
-    # The innermost key above every leaf, in the order of `leaves`.
-    children = _children(batch)
+def _names(batch: Batch, count: int, name: str = "") -> list[str]:
+    # The innermost key or index above every leaf, in the order of `leaves`.
+    children = _children(batch, count)
     if children is None:
         return [name]
     if isinstance(batch, Mapping):
@@ -219,15 +231,16 @@ def _names(batch: Batch, name: str = "") -> list[str]:
     elif dataclasses.is_dataclass(batch):
         keys = [field.name for field in dataclasses.fields(batch)]
     else:
-        keys = [name] * len(children)
-    return [leaf for key, child in zip(keys, children, strict=True) for leaf in _names(child, key)]
+        keys = [str(number) for number in range(len(children))]
+    pairs = zip(keys, children, strict=True)
+    return [leaf for key, child in pairs for leaf in _names(child, count, key)]
 
 
-def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    children = _children(batch)
+def _map(batch: Batch, change: Callable[[Any], Any], count: int | None = None) -> Batch:
+    children = _children(batch, count)
     if children is None:
         return change(batch)
-    changed = [_map(child, change) for child in children]
+    changed = [_map(child, change, count) for child in children]
     if isinstance(batch, MutableMapping):
         out = copy.copy(batch)  # keeps the type: BatchEncoding, defaultdict, OrderedDict
         for key, value in zip(list(batch), changed, strict=True):
@@ -235,10 +248,8 @@ def _map(batch: Batch, change: Callable[[Any], Any]) -> Batch:
         return out
     if isinstance(batch, Mapping):
         return dict(zip(batch, changed, strict=True))
-    if isinstance(batch, tuple):
-        return type(batch)(*changed) if hasattr(batch, "_fields") else tuple(changed)
-    if isinstance(batch, list):
-        return changed
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(*changed) if hasattr(batch, "_fields") else type(batch)(changed)
     out = copy.copy(batch)
     for field, value in zip(dataclasses.fields(batch), changed, strict=True):
         object.__setattr__(out, field.name, value)  # frozen dataclasses too

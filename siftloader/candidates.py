@@ -13,14 +13,24 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeAlias, TypeVar, final
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from siftloader.batches import Batch, clone, cut, pin, rows
-from siftloader.errors import StateError
+from siftloader.errors import BatchError, StateError
 from siftloader.stream import TokenShards
 from siftloader.world import World
 
@@ -41,24 +51,35 @@ class Piece:
 
 @final
 class ShardCandidates:
-    """Batches of ``TokenShards``, read ahead by one thread whatever ``num_workers`` says."""
+    """Batches of ``TokenShards``, read ahead by one thread whatever ``num_workers`` says.
 
-    def __init__(
-        self, shards: TokenShards, batch_size: int, drop_last: bool = False, pinned: bool = False
-    ) -> None:
-        self.shards, self.batch_size = shards, batch_size
-        self._drop_last, self._pinned = drop_last, pinned
+    ``loader`` is the DataLoader that would collate them sample by sample; its options count.
+    """
 
-    def epoch_rows(self) -> int:
+    def __init__(self, shards: TokenShards, loader: DataLoader[Any]) -> None:
+        assert loader.batch_size is not None
+        self.shards, self.batch_size = shards, loader.batch_size
+        self._drop_last, self._generator = loader.drop_last, loader.generator
+        self._pinned = loader.pin_memory and torch.cuda.is_available()
+
+    def epoch_rows(self, size: int) -> int:
         """Rows this rank draws in a whole epoch."""
         total = self.shards.rows()
-        return total - total % self.batch_size if self._drop_last else total
+        return total - total % size if self._drop_last else total
+
+    def upcoming(self) -> tuple[int, Cursor]:
+        """The epoch to begin with, and where in it: the shards may have been told, or restored."""
+        epoch, position = self.shards.upcoming()
+        return epoch, self._at(position) if position else {}
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is."""
         self.check(cursor)
-        start = cursor.get("position", 0)
-        return {**self._identity(), "position": start}, self._pieces(epoch, start)
+        if not cursor:
+            # What iter(DataLoader) draws: keep=1.0 must leave the global stream where it leaves it.
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        position = cursor.get("position", 0)
+        return self._at(position), self._pieces(epoch, position)
 
     def check(self, cursor: Cursor) -> None:
         """Raise StateError unless the cursor belongs to these shards in this order."""
@@ -72,26 +93,34 @@ class ShardCandidates:
     def set_epoch(self, epoch: int) -> None:
         """Nothing to tell: the epoch is given to ``draw``."""
 
+    def _at(self, position: int) -> Cursor:
+        return {**self._identity(), "position": position}
+
     def _identity(self) -> dict[str, Any]:
         state = self.shards.state_dict()
         return {k: v for k, v in state.items() if k not in ("version", "epoch", "position")}
 
     def _pieces(self, epoch: int, start: int) -> Iterator[Piece]:
-        ranks = (self.shards.world or World.detect()).ranks
-        total, left = self.shards.total, self.shards.rows(start)
-        if self._drop_last:
-            left -= left % self.batch_size
-        identity, used = self._identity(), 0
-        batches = self.shards.read_batches(self.batch_size, epoch, start)
+        # Pieces begin where they would in an unbroken epoch: a restart inside one reads it from its
+        # beginning and cuts off what was used.
+        size, ranks = self.batch_size, (self.shards.world or World.detect()).ranks
+        used = start // ranks
+        offset = used % size
+        first, drawn, limit = start - offset * ranks, used - offset, self.epoch_rows(size)
+        batches = self.shards.read_batches(size, epoch, first)
         ahead = prefetched(map(pin, batches) if self._pinned else batches, PREFETCH)
+        identity, total = self._identity(), self.shards.total
         try:
             for batch in ahead:
                 count = rows(batch)
-                if used + count > left:
+                if self._drop_last and drawn + count > limit:
                     return
-                position = start + used * ranks
-                yield Piece(batch, count, _ShardPlace(identity, position, ranks, total))
-                used += count
+                place = _ShardPlace(identity, first + offset * ranks, ranks, total)
+                if offset < count:
+                    yield Piece(
+                        cut(batch, offset, count) if offset else batch, count - offset, place
+                    )
+                first, drawn, offset = first + count * ranks, drawn + count, 0
         finally:
             ahead.close()
 
@@ -102,8 +131,10 @@ class LoaderCandidates:
 
     def __init__(self, loader: Iterable[Batch], sharded: bool = False) -> None:
         self.loader, self._sharded = loader, sharded
-        # A DataLoader's batches are its own; anything else may hand out one buffer again and again.
-        self._fresh = isinstance(loader, DataLoader)
+        # Batches that torch collates are new ones; anything else may hand out one buffer again and again.
+        self._fresh = isinstance(loader, DataLoader) and (
+            loader.num_workers > 0 or loader.collate_fn is default_collate
+        )
 
     @property
     def batch_size(self) -> int | None:
@@ -113,14 +144,18 @@ class LoaderCandidates:
                 return size
         return None
 
-    def epoch_rows(self) -> int | None:
-        """Rows of a whole epoch, None where nobody can tell."""
-        if (size := self.batch_size) is None:
-            return None
+    def epoch_rows(self, size: int) -> int | None:
+        """Rows of a whole epoch in batches of ``size``, None where nobody can tell."""
         try:
             return _epoch_rows(self.loader, size)
         except TypeError:  # something in there has no len()
             return None
+
+    def upcoming(self) -> tuple[int | None, Cursor]:
+        """Where the next epoch would begin if it began now; which epoch that is, only we count."""
+        holder = self._stateful()
+        state = {} if holder is None else {"inner": encoded(holder.state_dict())}
+        return None, {"batches": 0, "offset": 0, **state, **self._order(), **self._identity()}
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is.
@@ -128,17 +163,17 @@ class LoaderCandidates:
         The inner ``iter`` is taken now, not at the first ``next``.
         """
         self._refuse_unsharded()
-        holder = self._stateful()
+        fixed = {**self._order(), **self._identity()}
         if not cursor:
-            order = self._order()
-            start = {"batches": 0, "offset": 0, **order} if holder is None else {}
-            return start, self._pieces(iter(self.loader), 0, 0, order)
+            start = {"batches": 0, "offset": 0, **fixed} if self._stateful() is None else {}
+            return start, self._pieces(iter(self.loader), 0, 0, fixed)
         number, offset = cursor["batches"], cursor["offset"]
+        holder = self._stateful()
         if holder is not None and (state := cursor.get("inner")) is not None:
-            holder.load_state_dict(state)
-            return cursor, self._pieces(iter(self.loader), number, offset, {})
-        order = {name: cursor[name] for name in ("rng", "generator") if name in cursor}
-        return cursor, self._pieces(self._skipping(number, order), number, offset, order)
+            holder.load_state_dict(decoded(state))
+            return cursor, self._pieces(iter(self.loader), number, offset, fixed)
+        fixed = {name: cursor[name] for name in fixed if name in cursor}
+        return cursor, self._pieces(self._skipping(number, fixed), number, offset, fixed)
 
     def check(self, cursor: Cursor) -> None:
         """Raise StateError where the order of the inner loader cannot be taken up again."""
@@ -150,14 +185,20 @@ class LoaderCandidates:
                 f"{type(self.loader).__name__}; build the loader it was saved with"
             )
         stateful = cursor.get("inner") is not None and self._stateful() is not None
-        if not stateful and iter(self.loader) is self.loader:
+        if not stateful and isinstance(self.loader, Iterator) and cursor["batches"]:
             raise StateError(
                 f"{type(self.loader).__name__} is an iterator without state_dict, its order cannot "
                 f"be repeated; wrap something that begins anew at iter(), or that has state_dict"
             )
+        for name, expected in self._identity().items():
+            if (found := cursor.get(name)) != expected:
+                raise StateError(
+                    f"the state was saved over data with {name} {found!r}, this loader's has "
+                    f"{expected!r}; build the loader it was saved with, or start afresh without it"
+                )
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the inner loader and whatever it draws from, once."""
+        """Tell the inner loader and whatever it draws from, each once."""
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         holders: tuple[Any, ...] = (
             self.loader,
@@ -166,20 +207,20 @@ class LoaderCandidates:
             getattr(batch_sampler, "sampler", None),
             getattr(self.loader, "dataset", None),
         )
-        for holder in holders:
+        for holder in {id(holder): holder for holder in holders}.values():
             if hasattr(holder, "set_epoch"):
                 holder.set_epoch(epoch)
 
     def _pieces(
-        self, source: Iterator[Batch], number: int, offset: int, order: Cursor
+        self, source: Iterator[Batch], number: int, offset: int, fixed: Cursor
     ) -> Iterator[Piece]:
         before = self._snapshot()
         while (batch := next(source, _END)) is not _END:
             after = self._snapshot()
             batch = batch if self._fresh else clone(batch)
-            count = rows(batch)
-            if offset < count:
-                place = _Place(number, offset, count, order, before, after)
+            count = _rows_or_none(batch)
+            if offset < count or not count:
+                place = _Place(number, offset, count, fixed, before, after)
                 yield Piece(cut(batch, offset, count) if offset else batch, count - offset, place)
             number, offset, before = number + 1, 0, after
 
@@ -196,37 +237,56 @@ class LoaderCandidates:
         holder = self._stateful()
         return None if holder is None else holder.state_dict()
 
-    def _order(self) -> Cursor:
-        # What a sampler will draw its permutation from: enough to draw it again.
+    def _indexed(self) -> bool:
+        # A DataLoader over a map-style data set that iterates as torch's own does.
         loader = self.loader
-        if not isinstance(loader, DataLoader) or _iterable(loader):
+        return (
+            isinstance(loader, DataLoader)
+            and not _iterable(loader)
+            and type(loader).__iter__ is DataLoader.__iter__
+        )
+
+    def _identity(self) -> Cursor:
+        # What can be told of the data and its order without reading it.
+        if not self._indexed():
             return {}
-        sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-        if isinstance(sampler, (SequentialSampler, DistributedSampler)):
+        loader: Any = self.loader
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler or loader.sampler)
+        return {"samples": _length(loader.dataset), "sampler": type(sampler).__name__}
+
+    def _order(self) -> Cursor:
+        # What samplers will draw their permutation from: enough to draw it again.
+        if not self._indexed():
             return {}
-        own = loader.generator or getattr(sampler, "generator", None)
-        if own is not None:
-            return {"generator": _encoded(own.get_state())}
-        return {"rng": _encoded(torch.get_rng_state())}
+        if {type(each) for each in _samplers(self.loader)} <= REPEATING:
+            return {}
+        own = [encoded(each.get_state()) for each in _generators(self.loader)]
+        return {"rng": encoded(torch.get_rng_state()), **({"generators": own} if own else {})}
 
     def _skipping(self, batches: int, order: Cursor) -> Iterator[Batch]:
         loader = self.loader
-        if isinstance(loader, DataLoader) and not _iterable(loader):
-            yield from _in_order(lambda: iter(_without_first(loader, batches)), loader, order)
-            return
-        warnings.warn(
-            f"resuming by drawing {batches} batches of {type(loader).__name__} again: exact only if "
-            f"it repeats its order; give it state_dict/load_state_dict to resume at once",
-            stacklevel=2,
-        )
-        source = iter(loader)
-        for _ in range(batches):
-            if next(source, _END) is _END:
-                raise StateError(
-                    f"the state is {batches} batches into an epoch, the inner loader has fewer; "
-                    f"it is not the one the state was saved with"
+        if self._indexed():
+            assert isinstance(loader, DataLoader)
+            unknown = {type(each) for each in _samplers(loader)} - REPEATING - DRAWING
+            if unknown and batches:
+                warnings.warn(
+                    f"resuming {batches} batches into the order of "
+                    f"{', '.join(sorted(kind.__name__ for kind in unknown))}: exact only if it draws "
+                    f"from torch's generators and nothing else",
+                    stacklevel=2,
                 )
-        yield from source
+            return _without_first(loader, batches, order)
+        if batches:
+            warnings.warn(
+                f"resuming by drawing {batches} batches of {type(loader).__name__} again: exact "
+                f"only if it repeats its order; give it state_dict/load_state_dict to resume at once",
+                stacklevel=2,
+            )
+        source = iter(loader)
+        for drawn in range(batches):
+            if next(source, _END) is _END:
+                raise _too_short(drawn, batches)
+        return source
 
     def _refuse_unsharded(self) -> None:
         ranks = World.detect().ranks
@@ -264,7 +324,7 @@ class _Place:
     number: int
     offset: int  # rows of this batch that were used before the piece began
     rows: int
-    order: Cursor
+    fixed: Cursor
     before: Any  # state of the inner loader
     after: Any
 
@@ -274,37 +334,100 @@ class _Place:
         return {
             "batches": self.number + done,
             "offset": 0 if done else self.offset + used,
-            **({} if state is None else {"inner": state}),
-            **self.order,
+            **({} if state is None else {"inner": encoded(state)}),
+            **self.fixed,
         }
 
 
 _END = object()
+REPEATING = {SequentialSampler, DistributedSampler, BatchSampler}  # nothing drawn from a stream
+DRAWING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}  # from torch's generators
+
+
+def _rows_or_none(batch: Batch) -> int:
+    # 0 for a batch of a kind unknown to us, which may pass through, but cannot be sifted.
+    try:
+        return rows(batch)
+    except BatchError:
+        return 0
+
+
+def _too_short(found: int, batches: int) -> StateError:
+    return StateError(
+        f"the state is {batches} batches into an epoch, the inner loader has only {found}; it is "
+        f"not the one the state was saved with"
+    )
 
 
 def _epoch_rows(loader: Any, size: int) -> int:
     if not isinstance(loader, DataLoader):
         return len(loader) * size
     if _iterable(loader):
-        total = len(loader.dataset)  # type: ignore[arg-type]
+        total = _length(loader.dataset)
+        if total is None:
+            raise TypeError("an iterable data set without a length")
         return total - total % size if loader.drop_last else total
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    drops = getattr(loader.batch_sampler, "drop_last", loader.drop_last)
-    if drops or loader.batch_sampler is None:
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if sampler is None or getattr(loader.batch_sampler, "drop_last", loader.drop_last):
         return len(loader) * size
-    return len(sampler)  # type: ignore[arg-type]
+    return len(sampler)
+
+
+def _length(thing: Any) -> int | None:
+    try:
+        return len(thing)
+    except TypeError:
+        return None
 
 
 def _iterable(loader: DataLoader[Any]) -> bool:
     return isinstance(loader.dataset, IterableDataset)
 
 
-def _encoded(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
+def _samplers(loader: Any) -> list[Any]:
+    found = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None), loader.sampler]
+    return [each for each in found if each is not None]
 
 
-def _decoded(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+def _generators(loader: Any) -> list[torch.Generator]:
+    found = [getattr(each, "generator", None) for each in (loader, *_samplers(loader))]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def encoded(state: Any) -> Any:
+    """A state with its tensors and bytes as text, so that JSON takes it."""
+    if isinstance(state, torch.Tensor):
+        kind = str(state.dtype).removeprefix("torch.")
+        return {
+            "tensor": _text(state.numpy().tobytes()),
+            "dtype": kind,
+            "shape": list(state.shape),
+        }
+    if isinstance(state, bytes):
+        return {"bytes": _text(state)}
+    if isinstance(state, dict):
+        return {name: encoded(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [encoded(value) for value in state]
+    return state
+
+
+def decoded(state: Any) -> Any:
+    """The state that ``encoded`` was given; tuples come back as lists."""
+    if isinstance(state, dict) and state.keys() == {"tensor", "dtype", "shape"}:
+        data = bytearray(base64.b64decode(state["tensor"]))
+        kind = getattr(torch, state["dtype"])
+        flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
+        return flat.reshape(state["shape"])
+    if isinstance(state, dict) and state.keys() == {"bytes"}:
+        return base64.b64decode(state["bytes"])
+    if isinstance(state, dict):
+        return {name: decoded(value) for name, value in state.items()}
+    return [decoded(value) for value in state] if isinstance(state, list) else state
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 class _After:
@@ -312,18 +435,35 @@ class _After:
 
     def __init__(self, sampler: Iterable[Any], first: int) -> None:
         self._sampler, self._first = sampler, first
+        self._rest: Iterator[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self._sampler), self._first, None)
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.prime())
+
+    def prime(self) -> Iterator[Any]:
+        """Skip, and take the first entry that counts: by then the sampler has drawn its seed."""
+        if self._rest is None:
+            source = iter(self._sampler)
+            skipped = sum(1 for _ in islice(source, self._first))
+            if skipped < self._first:
+                raise _too_short(skipped, self._first)
+            self._rest = chain(list(islice(source, 1)), source)
+        return self._rest
 
 
-def _without_first(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
+def _without_first(loader: DataLoader[Any], batches: int, order: Cursor) -> Iterator[Batch]:
+    # Only the order comes from the generators as they were in the saved run; what fetching and
+    # collating draw comes from the streams as the caller has them now, and those are left alone.
+    skip = _After(loader.batch_sampler or loader.sampler, batches)
     sampled: dict[str, Any] = (
-        {"batch_size": None, "sampler": _After(loader.sampler, batches)}
+        {"batch_size": None, "sampler": skip}
         if loader.batch_sampler is None
-        else {"batch_sampler": _After(loader.batch_sampler, batches)}
+        else {"batch_sampler": skip}
     )
-    return DataLoader(
+    rest: DataLoader[Any] = DataLoader(
         loader.dataset,
         **sampled,
         num_workers=loader.num_workers,
@@ -335,28 +475,17 @@ def _without_first(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
         generator=loader.generator,
         prefetch_factor=loader.prefetch_factor,
     )
-
-
-def _in_order(
-    begin: Callable[[], Iterator[Batch]], loader: DataLoader[Any], order: Cursor
-) -> Iterator[Batch]:
-    # The permutation is drawn at the first next(), from the generator as it was in the saved run; the
-    # caller's global generator is left as it is.
-    if "generator" in order:
-        sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-        (loader.generator or sampler.generator).set_state(_decoded(order["generator"]))
     here = torch.get_rng_state()
-    if "rng" in order:
-        torch.set_rng_state(_decoded(order["rng"]))
     try:
-        source = begin()
-        first = next(source, _END)
+        if "rng" in order:
+            torch.set_rng_state(decoded(order["rng"]))
+        for own, state in zip(_generators(loader), order.get("generators", ()), strict=False):
+            own.set_state(decoded(state))
+        source = iter(rest)
+        skip.prime()
     finally:
         torch.set_rng_state(here)
-    if first is _END:
-        return
-    yield first
-    yield from source
+    return source
 
 
 def prefetched(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from siftloader.batches import Batch, cut, leaves, merge, merge_labels, move, rows, select
-from siftloader.candidates import Cursor, LoaderCandidates, Piece, ShardCandidates
+from siftloader.candidates import LoaderCandidates, Piece, ShardCandidates
 from siftloader.errors import EmptyEpoch, StateError
 from siftloader.schedule import Epoch, Schedule
 from siftloader.scores import Criterion, criterion_named
@@ -34,6 +34,21 @@ from siftloader.world import World
 
 
 STATE_VERSION = 1
+PATIENCE = 100  # batches handed out in eval mode, none ever sifted, before a warning
+_STATE_NAMES = frozenset(
+    [
+        "epoch",
+        "epoch_step",
+        "cursor",
+        "batch_size",
+        "pool",
+        "keep",
+        "ranks",
+        "pools",
+        "set_epoch",
+        "stats",
+    ]
+)
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
 
@@ -45,10 +60,9 @@ class _Existing:
 
 @dataclass
 class _Held:
-    """A piece on its way into a pool: the batch on the device, its labels where they came from."""
+    """A piece on its way into a pool, its batch on the device."""
 
     batch: Batch
-    labels: Tensor | None
     piece: Piece
     used: int = 0  # rows of the piece that are gone
 
@@ -56,12 +70,9 @@ class _Held:
     def rows(self) -> int:
         return self.piece.rows - self.used
 
-    def take(self, count: int) -> tuple[Batch, Tensor | None]:
+    def take(self, count: int) -> Batch:
         first, self.used = self.used, self.used + count
-        if count == self.piece.rows:
-            return self.batch, self.labels
-        labels = None if self.labels is None else self.labels[first : self.used]
-        return cut(self.batch, first, self.used), labels
+        return self.batch if count == self.piece.rows else cut(self.batch, first, self.used)
 
 
 class _Finished(IterableDataset[Batch]):
@@ -133,7 +144,9 @@ class SiftingDataLoader(DataLoader[Any]):
         self._sifter = Sifter(
             model,
             exit_layer=exit_layer,
-            criterion=criterion_named(criterion, getattr(dataset, "unigrams", None)),
+            criterion=criterion_named(
+                criterion, lambda: dataset.unigrams if isinstance(dataset, TokenShards) else None
+            ),
             keep=keep,
             selection=selection,
             labels=labels,
@@ -142,10 +155,16 @@ class SiftingDataLoader(DataLoader[Any]):
             autocast=autocast,
         )
         self._source = _candidates(dataset, loader_args, loader_options)
+        shards = isinstance(self._source, ShardCandidates)
         self._split, self._on_select = pool == "split", on_select
         self._gives_back = output_device == "inner"
-        self._epoch, self._begun = 0, False  # the epoch to begin next, or the one under way
-        self._cursor: Cursor = {}
+        epoch, self._cursor = self._source.upcoming() if shards else (0, {})
+        self._epoch, self._begun = (
+            epoch or 0,
+            False,
+        )  # the epoch to begin next, or the one under way
+        self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
+        self._turn = 0  # counts iterators: the newest one moves the state
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = keep == 1.0
@@ -169,13 +188,14 @@ class SiftingDataLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         if self._begun:
             self._epoch, self._cursor = self._epoch + 1, {}
-        self._begun = True
+        self._begun, self._turn = True, self._turn + 1
         resumed = bool(self._cursor)
         if not resumed:
             self._epoch_step = self._sifter.counts.steps
+            self._refuse_empty_epoch()
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
         self._cursor, pieces = self._source.draw(self._epoch, self._cursor)
-        return self._batches(pieces, resumed)
+        return self._batches(pieces, resumed, self._turn)
 
     def __len__(self) -> int:
         """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
@@ -214,12 +234,17 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """What was handed to the loop so far, JSON-able; valid after a break and at an epoch's end."""
+        cursor = self._cursor
+        if not cursor and self._sifter.counts.samples:
+            # Between epochs: what the next one will be drawn from is as it is now.
+            cursor = self._source.upcoming()[1]
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
             "epoch_step": self._epoch_step,
-            "cursor": self._cursor,
+            "cursor": cursor,
             "batch_size": self._batch_size,
+            "pool": self._pool,
             "keep": self._sifter.keep,
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
@@ -229,22 +254,21 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken; StateError where it belongs to something else."""
-        version = state.get("version")
-        if not isinstance(version, int) or version > STATE_VERSION:
-            raise StateError(
-                f"found a state of version {version!r}, this siftloader reads up to {STATE_VERSION}; "
-                f"upgrade siftloader, or start afresh without the state"
-            )
-        missing = set(self.state_dict()) - set(state)
+        missing = (_STATE_NAMES | {"version"}) - state.keys()
         if missing:
             raise StateError(
-                f"the state lacks {sorted(missing)}; it needs all that state_dict gives"
+                f"the state lacks {sorted(missing)}; it needs all that state_dict() gives"
+            )
+        if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
+            raise StateError(
+                f"found a state of version {state['version']!r}, this siftloader reads up to "
+                f"{STATE_VERSION}; upgrade siftloader, or start afresh without the state"
             )
         self._source.check(state["cursor"])
         self._check_topology(state)
-        if self._batch_size is None and (size := state["batch_size"]) is not None:
+        if self._batch_size is None:
             # Not to be learned again: the next inner batch may be a ragged one.
-            self._set_sizes(whole(size / self._sifter.keep) or size if self._split else size)
+            self._batch_size, self._pool = state["batch_size"], state["pool"]
         if (told := state["set_epoch"]) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)
@@ -258,84 +282,105 @@ class SiftingDataLoader(DataLoader[Any]):
             "a SiftingDataLoader holds the live model and is not pickled; save state_dict() instead"
         )
 
-    def _batches(self, pieces: Iterator[Piece], resumed: bool) -> Iterator[Batch]:
+    def _batches(self, pieces: Iterator[Piece], resumed: bool, turn: int) -> Iterator[Batch]:
         held: deque[_Held] = deque()
-        handed, before = 0, self._sifter.pools
+        handed = 0
         try:
-            while True:
-                sifts = self._sifts()
-                batch = (
-                    self._next_sifted(pieces, held) if sifts else self._next_plain(pieces, held)
-                )
-                if batch is None:
-                    break
+            while (batch := self._next(pieces, held, turn)) is not None:
                 handed += 1
-                # Counted before it leaves: the loop may never come back.
-                self._sifter.counts.samples += rows(batch)
-                self._sifter.counts.steps += self._sifter.model.training
-                yield batch
+                # Counted before it leaves: the loop may never come back. And let go of: what the loop
+                # drops must not live on here while the next pool is scored.
+                out = [batch]
+                del batch
+                yield out.pop()
         finally:
             if hasattr(pieces, "close"):
                 pieces.close()
-        self._end_epoch(handed, resumed, self._sifter.pools > before)
+        if turn == self._turn:
+            self._end_epoch(handed, resumed)
 
-    def _next_plain(self, pieces: Iterator[Piece], held: deque[_Held]) -> Batch | None:
+    def _next(self, pieces: Iterator[Piece], held: deque[_Held], turn: int) -> Batch | None:
+        found = (self._next_sifted if self._sifts() else self._next_plain)(pieces, held)
+        if found is None:
+            return None
+        batch, last = found
+        if turn == self._turn:
+            self._cursor = last.piece.after(last.used)
+        counts, training = self._sifter.counts, self._sifter.model.training
+        counts.samples += rows(batch) if last.piece.rows else 0
+        counts.steps += training
+        self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
+        if self._unsifted == PATIENCE and self._sifter.keep < 1:
+            self._warn_of_eval_mode()
+        return self._handed(batch, last)
+
+    def _next_plain(
+        self, pieces: Iterator[Piece], held: deque[_Held]
+    ) -> tuple[Batch, _Held] | None:
         one = held.popleft() if held else self._draw(pieces)
         if one is None:
             return None
-        batch, labels = one.take(one.rows)
-        if not self._tested:
+        part = one.take(one.rows)
+        if not self._tested and self._sifter.model.training:
             # What cannot be scored fails on the first batch, not when the warm-up ends.
-            self._sifter.rate(batch, labels)
+            self._sifter.rate(part, self._labels([(one, 0, one.used)]))
             self._tested = True
         if self._split and self._sifter.keep < 1:
-            batch = cut(batch, 0, max(1, int(one.piece.rows * self._sifter.keep)))
-        self._cursor = one.piece.after(one.used)
-        return self._handed(batch, one)
+            part = cut(part, 0, self._kept_of(one.piece.rows))
+        return part, one
 
-    def _next_sifted(self, pieces: Iterator[Piece], held: deque[_Held]) -> Batch | None:
-        drawn = sum(one.rows for one in held)
-        while not (self._pool and drawn >= self._pool) and not (self._split and held):
-            one = self._draw(pieces)
-            if one is None:
-                break
-            held.append(one)
-            drawn += one.rows
-        if not held:
-            return None
-        assert self._pool is not None and self._batch_size is not None
-        take = min(drawn, self._pool)
-        if take < self._batch_size:
+    def _next_sifted(
+        self, pieces: Iterator[Piece], held: deque[_Held]
+    ) -> tuple[Batch, _Held] | None:
+        while True:
+            drawn = sum(one.rows for one in held)
+            while not (self._pool and drawn >= self._pool) and not (self._split and held):
+                one = self._draw(pieces)
+                if one is None:
+                    break
+                held.append(one)
+                drawn += one.rows
+            if not held:
+                return None
+            assert self._pool is not None and self._batch_size is not None
+            if drawn >= self._batch_size:
+                return self._sifted(held, min(drawn, self._pool), self._batch_size)
+            self._sifter.counts.tail_dropped += drawn  # less than a batch, at the end of the data
             self._cursor = held[-1].piece.after(held[-1].piece.rows)
-            self._sifter.counts.tail_dropped += drawn
             held.clear()
-            return self._next_sifted(pieces, held) if self._split else None
-        parts, labels, last = [], [], held[0]
-        while take:
-            last = held[0]
-            count = min(take, last.rows)
-            part, its_labels = last.take(count)
-            parts.append(part)
-            labels.append(its_labels)
-            take -= count
-            if not last.rows:
+
+    def _sifted(self, held: deque[_Held], pool: int, keep: int) -> tuple[Batch, _Held]:
+        parts, taken = [], []
+        while pool:
+            one = held[0]
+            first, count = one.used, min(pool, one.rows)
+            parts.append(one.take(count))
+            taken.append((one, first, one.used))
+            pool -= count
+            if not one.rows:
                 held.popleft()
-        candidates = merge(parts, self._pad_id)
-        index, scores = self._sifter.winners(candidates, merge_labels(labels), self._batch_size)
+        candidates = merge(parts, self._pad_id, self._sifter.label_name)
+        del parts
+        index, scores = self._sifter.winners(candidates, self._labels(taken), keep)
         self._tested = True
         if self._on_select is not None:
             self._report(candidates, scores, index)
-        self._cursor = last.piece.after(last.used)
-        return self._handed(select(candidates, index), last)
+        return select(candidates, index), one
+
+    def _labels(self, taken: list[tuple[_Held, int, int]]) -> Tensor | None:
+        # Where the inner loader had them: on the host, their positions cost no synchronisation.
+        found = [(self._sifter.labels_of(one.piece.batch), a, b) for one, a, b in taken]
+        return merge_labels([None if each is None else each[a:b] for each, a, b in found])
 
     def _draw(self, pieces: Iterator[Piece]) -> _Held | None:
         piece = next(pieces, None)
         if piece is None:
             return None
-        if self._pool is None:
+        if not piece.rows and self._sifter.keep < 1:
+            rows(piece.batch)  # says what is wrong with it
+        if self._pool is None and piece.rows:
             self._set_sizes(piece.rows)
-        labels = self._sifter.labels_of(piece.batch) if self._sifter.keep < 1 else None
-        return _Held(move(piece.batch, self._sifter.device), labels, piece)
+        return _Held(move(piece.batch, self._sifter.device), piece)
 
     def _handed(self, batch: Batch, one: _Held) -> Batch:
         if not self._gives_back:
@@ -357,32 +402,51 @@ class SiftingDataLoader(DataLoader[Any]):
             ids = torch.arange(seen - len(scores), seen, device=scores.device)
         self._on_select(ids, scores, kept)
 
-    def _end_epoch(self, handed: int, resumed: bool, scored: bool) -> None:
+    def _end_epoch(self, handed: int, resumed: bool) -> None:
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
         counts, steps = self._sifter.counts, self._schedule.warmup_steps
         if not handed and not resumed:
-            raise EmptyEpoch(
-                f"an epoch handed out nothing: {counts.tail_dropped} rows were drawn in all, a pool "
-                f"needs at least batch_size = {self._batch_size} rows (of {self._pool} wanted); "
-                f"use more data, a smaller batch_size, or a sampler that is not empty"
-                if counts.tail_dropped
-                else "an epoch handed out nothing: the inner loader is empty"
-            )
-        if scored or self._warned or self._sifter.keep == 1 or resumed:
+            raise EmptyEpoch(self._nothing())
+        if counts.candidates or self._warned or self._sifter.keep == 1:
             return
-        self._warned = True
-        if counts.steps < steps:
+        if not self._sifter.model.training:
+            self._warn_of_eval_mode()
+        elif counts.steps < steps:
+            self._warned = True
             warnings.warn(
-                f"the epoch ended inside the warm-up ({counts.steps} of {steps} steps): nothing was "
-                f"sifted; lower warmup_steps if the run is short",
+                f"the epoch ended inside the warm-up ({counts.steps} of {steps} steps): nothing "
+                f"was sifted; lower warmup_steps if the run is short",
                 stacklevel=3,
             )
-        elif not self._sifter.model.training:
+
+    def _warn_of_eval_mode(self) -> None:
+        if not self._warned:
+            self._warned = True
             warnings.warn(
-                "an epoch passed without sifting because the model is in eval mode; call "
-                "model.train() before the epoch if it was meant for training",
-                stacklevel=3,
+                "nothing was sifted because the model is in eval mode (as from_pretrained leaves "
+                "it); call model.train() if this is training",
+                stacklevel=4,
             )
+
+    def _refuse_empty_epoch(self) -> None:
+        try:
+            planned = self._plan(self._epoch_step).batches
+        except TypeError:
+            return  # known at its end
+        if not planned:
+            raise EmptyEpoch(self._nothing())
+
+    def _nothing(self) -> str:
+        size = self._pool if self._split else self._batch_size
+        drawn = self._source.epoch_rows(size) if size else 0
+        return (
+            f"an epoch would hand out nothing: {'?' if drawn is None else drawn} rows are drawn, a "
+            f"pool needs at least batch_size = {self._batch_size} (of {self._pool} wanted); use more "
+            f"data, a smaller batch_size, or a sampler that is not empty"
+        )
+
+    def _kept_of(self, size: int) -> int:
+        return whole(size * self._sifter.keep) or max(1, int(size * self._sifter.keep))
 
     def _set_sizes(self, size: int) -> None:
         # size: rows of an inner batch
@@ -396,17 +460,18 @@ class SiftingDataLoader(DataLoader[Any]):
         self._batch_size, self._pool = batch, pool
 
     def _plan(self, step: int) -> Epoch:
-        rows_ = self._source.epoch_rows()
-        if rows_ is None or self._batch_size is None or self._pool is None:
-            raise TypeError(
-                f"the length of {type(self._source.loader).__name__} is not known before it was "
-                f"drawn from"
-                if isinstance(self._source, LoaderCandidates)
-                else "unknown length"
-            )
-        if self._split:
-            return Epoch(-(-rows_ // self._pool), rows_ // self._pool * self._batch_size)
-        return self._schedule.epoch(step, rows_, self._batch_size, self._pool)
+        batch, pool = self._batch_size, self._pool
+        if batch is None or pool is None:
+            raise TypeError("the length of the wrapped loader is not known before its first batch")
+        drawn = self._source.epoch_rows(pool if self._split else batch)
+        if drawn is None:
+            raise TypeError("the inner loader has no length, so this one has none")
+        if not self._split:
+            return self._schedule.epoch(step, drawn, batch, pool)
+        full, rest = divmod(drawn, pool)
+        sifts = self._sifter.keep < 1 and self._schedule.sifts(step + full)
+        last = (batch if rest >= batch else 0) if sifts else rest and self._kept_of(rest)
+        return Epoch(full + (last > 0), full * batch + last)
 
     @property
     def _pad_id(self) -> int:
@@ -439,20 +504,30 @@ def _candidates(
     dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
 ) -> ShardCandidates | LoaderCandidates:
     if isinstance(dataset, _Existing):
-        if isinstance(dataset.loader, Dataset):
+        loader = dataset.loader
+        if isinstance(loader, Dataset):
             raise TypeError(
-                f"wrap takes a loader of batches, {type(dataset.loader).__name__} is a data set of "
-                f"samples; use SiftingDataLoader(dataset, batch_size=..., model=...)"
+                f"wrap takes a loader of batches, {type(loader).__name__} is a data set of samples; "
+                f"use SiftingDataLoader(dataset, batch_size=..., model=...)"
+            )
+        if isinstance(loader, (Mapping, Tensor, str)) or not hasattr(loader, "__iter__"):
+            raise TypeError(
+                f"wrap takes an iterable of batches, got {type(loader).__name__}; call a generator "
+                f"function, put a single batch into a list, use Sifter for one pool at a time"
             )
         if args or options:
             raise TypeError(
                 f"wrap takes a loader as it is; it does not take {sorted(options) or args}"
             )
-        return LoaderCandidates(dataset.loader, dataset.sharded)
+        return LoaderCandidates(loader, dataset.sharded)
     inner: DataLoader[Any] = DataLoader(
         dataset, *args, **options
-    )  # torch's own errors, for torch's arguments
-    if isinstance(dataset, TokenShards) and inner.batch_size and options.get("collate_fn") is None:
-        pinned = inner.pin_memory and torch.cuda.is_available()
-        return ShardCandidates(dataset, inner.batch_size, inner.drop_last, pinned)
+    )  # torch's errors for its arguments
+    if isinstance(dataset, TokenShards) and options.get("collate_fn") is None:
+        if inner.batch_size is None:
+            raise ValueError(
+                "TokenShards gives samples, so batch_size must be a number; for batches of its own "
+                "use SiftingDataLoader.wrap(shards.batches(n), model=...)"
+            )
+        return ShardCandidates(dataset, inner)
     return LoaderCandidates(inner)

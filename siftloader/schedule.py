@@ -35,8 +35,10 @@ class Schedule:
             raise TypeError(f"warmup_steps must be an int, got {self.warmup_steps!r}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if self.total_steps is not None and self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if self.total_steps is not None and not _is_count(self.total_steps):
+            raise ValueError(
+                f"total_steps must be an int of at least 1 or None, got {self.total_steps!r}"
+            )
         if isinstance(self.cooldown_steps, float) and not 0 <= self.cooldown_steps <= 1:
             raise ValueError(
                 f"cooldown_steps as a fraction must be in 0..1, got {self.cooldown_steps}; "
@@ -46,6 +48,12 @@ class Schedule:
             raise ValueError(f"cooldown_steps must not be negative, got {self.cooldown_steps}")
         if self.cooldown_steps and self.total_steps is None:
             raise ValueError("cooldown_steps needs total_steps: the end to count back from")
+        end = self.cooldown_begins
+        if end is not None and self.warmup_steps >= end:
+            raise ValueError(
+                f"nothing would ever be sifted: the warm-up lasts {self.warmup_steps} steps and the "
+                f"cool-down begins at step {end} of {self.total_steps}; shorten one of them"
+            )
 
     @property
     def cooldown_begins(self) -> int | None:
@@ -66,20 +74,24 @@ class Schedule:
         """What ``rows`` rows make from this step on: ``w + n // P + (n % P >= b)`` batches.
 
         ``w`` batches pass through the warm-up with ``batch`` rows each, the ``n`` rows left are sifted
-        ``pool`` at a time; what a cool-down leaves passes through again. With ``pool == batch``
-        everything passes through.
+        ``pool`` at a time; what a cool-down leaves passes through again, the rest of a half-used inner
+        batch first. With ``pool == batch`` everything passes through.
         """
         end = self.cooldown_begins
-        if pool == batch or (end is not None and max(self.warmup_steps, step) >= end):
+        if pool == batch or (end is not None and step >= end):
             return Epoch(-(-rows // batch), rows)
         warm = min(max(0, self.warmup_steps - step), -(-rows // batch))
         left = max(0, rows - warm * batch)
         sifted = left // pool + (left % pool >= batch)
-        cool = 0  # rows
+        plain = 0  # batches of the cool-down
+        cool = 0  # their rows
         if end is not None and sifted >= end - step - warm:
             sifted = end - step - warm
             cool = max(0, left - sifted * pool)
-        return Epoch(
-            warm + sifted + -(-cool // batch),
-            min(rows, warm * batch) + sifted * batch + cool,
-        )
+            rest = min(cool, -sifted * pool % batch)
+            plain = (rest > 0) + -(-(cool - rest) // batch)
+        return Epoch(warm + sifted + plain, min(rows, warm * batch) + sifted * batch + cool)
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1

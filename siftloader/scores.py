@@ -51,6 +51,12 @@ class Targets:
         """P."""
         return len(self.starts) - 1
 
+    def labelled(self) -> Tensor:
+        """Which samples have a label at all, bool [P], on the device."""
+        if self.real is not None:
+            return self.real.view(self.samples, self.length).any(1)
+        return _to(torch.tensor(self.starts).diff() > 0, self.positions.device)
+
     @classmethod
     def of(cls, labels: Tensor, device: torch.device, shift: bool) -> Targets:
         """Find the labelled positions of ``labels`` [P, T] or [P]; -100 marks the others.
@@ -63,6 +69,7 @@ class Targets:
                 f"labels must be integers of shape [P] or [P, T], got {labels.dtype} "
                 f"{tuple(labels.shape)}; for anything else pass score_fn="
             )
+        labels = labels.long()
         if shift and labels.ndim != 2:
             raise ScoringError(f"a causal model needs labels [P, T], got {tuple(labels.shape)}")
         samples, length = labels.shape[0], labels.shape[1] if labels.ndim == 2 else 1
@@ -79,6 +86,11 @@ class Targets:
         starts = [0, *mask.sum(1).cumsum(0).tolist()]
         positions = mask.reshape(-1).nonzero().squeeze(1)
         chosen = wanted.reshape(-1)[positions]
+        if chosen.numel() and chosen.min() < 0:
+            raise ScoringError(
+                f"found label {int(chosen.min())}; labels must be 0 or more, or {IGNORED} where there "
+                f"is nothing to predict (pass labels= with a function that says so)"
+            )
         return cls(_to(positions, device), _to(chosen, device), starts, length)
 
 
@@ -255,8 +267,12 @@ def token_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 
 
-def criterion_named(criterion: Criterion | str, unigrams: Any = None) -> Criterion:
-    """Resolve "loss", "entropy", "random" or "rarity" (where unigrams are known)."""
+def criterion_named(
+    criterion: Criterion | str, unigrams: Callable[[], Any] = lambda: None
+) -> Criterion:
+    """Resolve "loss", "entropy", "random", or "rarity" where unigrams can be had."""
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be an object: {criterion.__name__}(), with brackets")
     if callable(criterion):
         return criterion
     named: dict[str, Callable[[], Criterion]] = {
@@ -264,8 +280,8 @@ def criterion_named(criterion: Criterion | str, unigrams: Any = None) -> Criteri
         "entropy": Entropy,
         "random": Random,
     }
-    if unigrams is not None:
-        named["rarity"] = lambda: Rarity(unigrams)
+    if criterion == "rarity" and (counts := unigrams()) is not None:
+        return Rarity(counts)
     if criterion in named:
         return named[criterion]()
     hint = "; Rarity needs counts: pass Rarity(unigrams)" if criterion == "rarity" else ""

@@ -8,9 +8,9 @@ Letters: b rows kept, P candidates, T positions of a row, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -44,7 +44,7 @@ class Sifter:
     label at t + 1 belongs to the prediction at t; found for Hugging Face models. ``autocast`` is the
     dtype to score in where the training loop owns the autocast context.
 
-    Rows without labels and rows whose score is not finite score ``-inf``, so they rank last. Nothing of
+    Labels of -100 are not predicted. Rows without labels and rows whose score is not finite score ``-inf``, so they rank last. Nothing of
     the model is touched: no parameter, buffer, flag, hook or random stream. (Paper, section 7.)
     """
 
@@ -66,8 +66,10 @@ class Sifter:
                 f"model must be a torch.nn.Module or a function that returns one, "
                 f"got {type(model).__name__}"
             )
-        if not 0 < keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {keep}")
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
+            raise ValueError(f"keep must be a number above 0 and at most 1, got {keep!r}")
+        if isinstance(selection, type):
+            raise TypeError(f"selection must be an object: {selection.__name__}(), with brackets")
         self.keep = keep
         self.exit_layer = exit_layer
         self.criterion = criterion_named(criterion)
@@ -137,46 +139,58 @@ class Sifter:
         return index, scores
 
     def labels_of(self, batch: Batch) -> Tensor | None:
-        """The labels of a batch as they lie; None where ``score_fn`` makes them unnecessary."""
+        """The labels of a batch as they lie; None where nobody looks at them."""
         if self._score_fn is not None:
             return None
         if callable(self._labels):
             return self._labels(batch)
         found: Any = None
         if isinstance(batch, Mapping):
-            found = batch.get(self._labels or "labels")
-        elif hasattr(batch, self._labels or "labels"):
-            found = getattr(batch, self._labels or "labels")
+            found = batch.get(self.label_name)
+        elif hasattr(batch, self.label_name):
+            found = getattr(batch, self.label_name)
         elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             found = batch[-1]
-        if not isinstance(found, Tensor):
-            raise ScoringError(
-                f'no labels in a batch of type {type(batch).__name__}: put them under "labels" or '
-                f"last in a tuple, or pass labels= (a key or a function) or score_fn="
-            )
-        return found
+        if isinstance(found, Tensor):
+            return found
+        if isinstance(self.criterion, Random):
+            return None
+        fields = f" with fields {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        raise ScoringError(
+            f"no labels in a {type(batch).__name__}{fields}: they must be tensors under "
+            f'"{self.label_name}" or last in a tuple; or pass labels= (a key or a function) or '
+            f"score_fn="
+        )
 
-    def rate(self, candidates: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor, int]:
-        """Scores [P], how many were not finite (on the device), how many rows had no label.
+    @property
+    def label_name(self) -> str:
+        """The key under which labels are looked for."""
+        return self._labels if isinstance(self._labels, str) else "labels"
 
-        ``candidates`` lie on the model's device, ``labels`` best on the host.
+    def rate(self, candidates: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [P], how many were not finite, how many rows had no label; all on the device.
+
+        ``candidates`` lie on the model's device, ``labels`` best on the host; None is for criteria
+        that look at no label.
         """
         device, samples = self.device, rows(candidates)
-        unlabelled = 0
         with torch.no_grad(), self._precision(device):
             if self._score_fn is not None:
                 scores = self._score_fn(self._exit(), candidates)
+                labelled = torch.ones(samples, dtype=torch.bool, device=device)
             else:
-                assert labels is not None
-                targets = Targets.of(labels, device, self._shifted(candidates, labels))
-                unlabelled = sum(begin == end for begin, end in pairwise(targets.starts))
+                shifted = labels is not None and self._shifted(candidates, labels)
+                labels = torch.zeros(samples, dtype=torch.long) if labels is None else labels
+                targets = Targets.of(labels, device, shifted)
+                labelled = targets.labelled()
                 scores = self.criterion(self._predictions(candidates, targets))
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
         scores = scores.detach().to(device, torch.float32)
-        bad = ~scores.isfinite()
-        return scores.masked_fill(bad, -torch.inf), bad.sum() - unlabelled, unlabelled
+        finite = scores.isfinite()
+        ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
+        return ranked, (~finite & labelled).sum(), (~labelled).sum()
 
     def _predictions(self, candidates: Batch, targets: Targets) -> Predictions:
         def chunks() -> Iterator[Tensor]:
@@ -226,13 +240,16 @@ def whole(number: float) -> int | None:
 
 
 def _is_causal(model: nn.Module) -> bool | None:
-    # Hugging Face names the loss on the model, or the task in the class; None for anyone else's.
-    kind, name = getattr(model, "loss_type", None), type(model).__name__
-    if isinstance(kind, str) and kind.startswith("For"):
-        return kind == "ForCausalLM"
-    if name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")):
+    # Hugging Face names the loss on the model or the task in a class it inherits from; None for anyone
+    # else's, and for tasks whose name does not tell.
+    names = [kind.__name__ for kind in type(model).__mro__]
+    loss = getattr(model, "loss_type", None)
+    if isinstance(loss, str) and loss.startswith("For"):
+        names = [loss]
+    if any(name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")) for name in names):
         return True
-    return False if hasattr(model, "config") and "For" in name else None
+    told = (name for name in names if "ForConditionalGeneration" not in name)
+    return False if any(re.search("For[A-Z]", name) for name in told) else None
 
 
 def _labels_are_inputs(ids: Tensor | None, labels: Tensor) -> bool:

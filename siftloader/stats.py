@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from siftloader.errors import StateError
 
 
 @dataclass
@@ -21,9 +23,9 @@ class Stats:
     candidates: int = 0  # rows scored
     kept: int = 0  # of those, handed out
     tail_dropped: int = 0  # rows of short pools at the end of an epoch
-    unlabelled: int = 0  # candidates without a label
     sifting: bool = False
     _nonfinite: int | Tensor = 0
+    _unlabelled: int | Tensor = 0
     _scores: Tensor | None = None  # of the last pool, [P]
     _index: Tensor | None = None  # of its winners, [b]
     _seconds: float = 0.0
@@ -46,17 +48,21 @@ class Stats:
             self._seconds += time.perf_counter() - start
 
     def count_pool(
-        self, scores: Tensor, index: Tensor, nonfinite: Tensor, unlabelled: int
+        self, scores: Tensor, index: Tensor, nonfinite: Tensor, unlabelled: Tensor
     ) -> None:
         """Record the scores [P] of a pool and the indices [b] of its winners."""
         self.candidates += len(scores)
         self.kept += len(index)
-        self.unlabelled += unlabelled
+        self._unlabelled = self._unlabelled + unlabelled
         self._nonfinite = self._nonfinite + nonfinite
         self._scores, self._index = scores, index
 
     def read(self) -> dict[str, Any]:
         """All figures; ``score_*`` and ``threshold`` (the lowest kept score) are the last pool's."""
+        return {**self.state(), "sifting": self.sifting, **self._score_figures()}
+
+    def state(self) -> dict[str, Any]:
+        """The counters that outlive a restart, JSON-able."""
         if self._pending:
             torch.cuda.synchronize()
             self._collect(list(self._pending))
@@ -65,25 +71,25 @@ class Stats:
             "samples": self.samples,
             "candidates": self.candidates,
             "kept": self.kept,
-            "sifting": self.sifting,
-            **self._score_figures(),
             "seconds_scoring": self._seconds,
             "nonfinite": int(self._nonfinite),
-            "unlabelled": self.unlabelled,
+            "unlabelled": int(self._unlabelled),
             "tail_dropped": self.tail_dropped,
         }
 
-    def state(self) -> dict[str, Any]:
-        """The counters that outlive a restart, JSON-able."""
-        figures = self.read()
-        last = ("sifting", "score_kept", "score_dropped", "threshold")
-        return {name: value for name, value in figures.items() if name not in last}
-
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Stats:
-        """Take the counters up where a saved run left them."""
-        counts = {k: v for k, v in state.items() if k not in ("seconds_scoring", "nonfinite")}
-        return cls(**counts, _seconds=state["seconds_scoring"], _nonfinite=state["nonfinite"])
+    def from_state(cls, state: Mapping[str, Any]) -> Stats:
+        """Take the counters up where a saved run left them; StateError if some are missing."""
+        names = ("steps", "samples", "candidates", "kept", "tail_dropped")
+        try:
+            return cls(
+                **{name: state[name] for name in names},
+                _seconds=state["seconds_scoring"],
+                _nonfinite=state["nonfinite"],
+                _unlabelled=state["unlabelled"],
+            )
+        except (KeyError, TypeError) as error:
+            raise StateError(f"the saved stats are damaged: {error!r}") from error
 
     def _score_figures(self) -> dict[str, float | None]:
         if self._scores is None or self._index is None:

@@ -240,8 +240,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         return -(-max(0, rows - world.worker) // world.workers)
 
     def _counted(self, n: int, per_row: bool) -> Iterator[dict[str, Tensor]]:
-        if not self._pending:
-            self._epoch, self._position = self._epoch + 1, 0
+        self._epoch, self._position = self.upcoming()
         world = self._world(None)
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
         self._pending = False
@@ -268,6 +267,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         if not (self._pending and epoch == self._epoch):
             self._epoch, self._position, self._pending = int(epoch), 0, True
         self._reader += 1
+
+    def upcoming(self) -> tuple[int, int]:
+        """Epoch and global position at which the next iteration begins."""
+        return (self._epoch, self._position) if self._pending else (self._epoch + 1, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, JSON-able: all positions below ``position`` were handed out.

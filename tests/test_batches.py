@@ -40,6 +40,9 @@ SHAPES = {
     "tensor": x,
     "nested": lambda n: {"in": (x(n), {"deep": [x(n)]}), "text": [f"s{i}" for i in range(n)]},
     "others": lambda n: {"x": x(n), "scale": torch.tensor(2.0), "name": "wiki", "none": None},
+    "collated strings": lambda n: [x(n), tuple(f"s{i}" for i in range(n)), torch.arange(n)],
+    "per-sample tensors": lambda n: {"x": x(n), "var": [torch.ones(i + 1) * i for i in range(n)]},
+    "per-sample pairs": lambda n: {"x": x(n), "var": [(torch.ones(i + 1), "t") for i in range(n)]},
     "numpy": lambda n: {"x": x(n), "id": np.arange(n)},
 }
 
@@ -105,6 +108,14 @@ def test_rows_of_different_lengths_are_padded_by_their_meaning():
     assert merged["attention_mask"].tolist()[0] == [1, 1, 0, 0]
     assert merged["labels"].tolist()[0] == [1, 1, -100, -100]
     assert merged["id"].tolist() == [1, 1, 1]
+
+
+def test_labels_by_any_name_are_padded_with_what_losses_skip():
+    def batch(length: int) -> dict[str, torch.Tensor]:
+        ones = torch.ones(1, length, dtype=torch.long)
+        return {"input_ids": ones, "attention_mask": ones, "targets": ones}
+
+    assert merge([batch(1), batch(2)], label="targets")["targets"].tolist() == [[1, -100], [1, 1]]
 
 
 def test_padding_without_a_mask_is_refused():

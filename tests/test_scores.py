@@ -248,8 +248,8 @@ def test_the_loops_autocast_is_kept_and_its_cache_is_not_poisoned():
 
 
 BAD = [
-    ("keep 0", {"keep": 0.0}, ValueError, "keep must be above 0"),
-    ("keep 2", {"keep": 2.0}, ValueError, "keep must be above 0"),
+    ("keep 0", {"keep": 0.0}, ValueError, "keep must be a number above 0"),
+    ("keep 2", {"keep": 2.0}, ValueError, "keep must be a number above 0"),
     ("criterion", {"criterion": "lost"}, ValueError, "must be one of"),
     ("rarity without counts", {"criterion": "rarity"}, ValueError, r"Rarity\(unigrams\)"),
 ]
