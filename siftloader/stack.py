@@ -67,8 +67,11 @@ def find_stack(model: nn.Module) -> str:
             continue
         kinds = {type(child) for child in module.children()}
         size = sum(p.numel() for p in module.parameters())
-        if len(module) >= 2 and len(kinds) == 1 and size:
-            found.append((len(module) == _depth(model), size, -path.count("."), path, kinds.pop()))
+        told = len(module) == _depth(model)
+        # A plain sequence of linear layers is no stack: its layers lead from one width to another, and
+        # a model that is nothing but the sequence has its head inside.
+        if len(module) >= 2 and len(kinds) == 1 and size and (told or (path and _alike(module))):
+            found.append((told, size, -path.count("."), path, kinds.pop()))
     if not found:
         raise ScoringError(
             f"no stack of equal layers in {type(model).__name__} to exit from; name one with "
@@ -84,6 +87,14 @@ def find_stack(model: nn.Module) -> str:
             f'exit_layer="{path}:j", or score at full depth with exit_layer="full"'
         )
     return path
+
+
+def _alike(stack: nn.Module) -> bool:
+    shapes = [
+        {name: parameter.shape for name, parameter in child.named_parameters()}
+        for child in stack.children()
+    ]
+    return all(each == shapes[0] for each in shapes)
 
 
 def _apart(one: str, other: str) -> bool:

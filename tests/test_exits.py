@@ -7,6 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
+import transformers
 from models import (
     FAMILIES,
     HIDDEN,
@@ -150,10 +151,11 @@ def test_the_head_runs_at_the_labelled_positions_only():
     model, batch = bert(), candidates("bert")
     seen = []
     sifter = Sifter(model, exit_layer=1)
-    sifter.score(batch)  # the first call also compares with the whole head
     hook = model.cls.predictions.transform.register_forward_hook(
         lambda module, args, output: seen.append(output.shape)
     )
+    sifter.score(batch)  # the first call also compares with the whole head
+    seen.clear()
     sifter.score(batch)
     hook.remove()
     labelled = int((batch["labels"] != -100).sum())
@@ -285,7 +287,154 @@ class TwoStacks(nn.Module):
         return self.stage2(self.stage1(x))
 
 
+class Busy(Classifier):
+    """Everything a forward may do to its module, and modules that are not registered where they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_in = nn.BatchNorm1d(8)
+        self.before = [self.norm_in, nn.Identity()]
+        self.temperature = 1.0
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+        self.register_buffer("offset", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = self.last + 1
+        for module in self.before:
+            x = module(x)
+        return super().forward(x + self.offset) / self.temperature
+
+
+def test_buffers_a_forward_writes_to_and_modules_in_lists_are_left_alone():
+    model = Busy().train()
+    batch = candidates("classifier")
+    early = EarlyExit(model, layer=1)
+    for _ in range(3):
+        early.logits(batch)
+    assert (model.calls, model.last, model.norm_in.num_batches_tracked) == (0, 0, 0)
+    assert model.norm_in.running_mean.abs().max() == 0
+
+
+def test_plain_attributes_and_buffers_are_live():
+    model, batch = Busy().eval(), candidates("classifier")
+    early = EarlyExit(model, layer=LAYERS)
+    with torch.no_grad():
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+        model.temperature = 5.0
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+        model.offset.fill_(3.0)
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+        model.offset = torch.ones(()) * 7
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+        model.norm_in.running_mean += 1
+        assert torch.equal(early.logits(batch), model(batch["x"]))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_model_that_returns_all_hidden_states_goes_on_doing_so(family):
+    model, batch = FAMILIES[family](), candidates(family)
+    model.config.output_hidden_states = True
+    before = trace(model)
+    for _ in range(3):
+        Sifter(model, exit_layer=1).score(batch)
+    assert trace(model) == before
+    assert len(model(**batch).hidden_states) == LAYERS + 1
+
+
+def test_dropped_layers_held_in_a_list_trip_too():
+    class Elsewhere(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.order = list(self.blocks)
+
+        def forward(self, x):
+            x = self.embed(x)
+            for block in self.order:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    with pytest.raises(ScoringError, match="beyond the exit"):
+        EarlyExit(Elsewhere(), layer=1).logits(candidates("classifier"))
+    assert EarlyExit(Elsewhere(), layer=LAYERS).logits(candidates("classifier")).shape == (8, 10)
+
+
+def test_a_trunk_that_is_reached_past_its_wrapper_still_runs_once():
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=LAYERS,
+        ffn_dim=64,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=HIDDEN,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    model, batch = transformers.OPTForCausalLM(config), candidates("gpt2")
+    early = EarlyExit(model, layer=2)
+    positions = torch.arange(8 * 24)
+    logits = torch.cat(list(early.logits_at(batch, positions, list(range(0, 193, 24)), 24)))
+    assert early._capture is True
+    assert torch.allclose(logits.view(8, 24, VOCAB), early.logits(batch), atol=1e-5)
+
+
+def test_a_first_batch_without_labels_decides_nothing():
+    model, batch = gpt2(), candidates("gpt2")
+    sifter = Sifter(model)
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    assert torch.equal(sifter.score(empty), torch.full((8,), -torch.inf))
+    sifter.score(batch)
+    assert sifter._early._capture is True
+
+
+def test_hidden_positions_that_are_no_label_positions_are_refused():
+    class Prompted(nn.Module):  # three embeddings stand before the text
+        def __init__(self):
+            super().__init__()
+            self.inner = bert()
+            self.config = self.inner.config
+            self.prompt = nn.Parameter(torch.randn(1, 3, HIDDEN))
+
+        def get_output_embeddings(self):
+            return self.inner.get_output_embeddings()
+
+        def forward(self, input_ids):
+            text = self.inner.get_input_embeddings()(input_ids)
+            prompt = self.prompt.expand(len(text), -1, -1)
+            return self.inner(inputs_embeds=torch.cat([prompt, text], 1))
+
+    batch = candidates("bert")
+    del batch["attention_mask"]
+    with pytest.raises(ScoringError, match="one prediction per label"):
+        Sifter(Prompted()).score(batch)
+
+
+def test_a_forward_that_predicts_the_last_position_is_told_what_to_do():
+    class LastOnly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = gpt2()
+
+        def forward(self, idx, targets=None):
+            logits = self.inner(idx).logits
+            return logits if targets is not None else logits[:, -1:]
+
+    x = candidates("gpt2")["input_ids"]
+    with pytest.raises(ScoringError, match="predicts only the last position"):
+        Sifter(LastOnly(), shift_labels=False).score((x[:, :-1], x[:, 1:]))
+    named = {"idx": x[:, :-1], "targets": x[:, 1:]}
+    assert Sifter(LastOnly(), labels="targets").score(named).isfinite().all()
+
+
+def plain_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 10))
+
+
 REFUSED = [
+    ("a sequence", plain_layers, 1, ScoringError, "no stack of equal layers"),
     ("no stack", lambda: nn.Linear(8, 10), 1, ScoringError, "no stack of equal layers"),
     ("stages", TwoStacks, 1, ScoringError, "several stacks of Block"),
     ("too deep", classifier, LAYERS + 1, ScoringError, r"1\.\.4"),
