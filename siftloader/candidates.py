@@ -153,8 +153,7 @@ class LoaderCandidates:
 
     def upcoming(self) -> tuple[int | None, Cursor]:
         """Where the next epoch would begin if it began now; which epoch that is, only we count."""
-        holder = self._stateful()
-        state = {} if holder is None else {"inner": encoded(holder.state_dict())}
+        state = _inner(self._snapshot())
         return None, {"batches": 0, "offset": 0, **state, **self._order(), **self._identity()}
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
@@ -165,8 +164,10 @@ class LoaderCandidates:
         self._refuse_unsharded()
         fixed = {**self._order(), **self._identity()}
         if not cursor:
-            start = {"batches": 0, "offset": 0, **fixed} if self._stateful() is None else {}
-            return start, self._pieces(iter(self.loader), 0, 0, fixed)
+            source = iter(self.loader)
+            before = self._snapshot()
+            start = {"batches": 0, "offset": 0, **_inner(before), **fixed}
+            return start, self._pieces(source, 0, 0, fixed)
         number, offset = cursor["batches"], cursor["offset"]
         holder = self._stateful()
         if holder is not None and (state := cursor.get("inner")) is not None:
@@ -334,7 +335,7 @@ class _Place:
         return {
             "batches": self.number + done,
             "offset": 0 if done else self.offset + used,
-            **({} if state is None else {"inner": encoded(state)}),
+            **_inner(state),
             **self.fixed,
         }
 
@@ -342,6 +343,10 @@ class _Place:
 _END = object()
 REPEATING = {SequentialSampler, DistributedSampler, BatchSampler}  # nothing drawn from a stream
 DRAWING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}  # from torch's generators
+
+
+def _inner(state: Any) -> Cursor:
+    return {} if state is None else {"inner": encoded(state)}
 
 
 def _rows_or_none(batch: Batch) -> int:

@@ -9,6 +9,7 @@ import pickle
 import random
 import threading
 import warnings
+import weakref
 from collections import namedtuple
 from itertools import pairwise
 
@@ -20,16 +21,25 @@ from hypothesis import given, strategies as st
 from models import FAMILIES, Classifier, bert, candidates, classifier, gpt2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    default_collate,
+)
 
 from siftloader import (
+    BatchError,
     EmptyEpoch,
+    Loss,
     Rarity,
     ScoringError,
     Sifter,
     SiftingDataLoader,
     StateError,
     TokenShards,
+    TopK,
 )
 from siftloader.exits import _Twin
 from siftloader.scores import Targets
@@ -255,6 +265,58 @@ def test_split_takes_each_inner_batch_as_the_pool():
     assert len(loader) == 3
     warm = make(Rows(24), 8, pool="split", warmup_steps=1)
     assert ids(next(iter(warm))) == [0, 1, 2, 3]
+
+
+@given(
+    count=st.integers(1, 60),
+    size=st.sampled_from([4, 8, 12]),
+    keep=st.sampled_from([0.25, 0.5, 0.75]),
+    warmup=st.integers(0, 8),
+)
+@examples(60)
+def test_an_epoch_of_split_pools_is_what_len_says(count, size, keep, warmup):
+    loader = make(Rows(count), size, pool="split", keep=keep, warmup_steps=warmup)
+    batches, samples = loader.epoch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        if not batches:
+            with pytest.raises(EmptyEpoch):
+                list(loader)
+            return
+        handed = [len(ids(batch)) for batch in loader]
+    assert (len(handed), sum(handed)) == (batches, samples)
+    assert set(handed[:-1]) <= {round(size * keep)}
+
+
+def test_many_short_batches_do_not_pile_up():
+    sizes = [8] + [1] * 3000 + [8]
+    inner = [{"x": torch.zeros(n, 8), "labels": torch.zeros(n).long()} for n in sizes]
+    loader = SiftingDataLoader.wrap(
+        inner, model=classifier(), score_fn=planted, warmup_steps=0, pool="split"
+    )
+    assert len(list(loader)) == 2
+
+
+def test_the_length_is_known_once_b_is():
+    inner = [{"x": torch.zeros(4, 8), "labels": torch.zeros(4).long()}] * 6
+    loader = SiftingDataLoader.wrap(inner, model=classifier(), warmup_steps=0)
+    with pytest.raises(TypeError):
+        len(loader)
+    assert len(list(loader)) == len(loader) == 3
+
+
+def test_a_batch_sampler_of_ones_own_counts_its_batches():
+    class Half:
+        batch_size = 4
+
+        def __iter__(self):
+            return iter([list(range(i, i + 4)) for i in range(0, 32, 4)])
+
+        def __len__(self):
+            return 8
+
+    loader = make(Rows(64), batch_sampler=Half())
+    assert len(loader) == len(list(loader)) == 4
 
 
 def test_the_tail_is_dropped_and_counted():
@@ -882,6 +944,113 @@ def test_short_runs_and_forgotten_train_modes_are_told():
         list(make(Rows(32), 4, warmup_steps=1000))
     with pytest.warns(UserWarning, match="eval mode"):
         list(make(Rows(32), 4, model=classifier().eval()))
+    with pytest.warns(UserWarning, match="eval mode"):  # not: lower warmup_steps
+        list(make(Rows(32), 4, model=classifier().eval(), warmup_steps=2))
+
+
+def test_a_loop_that_never_ends_its_epoch_is_told_of_eval_mode_too():
+    iterator = iter(make(Rows(1000), 4, model=classifier().eval()))
+    with pytest.warns(UserWarning, match="eval mode"):
+        for _ in range(100):
+            next(iterator)
+
+
+def test_an_evaluation_after_training_is_no_reason_to_warn():
+    model = classifier()
+    loader = make(Rows(32), 4, model=model)
+    list(loader)
+    model.eval()
+    assert len(list(loader)) == 8
+
+
+class Custom:
+    """torch's own pattern for a batch of a class of its own."""
+
+    def __init__(self, samples) -> None:
+        self.x = torch.stack([sample["x"] for sample in samples])
+
+    def pin_memory(self):
+        return self
+
+
+def test_batches_of_an_unknown_class_pass_through_but_cannot_be_sifted():
+    loader = make(Rows(32), 4, collate_fn=Custom, keep=1.0)
+    assert [type(batch) for batch in loader] == [Custom] * 8
+    assert [type(batch) for batch in make(["a"] * 8, 4, keep=1.0)] == [list] * 2
+    with pytest.raises(BatchError, match="type Custom"):
+        next(iter(make(Rows(32), 4, collate_fn=Custom)))
+
+
+def test_random_needs_no_labels_and_neither_does_eval_mode():
+    x = [{"x": torch.full((8,), float(i))} for i in range(32)]
+    assert len(list(make(x, 4, criterion="random", score_fn=None))) == 4
+    model = classifier().eval()
+    with pytest.warns(UserWarning, match="eval mode"):
+        assert len(list(make(x, 4, criterion="loss", score_fn=None, model=model))) == 8
+    with pytest.raises(ScoringError, match=r"no labels in a dict with fields \['x'\]"):
+        next(iter(make(x, 4, criterion="loss", score_fn=None)))
+
+
+@pytest.mark.parametrize("criterion", ["loss", "entropy", "random"])
+def test_no_criterion_lets_a_row_without_labels_win(criterion):
+    batch = candidates("bert", 8)
+    batch["labels"][:6] = -100
+    sifter = Sifter(bert(), criterion=criterion, keep=0.25)
+    kept = sifter(batch)
+    assert torch.equal(kept["input_ids"], batch["input_ids"][6:])
+    assert sifter.stats["unlabelled"] == 6 and sifter.stats["nonfinite"] == 0
+
+
+def test_strings_and_lists_of_tensors_stay_with_their_rows():
+    class Told(Rows):
+        def __getitem__(self, index):
+            return torch.full((8,), float(index)), f"name {index}", torch.tensor(index % 10)
+
+    for batch in make(Told(32), 4, score_fn=lambda early, batch: batch[0][:, 0] % 7):
+        assert list(batch[1]) == [f"name {i}" for i in batch[0][:, 0].long().tolist()]
+
+    def ragged(samples):
+        sizes = [int(sample["x"][0]) % 5 + 1 for sample in samples]
+        return {**default_collate(samples), "var": [torch.ones(size) for size in sizes]}
+
+    for batch in make(Rows(32), 4, collate_fn=ragged):
+        assert [len(each) for each in batch["var"]] == [i % 5 + 1 for i in ids(batch)]
+
+
+def test_a_data_set_that_reuses_its_buffer_is_not_mistaken_for_two_draws():
+    class Reusing(IterableDataset):
+        def __iter__(self):
+            buffer = {"x": torch.zeros(4, 8), "labels": torch.zeros(4, dtype=torch.long)}
+            for start in (0, 4, 8, 12):
+                buffer["x"][:] = torch.arange(start, start + 4.0)[:, None]
+                yield buffer
+
+    assert [ids(batch) for batch in make(Reusing(), batch_size=None)] == [
+        [3, 4, 5, 6],
+        [10, 11, 12, 13],
+    ]
+
+
+def test_a_dropped_batch_does_not_live_on_in_the_loader():
+    iterator = iter(make(Rows(64), 4))
+    batch = next(iterator)
+    alive = weakref.ref(batch["x"])
+    del batch
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    "loader", [5, {"input_ids": torch.zeros(2)}, torch.zeros(4), "text", lambda: iter([])]
+)
+def test_wrap_refuses_what_is_no_iterable_of_batches(loader):
+    with pytest.raises(TypeError, match="wrap takes an iterable of batches"):
+        SiftingDataLoader.wrap(loader, model=classifier())
+
+
+def test_shards_need_a_batch_size_of_their_own():
+    with pytest.raises(ValueError, match=r"wrap\(shards\.batches\(n\)"):
+        SiftingDataLoader(TokenShards(DEMO), batch_size=None, model=classifier())
 
 
 def test_on_select_sees_every_pool():
@@ -957,6 +1126,9 @@ BAD = [
     ("keep", {"keep": 0.3}, ValueError, "whole number of rows"),
     ("pool", {"pool": "both"}, ValueError, '"merge" or "split"'),
     ("output", {"output_device": "cpu"}, ValueError, '"inner"'),
+    ("a class", {"criterion": Loss, "score_fn": None}, TypeError, r"Loss\(\), with brackets"),
+    ("another class", {"selection": TopK}, TypeError, r"TopK\(\), with brackets"),
+    ("keep as text", {"keep": "0.5"}, ValueError, "must be a number"),
     ("layer", {"exit_layer": 9, "score_fn": None}, ScoringError, r"1\.\.4"),
     ("cooldown", {"cooldown_steps": 3}, ValueError, "needs total_steps"),
     ("torch's own", {"bogus": 3}, TypeError, "bogus"),

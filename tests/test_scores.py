@@ -17,6 +17,7 @@ from models import (
     candidates,
     classifier,
     gpt2,
+    llama,
     reference_scores,
 )
 
@@ -109,6 +110,24 @@ def test_the_label_shift_belongs_to_the_score():
     assert torch.allclose(pairs, Sifter(model, exit_layer=2).score(full), atol=1e-5)
     with pytest.raises(ScoringError, match="shift_labels=True"):
         Sifter(Outside()).score((batch["input_ids"], batch["input_ids"]))
+
+
+def test_a_subclass_of_a_causal_model_is_causal():
+    class Tuned(type(llama())):
+        pass
+
+    model, batch = llama(), candidates("llama")
+    expected = Sifter(model).score(batch)
+    model.__class__ = Tuned
+    assert torch.equal(Sifter(model).score(batch), expected)
+
+
+def test_labels_of_any_integer_type_are_taken_and_negative_ones_refused():
+    model, batch = classifier(), candidates("classifier")
+    expected = Sifter(model).score(batch)
+    assert torch.equal(Sifter(model).score({**batch, "labels": batch["labels"].int()}), expected)
+    with pytest.raises(ScoringError, match="found label -1"):
+        Sifter(model).score({**batch, "labels": batch["labels"].clamp_min(-1)})
 
 
 def test_labels_on_the_device_score_like_labels_on_the_host(monkeypatch):
