@@ -58,7 +58,7 @@ class Preset:
 
 # Two CPU cores, a minute: two layers only, weights as large as their width allows and a high learning
 # rate shorten the plateau at which every BERT begins (four layers do not leave it in that time).
-TINY = Preset(2, 128, 4, 16, 600, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
+TINY = Preset(2, 128, 4, 16, 450, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
 # A size for one GPU.
 SMALL = Preset(8, 512, 8, 128, 40_000, lr=5e-4, lr_warmup=0.02)
 # The paper's BERT-base, on shards of 512 tokens.

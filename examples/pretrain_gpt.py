@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from siftloader import TokenShards
 
 
-TINY = Preset(4, 128, 4, 8, 300, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
+TINY = Preset(4, 128, 4, 8, 220, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
 SMALL = Preset(8, 512, 8, 128, 40_000, lr=5e-4, lr_warmup=0.02)
 # As large as GPT-2; the paper trained no GPT, so the figures are customary ones.
 BASE = Preset(12, 768, 12, 32, 800_000, lr=2.5e-4, lr_warmup=0.002)

@@ -31,7 +31,6 @@ import torch
 import transformers
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pretrain_bert
@@ -109,7 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.quick:
             say("A quick run only shows that everything works; its losses mean nothing.")
     draw(found, options.out / "demo.png")
-    print(f"{options.out / 'demo.png'}: held-out loss against samples and against seconds")
+    print(
+        f"{os.path.relpath(options.out / 'demo.png')}: held-out loss against samples and against seconds"
+    )
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
