@@ -7,30 +7,27 @@ offers: its own ``state_dict``, indices that need not be fetched, or a replay.
 
 from __future__ import annotations
 
-import base64
 import queue
 import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any, TypeAlias, TypeVar, final
 
 import torch
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
 
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.errors import BatchError, StateError
+from siftloader.indices import (
+    decoded,
+    encoded,
+    is_indexed,
+    recorded_order,
+    too_short,
+    unknown_samplers,
+    without_first,
+)
 from siftloader.stream import TokenShards
 from siftloader.world import World
 
@@ -67,18 +64,22 @@ class ShardCandidates:
         total = self.shards.rows()
         return total - total % size if self._drop_last else total
 
-    def upcoming(self) -> tuple[int, Cursor]:
+    def first(self) -> tuple[int, Cursor]:
         """The epoch to begin with, and where in it: the shards may have been told, or restored."""
         epoch, position = self.shards.upcoming()
         return epoch, self._at(position) if position else {}
 
+    def next_start(self) -> Cursor:
+        """Where the next epoch begins, for a state taken between epochs."""
+        return self._at(0)
+
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is."""
         self.check(cursor)
-        if not cursor:
+        position = cursor.get("position", 0)
+        if not position:
             # What iter(DataLoader) draws: keep=1.0 must leave the global stream where it leaves it.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
-        position = cursor.get("position", 0)
         return self._at(position), self._pieces(epoch, position)
 
     def check(self, cursor: Cursor) -> None:
@@ -151,10 +152,14 @@ class LoaderCandidates:
         except TypeError:  # something in there has no len()
             return None
 
-    def upcoming(self) -> tuple[int | None, Cursor]:
-        """Where the next epoch would begin if it began now; which epoch that is, only we count."""
+    def first(self) -> tuple[int, Cursor]:
+        """The epoch to begin with, and where in it."""
+        return 0, {}
+
+    def next_start(self) -> Cursor:
+        """Where the next epoch begins, for a state taken between epochs: what it draws from is as now."""
         state = _inner(self._snapshot())
-        return None, {"batches": 0, "offset": 0, **state, **self._order(), **self._identity()}
+        return {"batches": 0, "offset": 0, **state, **self._order(), **self._identity()}
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is.
@@ -172,7 +177,11 @@ class LoaderCandidates:
         holder = self._stateful()
         if holder is not None and (state := cursor.get("inner")) is not None:
             holder.load_state_dict(decoded(state))
-            return cursor, self._pieces(iter(self.loader), number, offset, fixed)
+            here = torch.get_rng_state()
+            source = iter(self.loader)
+            if number or offset:
+                torch.set_rng_state(here)  # the unbroken run drew its share when the epoch began
+            return cursor, self._pieces(source, number, offset, fixed)
         fixed = {name: cursor[name] for name in fixed if name in cursor}
         return cursor, self._pieces(self._skipping(number, fixed), number, offset, fixed)
 
@@ -238,45 +247,30 @@ class LoaderCandidates:
         holder = self._stateful()
         return None if holder is None else holder.state_dict()
 
-    def _indexed(self) -> bool:
-        # A DataLoader over a map-style data set that iterates as torch's own does.
-        loader = self.loader
-        return (
-            isinstance(loader, DataLoader)
-            and not _iterable(loader)
-            and type(loader).__iter__ is DataLoader.__iter__
-        )
-
     def _identity(self) -> Cursor:
         # What can be told of the data and its order without reading it.
-        if not self._indexed():
+        if not is_indexed(self.loader):
             return {}
         loader: Any = self.loader
         sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler or loader.sampler)
         return {"samples": _length(loader.dataset), "sampler": type(sampler).__name__}
 
     def _order(self) -> Cursor:
-        # What samplers will draw their permutation from: enough to draw it again.
-        if not self._indexed():
-            return {}
-        if {type(each) for each in _samplers(self.loader)} <= REPEATING:
-            return {}
-        own = [encoded(each.get_state()) for each in _generators(self.loader)]
-        return {"rng": encoded(torch.get_rng_state()), **({"generators": own} if own else {})}
+        loader = self.loader
+        return (
+            recorded_order(loader) if isinstance(loader, DataLoader) and is_indexed(loader) else {}
+        )
 
     def _skipping(self, batches: int, order: Cursor) -> Iterator[Batch]:
         loader = self.loader
-        if self._indexed():
-            assert isinstance(loader, DataLoader)
-            unknown = {type(each) for each in _samplers(loader)} - REPEATING - DRAWING
-            if unknown and batches:
+        if isinstance(loader, DataLoader) and is_indexed(loader):
+            if batches and (unknown := unknown_samplers(loader)):
                 warnings.warn(
-                    f"resuming {batches} batches into the order of "
-                    f"{', '.join(sorted(kind.__name__ for kind in unknown))}: exact only if it draws "
-                    f"from torch's generators and nothing else",
+                    f"resuming {batches} batches into the order of {', '.join(unknown)}: exact only "
+                    f"if it draws from torch's generators and nothing else",
                     stacklevel=2,
                 )
-            return _without_first(loader, batches, order)
+            return without_first(loader, batches, order)
         if batches:
             warnings.warn(
                 f"resuming by drawing {batches} batches of {type(loader).__name__} again: exact "
@@ -286,7 +280,7 @@ class LoaderCandidates:
         source = iter(loader)
         for drawn in range(batches):
             if next(source, _END) is _END:
-                raise _too_short(drawn, batches)
+                raise too_short(drawn, batches)
         return source
 
     def _refuse_unsharded(self) -> None:
@@ -341,8 +335,6 @@ class _Place:
 
 
 _END = object()
-REPEATING = {SequentialSampler, DistributedSampler, BatchSampler}  # nothing drawn from a stream
-DRAWING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}  # from torch's generators
 
 
 def _inner(state: Any) -> Cursor:
@@ -357,17 +349,10 @@ def _rows_or_none(batch: Batch) -> int:
         return 0
 
 
-def _too_short(found: int, batches: int) -> StateError:
-    return StateError(
-        f"the state is {batches} batches into an epoch, the inner loader has only {found}; it is "
-        f"not the one the state was saved with"
-    )
-
-
 def _epoch_rows(loader: Any, size: int) -> int:
     if not isinstance(loader, DataLoader):
         return len(loader) * size
-    if _iterable(loader):
+    if isinstance(loader.dataset, IterableDataset):
         total = _length(loader.dataset)
         if total is None:
             raise TypeError("an iterable data set without a length")
@@ -383,114 +368,6 @@ def _length(thing: Any) -> int | None:
         return len(thing)
     except TypeError:
         return None
-
-
-def _iterable(loader: DataLoader[Any]) -> bool:
-    return isinstance(loader.dataset, IterableDataset)
-
-
-def _samplers(loader: Any) -> list[Any]:
-    found = [loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None), loader.sampler]
-    return [each for each in found if each is not None]
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    found = [getattr(each, "generator", None) for each in (loader, *_samplers(loader))]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
-
-
-def encoded(state: Any) -> Any:
-    """A state with its tensors and bytes as text, so that JSON takes it."""
-    if isinstance(state, torch.Tensor):
-        kind = str(state.dtype).removeprefix("torch.")
-        return {
-            "tensor": _text(state.numpy().tobytes()),
-            "dtype": kind,
-            "shape": list(state.shape),
-        }
-    if isinstance(state, bytes):
-        return {"bytes": _text(state)}
-    if isinstance(state, dict):
-        return {name: encoded(value) for name, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [encoded(value) for value in state]
-    return state
-
-
-def decoded(state: Any) -> Any:
-    """The state that ``encoded`` was given; tuples come back as lists."""
-    if isinstance(state, dict) and state.keys() == {"tensor", "dtype", "shape"}:
-        data = bytearray(base64.b64decode(state["tensor"]))
-        kind = getattr(torch, state["dtype"])
-        flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
-        return flat.reshape(state["shape"])
-    if isinstance(state, dict) and state.keys() == {"bytes"}:
-        return base64.b64decode(state["bytes"])
-    if isinstance(state, dict):
-        return {name: decoded(value) for name, value in state.items()}
-    return [decoded(value) for value in state] if isinstance(state, list) else state
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-class _After:
-    """A sampler without its first entries: indices are skipped, nothing is fetched for them."""
-
-    def __init__(self, sampler: Iterable[Any], first: int) -> None:
-        self._sampler, self._first = sampler, first
-        self._rest: Iterator[Any] | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self.prime())
-
-    def prime(self) -> Iterator[Any]:
-        """Skip, and take the first entry that counts: by then the sampler has drawn its seed."""
-        if self._rest is None:
-            source = iter(self._sampler)
-            skipped = sum(1 for _ in islice(source, self._first))
-            if skipped < self._first:
-                raise _too_short(skipped, self._first)
-            self._rest = chain(list(islice(source, 1)), source)
-        return self._rest
-
-
-def _without_first(loader: DataLoader[Any], batches: int, order: Cursor) -> Iterator[Batch]:
-    # Only the order comes from the generators as they were in the saved run; what fetching and
-    # collating draw comes from the streams as the caller has them now, and those are left alone.
-    skip = _After(loader.batch_sampler or loader.sampler, batches)
-    sampled: dict[str, Any] = (
-        {"batch_size": None, "sampler": skip}
-        if loader.batch_sampler is None
-        else {"batch_sampler": skip}
-    )
-    rest: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        **sampled,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        prefetch_factor=loader.prefetch_factor,
-    )
-    here = torch.get_rng_state()
-    try:
-        if "rng" in order:
-            torch.set_rng_state(decoded(order["rng"]))
-        for own, state in zip(_generators(loader), order.get("generators", ()), strict=False):
-            own.set_state(decoded(state))
-        source = iter(rest)
-        skip.prime()
-    finally:
-        torch.set_rng_state(here)
-    return source
 
 
 def prefetched(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:

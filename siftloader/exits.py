@@ -3,13 +3,9 @@
     early = EarlyExit(model, layer=1)
     logits = early.logits(batch)          # [P, T, V], what the model would say if it had one layer
 
-The *twin* is a tree of new module shells for everything the model's own ``forward`` reaches. A shell
-shares its live module's parameters and buffers by reference, has its own ``training=False``, its own
-children and a copy of the hooks (which do run, sharded models live by them), and the layer stack keeps
-the first ``j`` layers only. So embeddings, masks, rotary
-tables, final norm, head and soft-caps are computed by the code of the model's author, with the weights
-of this very moment, while nothing of the live model is flipped, patched or copied. At ``j = N`` the twin
-equals the model in eval mode bit for bit.
+Embeddings, masks, rotary tables, final norm, head and soft-caps are computed by the code of the model's
+author, with the weights of this very moment, through the live twin (twin.py); nothing of the live model
+is flipped, patched or copied. At ``j = N`` the early exit equals the model in eval mode bit for bit.
 
 Letters: P samples, T positions, H hidden size, V vocabulary (or classes), M wanted positions, j exit
 layer, N layers.
@@ -17,13 +13,9 @@ layer, N layers.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +23,7 @@ from torch import Tensor, nn
 from siftloader.batches import Batch, cut
 from siftloader.errors import ScoringError
 from siftloader.stack import exit_at, unwrap
-
-
-# Elements of logits alive at a time: 256 MiB of float32, whatever P, T and V are.
-CHUNK_ELEMENTS = 1 << 26
+from siftloader.twin import Twin, check_shape, rows_at_a_time
 
 
 class EarlyExit:
@@ -53,7 +42,7 @@ class EarlyExit:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._root = unwrap(model)
         self._path, self.layer, self.layers = exit_at(self._root, layer)
-        self._twin: _Twin | None = None
+        self._twin: Twin | None = None
         self._capture: bool | None = None  # whether the head at M positions was seen to be right
 
     def is_of(self, model: nn.Module) -> bool:
@@ -98,237 +87,18 @@ class EarlyExit:
             last = min(first + step, samples)
             args, kwargs = model_inputs(self._root, cut(batch, first, last))
             logits = self._live_twin().logits(args, kwargs)
-            _check_shape(logits, last - first, length)
+            check_shape(logits, last - first, length)
             flat = logits.reshape(-1, logits.shape[-1])
             yield flat.index_select(0, positions[starts[first] : starts[last]] - first * length)
-            first, step = last, max(1, CHUNK_ELEMENTS // (length * logits.shape[-1]))
+            first, step = last, rows_at_a_time(length * logits.shape[-1])
 
-    def _live_twin(self) -> _Twin:
+    def _live_twin(self) -> Twin:
         # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
         if self._twin is None or not self._twin.is_of(self._root):
-            self._twin = _Twin(self._root, self._path, self.layer)
+            self._twin = Twin(self._root, self._path, self.layer)
             self._capture = None
         self._twin.refresh()
         return self._twin
-
-
-class _Twin:
-    """The shells of one moment's module tree, and the few among them that have a forward of their own."""
-
-    def __init__(self, root: nn.Module, path: str | None, layer: int) -> None:
-        self._identity = _identity(root)
-        self._live = list(root.modules())  # kept alive, so that an id is never used again
-        memo: dict[int, nn.Module] = {}
-        self._dropped: nn.Module | None = None
-        if path is not None:
-            stack = root.get_submodule(path)
-            layers = list(stack._modules.values())  # children() would count a shared layer once
-            dropped = [each for each in layers[layer:] if each not in layers[:layer]]
-            # Whoever holds the dropped layers elsewhere finds the live ones, and the tripwire.
-            memo |= {id(each): each for each in dropped if each is not None}
-            self._dropped = next(iter(dropped), None)
-            memo[id(stack)] = _cut_stack(stack, layer, memo)
-        self._root = _shell(root, memo)
-        self._shells = [(each, memo[id(each)]) for each in self._live if id(each) in memo]
-        self._shells = [(live, shell) for live, shell in self._shells if live is not shell]
-        self._seen = [dict(live.__dict__) for live, _ in self._shells]
-        self._memo = memo
-        self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
-        heads, trunks = _heads_and_trunks(root, path)
-        self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
-        self._heads = [_Gather(memo[id(module)]) for module in heads]
-        self._trunks = [_Replay(memo[id(module)]) for module in trunks]
-
-    def is_of(self, root: nn.Module) -> bool:
-        return self._identity == _identity(root)
-
-    def refresh(self) -> None:
-        """Take over plain attributes that changed on the live modules, and their buffers of now."""
-        for (live, shell), seen in zip(self._shells, self._seen, strict=True):
-            for name, value in live.__dict__.items():
-                if value is not seen.get(name, shell) and name not in OWN:
-                    shell.__dict__[name] = _rebound(value, live, shell, self._memo)
-                    seen[name] = value
-        self._lend_buffers()
-
-    def _lend_buffers(self) -> None:
-        # What a forward writes to (counters, running means) is lent as a copy. Which buffers those are
-        # shows the first run, for which all are copied.
-        for number, (live, shell) in enumerate(self._shells):
-            if not live._buffers:
-                continue
-            shell.__dict__["_buffers"] = {
-                name: buffer.clone()
-                if buffer is not None
-                and (self._mutated is None or (number, name) in self._mutated)
-                else buffer
-                for name, buffer in live._buffers.items()
-            }
-
-    def _note_mutated(self, before: dict[tuple[int, str], tuple[Tensor, int]]) -> None:
-        after = self._buffers()
-        self._mutated = {
-            key
-            for key, (buffer, version) in before.items()
-            if key not in after or after[key][0] is not buffer or after[key][1] != version
-        }
-        self._lend_buffers()
-
-    def _buffers(self) -> dict[tuple[int, str], tuple[Tensor, int]]:
-        return {
-            (number, name): (buffer, buffer._version)
-            for number, (_, shell) in enumerate(self._shells)
-            for name, buffer in shell._buffers.items()
-            if buffer is not None
-        }
-
-    def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return _logits_of(self.run(args, kwargs))
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._mutated is not None:
-            return self._root(*args, **kwargs)
-        # A forward bound to the live object would run every layer without an error: the first call
-        # watches the first dropped layer.
-        before = self._buffers()
-        tripwire = (
-            None
-            if self._dropped is None
-            else self._dropped.register_forward_pre_hook(_refuse_dropped_layer)
-        )
-        try:
-            output = self._root(*args, **kwargs)
-        finally:
-            if tripwire is not None:
-                tripwire.remove()
-        self._note_mutated(before)
-        return output
-
-    def captures_at(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        positions: Tensor,
-        starts: list[int],
-        length: int,
-    ) -> bool | None:
-        """Find the outermost head that may run on single positions; True if it agrees with the whole.
-
-        Compared once, on up to two rows, with the output of the untouched twin. None where these rows
-        cannot tell.
-        """
-        if not (self._trunks and self._heads):
-            return False
-        samples, few = len(starts) - 1, min(2, len(starts) - 1)
-        args = tuple(_first_rows(value, samples, few) for value in args)
-        kwargs = {name: _first_rows(value, samples, few) for name, value in kwargs.items()}
-        whole = self.logits(args, kwargs)
-        if whole.ndim != 3:
-            return False
-        _check_shape(whole, few, length)
-        wanted = positions[: starts[few]]
-        if wanted.numel() == 0:  # the first rows have no label: any position will do
-            wanted = torch.arange(min(8, length), device=whole.device)
-        expected = whole.reshape(-1, whole.shape[-1]).index_select(0, wanted)
-        if not bool(expected.isfinite().all()):
-            return None
-        while self._heads:
-            found = torch.cat(list(self.head_chunks(args, kwargs, wanted)))
-            if self._heads[0].fired and _agree(found, expected):
-                self._keep_outermost_trunk()
-                return True
-            self._heads.pop(0).restore()
-        warnings.warn(
-            "the model's head does not act on single positions (or is not called as a module), so "
-            "scoring runs it on all of them: right, but slower",
-            stacklevel=2,
-        )
-        return False
-
-    def _keep_outermost_trunk(self) -> None:
-        # Some models reach past the outer modules (OPT calls `model.decoder`): those never fire.
-        fired = [trunk for trunk in self._trunks if trunk.fired]
-        for trunk in self._trunks:
-            if trunk not in fired[:1]:
-                trunk.restore()
-        self._trunks = fired[:1]
-
-    def head_chunks(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
-    ) -> Iterator[Tensor]:
-        """The first chunk runs trunk and head; the others only what comes after the trunk."""
-        head, size = self._heads[0], max(1, CHUNK_ELEMENTS // self._vocabulary)
-        try:
-            for chunk in torch.split(positions, size):
-                head.positions = chunk
-                logits = self.logits(args, kwargs)
-                yield logits.reshape(-1, logits.shape[-1])
-                for trunk in self._trunks:
-                    trunk.replaying = trunk.fired
-        finally:
-            head.positions = None
-            for trunk in self._trunks:
-                trunk.forget()
-
-
-def _identity(root: nn.Module) -> list[Any]:
-    # Module objects, forwards on instances and hooks: where one of them changed, new shells are needed.
-    return [
-        (
-            id(module),
-            id(module.__dict__.get("forward")),
-            *(key for name in HOOKS for key in module.__dict__[name]),
-        )
-        for module in root.modules()
-    ]
-
-
-class _Overridden:
-    """A shell that runs ``run`` instead of its forward, until it is restored."""
-
-    def __init__(self, shell: nn.Module) -> None:
-        self.fired = False
-        self._shell, self._own = shell, shell.__dict__.get("forward")
-        self._forward = shell.forward
-        shell.__dict__["forward"] = self.run
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("each kind has its own")
-
-    def restore(self) -> None:
-        if self._own is None:
-            del self._shell.__dict__["forward"]
-        else:
-            self._shell.__dict__["forward"] = self._own
-
-
-class _Gather(_Overridden):
-    """Sees only the wanted positions: [P, T, H] in, [1, m, V] out."""
-
-    positions: Tensor | None = None
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if len(args) == 1 and not kwargs else None
-        if self.positions is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
-            return self._forward(*args, **kwargs)
-        self.fired = True
-        wanted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions)
-        return self._forward(wanted[None])
-
-
-class _Replay(_Overridden):
-    """Remembers its output, so that later chunks need not compute it again."""
-
-    replaying = False
-    _output: Any = None
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.replaying:
-            self._output, self.fired = self._forward(*args, **kwargs), True
-        return self._output
-
-    def forget(self) -> None:
-        self._output, self.replaying = None, False
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -366,139 +136,3 @@ def _parameters_of(model: nn.Module) -> tuple[set[str], bool]:
     # forward(labels=None, **inputs) names no input: then everything is one.
     nameless = all("label" in name for name in named)
     return named, nameless and any(p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def _logits_of(output: Any) -> Tensor:
-    for name in ("logits", "prediction_logits"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    if isinstance(output, (tuple, list)):
-        tensors = [each for each in output if isinstance(each, Tensor) and each.ndim >= 2]
-        output = tensors[0] if tensors else output
-    if not isinstance(output, Tensor) or output.ndim < 2 or not output.is_floating_point():
-        raise ScoringError(
-            f"the model's forward returned {type(output).__name__} without logits; it must return "
-            f"logits [P, T, V] or [P, C], alone, first in a tuple, or as `.logits`; else pass "
-            f"score_fn="
-        )
-    return output
-
-
-def _heads_and_trunks(
-    root: nn.Module, path: str | None
-) -> tuple[list[nn.Module], list[nn.Module]]:
-    # The modules around the output embedding that hold no layers, outermost first, and beside them the
-    # modules that hold the layers: BERT's `cls`, `cls.predictions`, its decoder; `bert`, `bert.encoder`.
-    output = getattr(root, "get_output_embeddings", lambda: None)()
-    names = {id(module): name for name, module in root.named_modules()}
-    if path is None or not isinstance(getattr(output, "weight", None), Tensor):
-        return [], []
-    parts, stack = names[id(output)].split("."), path.split(".")
-    pairs = enumerate(zip(parts, stack, strict=False))
-    common = next((index for index, (a, b) in pairs if a != b), None)
-    if common is None:
-        return [], []
-    heads = [root.get_submodule(".".join(parts[:n])) for n in range(common + 1, len(parts) + 1)]
-    trunks = [root.get_submodule(".".join(stack[:n])) for n in range(common + 1, len(stack))]
-    return heads, trunks
-
-
-# What a shell has for itself; everything else in a module's __dict__ is taken over as it is. The hooks are
-# copied: a hook that a library installs on a shell must not fire on the live module.
-OWN = {"_modules", "_buffers", "training", "_compiled_call_impl"}
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-
-
-def _shell(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """A new object of the same class that shares everything but its children, mode and hooks."""
-    if id(module) in memo:
-        return memo[id(module)]
-    if type(module).__name__ == "OptimizedModule":  # a compiled child would run the live graph
-        memo[id(module)] = _shell(cast(nn.Module, module._orig_mod), memo)
-        return memo[id(module)]
-    shell = memo[id(module)] = object.__new__(type(module))
-    state = dict(module.__dict__)
-    state["_modules"] = {
-        name: None if child is None else _shell(child, memo)
-        for name, child in module._modules.items()
-    }
-    state["_buffers"] = dict(module._buffers)
-    state["training"] = False
-    state["_compiled_call_impl"] = None
-    shell.__dict__ = state
-    for name, value in list(state.items()):
-        if name not in OWN:
-            state[name] = _rebound(value, module, shell, memo)
-    return shell
-
-
-def _cut_stack(stack: nn.Module, layer: int, memo: dict[int, nn.Module]) -> nn.Module:
-    shell = object.__new__(type(stack))
-    shell.__dict__ = {**stack.__dict__, "training": False}
-    shell.__dict__["_modules"] = {
-        name: _shell(child, memo)
-        for name, child in list(stack._modules.items())[:layer]
-        if child is not None
-    }
-    return shell
-
-
-def _rebound(value: Any, live: nn.Module, shell: nn.Module, memo: dict[int, nn.Module]) -> Any:
-    # What refers to live modules refers to their shells. A forward patched onto the instance is bound
-    # to the live object and would run all its layers; a list of modules would run them in train mode.
-    if isinstance(value, MethodType) and value.__self__ is live:
-        return MethodType(value.__func__, shell)
-    if isinstance(value, functools.partial) and any(each is live for each in value.args):
-        args = [shell if each is live else each for each in value.args]
-        return functools.partial(value.func, *args, **value.keywords)
-    if isinstance(value, OrderedDict):
-        return value.copy()  # hooks
-    if isinstance(value, nn.Module):
-        return _shell(value, memo)
-    if isinstance(value, (list, tuple)) and any(isinstance(each, nn.Module) for each in value):
-        return type(value)(_rebound(each, live, shell, memo) for each in value)
-    if isinstance(value, dict) and any(isinstance(each, nn.Module) for each in value.values()):
-        return {name: _rebound(each, live, shell, memo) for name, each in value.items()}
-    return value
-
-
-def _refuse_dropped_layer(module: nn.Module, args: Any) -> None:
-    raise ScoringError(
-        "scoring reached a layer beyond the exit: the model's forward was replaced on the instance "
-        "(a closure or a lambda), so its early exit would silently be the whole model; assign a "
-        "method, subclass the model, or pass exit_layer='full'"
-    )
-
-
-def _check_shape(logits: Tensor, samples: int, length: int) -> None:
-    if logits.shape[:-1].numel() == samples * length:
-        return
-    last = " (this forward predicts only the last position: name the targets it wants, as in "
-    last += '{"idx": x, "targets": y} with labels="targets")' if logits.ndim == 3 else ""
-    raise ScoringError(
-        f"the model's output {tuple(logits.shape)} does not have one prediction per label "
-        f"({samples} rows x {length}){last if logits.shape[1:-1] == (1,) else ''}; labels of a "
-        f"language model are [P, T] beside logits [P, T, V], of a classifier [P] beside [P, C]; for "
-        f"anything else pass score_fn="
-    )
-
-
-def _first_rows(value: Any, samples: int, few: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[:few] if value.ndim and value.shape[0] == samples else value
-    return value
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    if found.shape != expected.shape:
-        return False
-    scale = expected.abs().amax().float().clamp_min(1e-6)
-    precision = torch.finfo(expected.dtype).eps ** 0.5  # float32: 3e-4, bfloat16: 9e-2
-    return bool(((found - expected).abs().amax().float() <= precision * scale).item())

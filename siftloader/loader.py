@@ -35,20 +35,6 @@ from siftloader.world import World
 
 STATE_VERSION = 1
 PATIENCE = 100  # batches handed out in eval mode, none ever sifted, before a warning
-_STATE_NAMES = frozenset(
-    [
-        "epoch",
-        "epoch_step",
-        "cursor",
-        "batch_size",
-        "pool",
-        "keep",
-        "ranks",
-        "pools",
-        "set_epoch",
-        "stats",
-    ]
-)
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
 
@@ -155,14 +141,11 @@ class SiftingDataLoader(DataLoader[Any]):
             autocast=autocast,
         )
         self._source = _candidates(dataset, loader_args, loader_options)
-        shards = isinstance(self._source, ShardCandidates)
         self._split, self._on_select = pool == "split", on_select
         self._gives_back = output_device == "inner"
-        epoch, self._cursor = self._source.upcoming() if shards else (0, {})
-        self._epoch, self._begun = (
-            epoch or 0,
-            False,
-        )  # the epoch to begin next, or the one under way
+        # The epoch to begin next, or the one under way; and where in it.
+        self._epoch, self._cursor = self._source.first()
+        self._begun = False
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._turn = 0  # counts iterators: the newest one moves the state
         self._epoch_step = 0  # at which the epoch under way began
@@ -186,15 +169,16 @@ class SiftingDataLoader(DataLoader[Any]):
         return cls(_Existing(loader, sharded), model=model, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        if self._begun:
-            self._epoch, self._cursor = self._epoch + 1, {}
-        self._begun, self._turn = True, self._turn + 1
-        resumed = bool(self._cursor)
+        epoch, cursor = (self._epoch + 1, {}) if self._begun else (self._epoch, self._cursor)
+        resumed = bool(cursor)
         if not resumed:
-            self._epoch_step = self._sifter.counts.steps
             self._refuse_empty_epoch()
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
-        self._cursor, pieces = self._source.draw(self._epoch, self._cursor)
+        start, pieces = self._source.draw(epoch, cursor)
+        if not resumed:
+            self._epoch_step = self._sifter.counts.steps
+        self._epoch, self._cursor, self._begun = epoch, start, True
+        self._turn += 1
         return self._batches(pieces, resumed, self._turn)
 
     def __len__(self) -> int:
@@ -236,8 +220,7 @@ class SiftingDataLoader(DataLoader[Any]):
         """What was handed to the loop so far, JSON-able; valid after a break and at an epoch's end."""
         cursor = self._cursor
         if not cursor and self._sifter.counts.samples:
-            # Between epochs: what the next one will be drawn from is as it is now.
-            cursor = self._source.upcoming()[1]
+            cursor = self._source.next_start()  # between epochs
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
@@ -254,7 +237,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken; StateError where it belongs to something else."""
-        missing = (_STATE_NAMES | {"version"}) - state.keys()
+        missing = self.state_dict().keys() - state.keys()
         if missing:
             raise StateError(
                 f"the state lacks {sorted(missing)}; it needs all that state_dict() gives"
@@ -346,7 +329,6 @@ class SiftingDataLoader(DataLoader[Any]):
             if drawn >= self._batch_size:
                 return self._sifted(held, min(drawn, self._pool), self._batch_size)
             self._sifter.counts.tail_dropped += drawn  # less than a batch, at the end of the data
-            self._cursor = held[-1].piece.after(held[-1].piece.rows)
             held.clear()
 
     def _sifted(self, held: deque[_Held], pool: int, keep: int) -> tuple[Batch, _Held]:
@@ -430,10 +412,10 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _refuse_empty_epoch(self) -> None:
         try:
-            planned = self._plan(self._epoch_step).batches
+            planned = self._plan(self._sifter.counts.steps).batches
         except TypeError:
             return  # known at its end
-        if not planned:
+        if not planned and self._sifter.model.training:
             raise EmptyEpoch(self._nothing())
 
     def _nothing(self) -> str:

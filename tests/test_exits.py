@@ -24,7 +24,7 @@ from models import (
 )
 from torch import Tensor, nn
 
-from siftloader import EarlyExit, ScoringError, Sifter, exits
+from siftloader import EarlyExit, ScoringError, Sifter, twin
 from siftloader.stack import find_stack
 
 
@@ -166,7 +166,7 @@ def test_the_head_runs_at_the_labelled_positions_only():
 def test_chunks_change_nothing_and_bound_the_logits(family, monkeypatch):
     model, batch = FAMILIES[family](), candidates(family)
     whole = {c: Sifter(model, exit_layer=2, criterion=c).score(batch) for c in ("loss", "entropy")}
-    monkeypatch.setattr(exits, "CHUNK_ELEMENTS", 7 * VOCAB)
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 7 * VOCAB)
     sizes = []
 
     class Watch:

@@ -41,8 +41,8 @@ from siftloader import (
     TokenShards,
     TopK,
 )
-from siftloader.exits import _Twin
 from siftloader.scores import Targets
+from siftloader.twin import Twin
 from siftloader.world import World
 
 
@@ -873,7 +873,7 @@ def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
     # Labelled positions are found where the labels are, on the host; and what the model's own forward
     # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
     monkeypatch.setattr(Targets, "of", unwatched(Targets.of))
-    monkeypatch.setattr(_Twin, "run", unwatched(_Twin.run))
+    monkeypatch.setattr(Twin, "run", unwatched(Twin.run))
     with asked:
         next(iterator), next(iterator)
     assert asked.waited == []
