@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from effort import examples
+from hypothesis import given, strategies as st
 
 from siftloader.corpus import Reading, find_inputs, hash_input, read_documents
 from siftloader.errors import CorpusError
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("corpus")
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(
     documents=st.lists(texts, min_size=1, max_size=5),
     blanks=st.lists(st.sampled_from(["", " ", "\t \t"]), min_size=1, max_size=3),
@@ -66,7 +67,7 @@ def test_documents_come_back_whatever_the_file_is_made_of(
     assert read(path) == [("law", document) for document in documents]
 
 
-@settings(deadline=None, max_examples=80)
+@examples(80)
 @given(cut=st.floats(0, 1, exclude_max=True), suffix=st.sampled_from(sorted(COMPRESS)[1:]))
 def test_a_compressed_file_cut_anywhere_is_refused(folder, cut, suffix):
     data = COMPRESS[suffix]("\n\n".join(f"document {n}" for n in range(200)).encode())

@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from effort import examples
+from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import siftloader.prepare
@@ -141,7 +143,7 @@ def test_another_seed_reorders_the_same_samples(desk, tmp_path):
         assert sorted(x) == sorted(y)
 
 
-@settings(deadline=None, max_examples=30)
+@examples(30)
 @given(
     documents=st.lists(st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30), min_size=8),
     objective=st.sampled_from(["mlm", "clm"]),
@@ -285,6 +287,41 @@ def test_killed_at_any_write_it_leaves_no_manifest_and_runs_again_to_the_same_by
         run(desk, out)
         assert hashes(out) == hashes(tmp_path / "straight" / "set")
     assert survived == len(hashes(tmp_path / "straight" / "set"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_run_again_it_ends_in_the_same_bytes(desk, tmp_path):
+    """Law 7 the hard way: `kill -9`, ten times, on real text; then the same command once more."""
+    command = [sys.executable, "-m", "siftloader.cli", "shard", str(DEMO / "embedded_pd.txt.xz")]
+    command += ["--tokenizer", str(DEMO / "tokenizer.json"), "--seq-len", "128"]
+    command += ["--val-fraction", "0.05", "--samples-per-shard", "512", "--out"]
+    begun = time.monotonic()
+    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
+    seconds = time.monotonic() - begun
+    moments = np.random.default_rng(0).uniform(0.3, 1.0, 12)
+    killed = 0
+    for moment in moments:
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "killed")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(timeout=moment * seconds)
+            shutil.rmtree(tmp_path / "killed")  # it was faster: there is nothing to kill
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    assert killed >= 5
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    straight, again = hashes(tmp_path / "straight"), hashes(tmp_path / "killed")
+    about = "dataset.json"  # holds the folder's own name
+    assert {k: v for k, v in again.items() if k != about} == {
+        k: v for k, v in straight.items() if k != about
+    }
+    opened = [ShardSet.open(tmp_path / name).fingerprint for name in ("straight", "killed")]
+    assert opened[0] == opened[1]
 
 
 def test_a_full_disk_is_named_and_leaves_no_file_that_looks_whole(desk, tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings, strategies as st
+from effort import examples
+from hypothesis import given, strategies as st
 
 from siftloader.errors import CorruptShard, ShardError
 from siftloader.shards import (
@@ -94,7 +95,7 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(data=st.data(), dtype=st.sampled_from(["<u2", "<u4"]))
 def test_a_shard_is_byte_for_byte_what_tarfile_writes(data, dtype):
     """Members of USTAR with mtime 0, as the standard library and numpy would make them."""
@@ -226,7 +227,7 @@ def damages(size: int):
     return st.one_of(flip, flip, flip, cut, more, hole, lost)
 
 
-@settings(deadline=None, max_examples=600)
+@examples(600)
 @given(data=st.data())
 def test_damage_anywhere_is_found_before_a_wrong_sample_is_read(finished, data):
     """Law 8. In the JSON files a change of form, white space say, may pass: it means the same."""
