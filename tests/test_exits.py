@@ -390,6 +390,18 @@ def test_a_first_batch_without_labels_decides_nothing():
     assert sifter._early._capture is True
 
 
+def test_a_first_batch_of_nans_decides_nothing():
+    model, batch = gpt2(), candidates("gpt2")
+    weight = model.lm_head.weight
+    kept = weight.detach().clone()
+    sifter = Sifter(model)
+    weight.data.fill_(torch.nan)
+    assert not sifter.score(batch).isfinite().any()
+    weight.data.copy_(kept)
+    sifter.score(batch)
+    assert sifter._early._capture is True
+
+
 def test_hidden_positions_that_are_no_label_positions_are_refused():
     class Prompted(nn.Module):  # three embeddings stand before the text
         def __init__(self):

@@ -55,6 +55,7 @@ TABLE = [
     (Schedule(2), 2, 128, 32, 64, Epoch(2, 64)),
     (Schedule(99), 0, 100, 32, 64, Epoch(4, 100)),  # a ragged last batch, as the plain loader's
     (Schedule(0, 2, 4), 0, 192, 32, 64, Epoch(4, 128)),  # two sifted, two plain
+    (Schedule(0, 2, 3), 0, 13, 6, 8, Epoch(3, 11)),  # 4 rows of a half-used inner batch, then 1
     (Schedule(0), 0, 128, 32, 32, Epoch(4, 128)),  # keep=1.0
 ]
 
