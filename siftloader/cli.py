@@ -13,14 +13,9 @@ from pathlib import Path
 
 from siftloader.corpus import BOUNDARIES
 from siftloader.errors import SiftError
-from siftloader.prepare import (
-    NEEDED,
-    Preparation,
-    Summary,
-    load_tokenizer,
-    prepare,
-)
+from siftloader.prepare import Preparation, Summary, prepare
 from siftloader.shards import ShardSet, verify
+from siftloader.tokens import NEEDED, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

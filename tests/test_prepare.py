@@ -22,17 +22,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import siftloader.prepare
 import siftloader.shards
+import siftloader.tokens
 from siftloader.corpus import Document
 from siftloader.errors import CorpusError, ShardError
 from siftloader.prepare import (
     Preparation,
-    load_tokenizer,
     prepare,
     shuffled,
     split_of,
-    tokenise,
 )
 from siftloader.shards import ShardSet, verify
+from siftloader.tokens import load_tokenizer, tokenise
 
 
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -644,8 +644,8 @@ def test_a_long_document_is_tokenised_in_pieces_to_the_same_ids(desk, monkeypatc
     documents = [Document(text, 0), Document("w9", 1), Document(text, 0)]
     whole = list(tokenise(documents, tokenizer))
     for piece in (6, 7, 10, 33):
-        monkeypatch.setattr(siftloader.prepare, "PIECE", piece)
-        monkeypatch.setattr(siftloader.prepare, "BATCH", 2 * piece)
+        monkeypatch.setattr(siftloader.tokens, "PIECE", piece)
+        monkeypatch.setattr(siftloader.tokens, "BATCH", 2 * piece)
         again = list(tokenise(documents, tokenizer))
         assert [tokens.ids.tolist() for tokens in again] == [t.ids.tolist() for t in whole]
         assert [(t.content, t.source) for t in again] == [(t.content, t.source) for t in whole]

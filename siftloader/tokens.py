@@ -1,0 +1,175 @@
+"""Text to token ids: which tokenizer, what it calls its special tokens, documents through it.
+
+tokenizer = load_tokenizer("bert/tokenizer.json")
+about = describe_tokenizer(tokenizer, "bert/tokenizer.json", "mlm")
+for document in tokenise(documents, tokenizer): ...     # document.ids, uint32
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftloader.corpus import Document
+from siftloader.errors import CorpusError
+from siftloader.shards import Tokenizer
+
+
+PIECE = 1 << 18  # characters a tokenizer is given as one text
+BATCH = 1 << 20  # characters it is given at a time
+NEEDED = {"mlm": ("pad", "cls", "sep", "mask"), "clm": ("eos",)}  # special ids, by objective
+SPECIAL = {  # key -> what tokenizers call it, the usual name first
+    "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "eos": ("<|endoftext|>", "<|end_of_text|>", "[EOS]", "<eos>", "</s>"),
+}
+
+
+def load_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The ``tokenizers.Tokenizer`` of a file, a folder or a hub name, without its extras.
+
+    Truncation and padding are switched off, and text that spells a special token stays text.
+    """
+    try:
+        from tokenizers import Tokenizer as Fast
+    except ImportError as error:
+        raise CorpusError(
+            "making shards needs the `tokenizers` package; pip install 'siftloader[prepare]'"
+        ) from error
+    path = Path(name)
+    if path.is_dir() and not (path / "tokenizer.json").is_file():
+        raise CorpusError(
+            f"{path}: no tokenizer.json in this folder; save the tokenizer there with "
+            f"AutoTokenizer.from_pretrained(...).save_pretrained({str(name)!r})"
+        )
+    if not path.exists() and (path.suffix == ".json" or str(name).startswith((".", "/", "~"))):
+        raise CorpusError(f"{path}: no such tokenizer file or folder (looked from {Path.cwd()})")
+    try:
+        if path.is_dir():
+            tokenizer = Fast.from_file(str(path / "tokenizer.json"))
+        elif path.exists():
+            tokenizer = Fast.from_file(str(path))
+        else:
+            tokenizer = Fast.from_pretrained(str(name))
+    except Exception as error:  # the Rust side raises bare Exception
+        where = "" if path.exists() else "neither here nor on the hub "
+        raise CorpusError(
+            f"{name}: {where}a tokenizer that can be loaded ({error}); give a tokenizer.json, a "
+            f"folder that holds one, or a hub name"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def describe_tokenizer(tokenizer: Any, name: str | os.PathLike[str], objective: str) -> Tokenizer:
+    """Name, hash, size and special ids; CorpusError if the objective needs one that is missing."""
+    special = {}
+    for key, names in SPECIAL.items():
+        ids = [tokenizer.token_to_id(name) for name in names]
+        found = [number for number in ids if number is not None]
+        if found:
+            special[key] = found[0]
+    if objective == "clm" and "eos" not in special and "sep" in special:
+        special["eos"] = special["sep"]  # BERT's vocabulary ends its texts with [SEP]
+    missing = [key for key in NEEDED[objective] if key not in special]
+    if missing:
+        wanted = "; ".join(f"{key} ({', '.join(SPECIAL[key])})" for key in missing)
+        raise CorpusError(
+            f"{os.fspath(name)}: objective {objective!r} needs special "
+            f"tokens this tokenizer lacks: {wanted}; add them or choose another tokenizer"
+        )
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    return Tokenizer(
+        name=_tokenizer_name(name),
+        sha256=_tokenizer_hash(tokenizer),
+        vocab_size=max(vocabulary.values()) + 1,  # there may be holes
+        special_ids=special,
+    )
+
+
+def _tokenizer_name(name: str | os.PathLike[str]) -> str:
+    # A folder's name tells more than "tokenizer.json"; the rest of the path is nobody's business.
+    path = Path(name)
+    if not path.exists():
+        return str(name)
+    path = path.resolve()
+    return path.parent.name if path.name == "tokenizer.json" else path.stem
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    # What decides the ids, and nothing else: not the file's layout, nor padding or truncation.
+    whole = json.loads(tokenizer.to_str())
+    parts = {key: whole[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised document; ``content`` is the sha256 of its text."""
+
+    ids: NDArray[np.uint32]
+    source: int
+    content: bytes
+
+
+def tokenise(documents: Iterable[Document], tokenizer: Any) -> Iterator[Tokens]:
+    """Yield every document's ids, no special ones among them, in the order of the documents.
+
+    A document above 262,144 characters goes through the tokenizer in pieces, cut at line ends where
+    there are any: the tokenizer needs a hundred times the memory of the text it is given.
+    """
+    gathered: list[NDArray[np.uint32]] = []
+    for batch in _batches(_in_pieces(documents)):
+        texts = [text for text, _ in batch]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for (_, ended), encoding in zip(batch, encodings, strict=True):
+            gathered.append(np.array(encoding.ids, np.uint32))
+            if ended is not None:
+                content = hashlib.sha256(ended.text.encode()).digest()
+                yield Tokens(np.concatenate(gathered), ended.source, content)
+                gathered = []
+
+
+# A piece of text, and the document that ends with it, if one does.
+_Piece = tuple[str, Document | None]
+
+
+def _in_pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
+    for document in documents:
+        text, first = document.text, 0
+        while len(text) - first > PIECE:
+            # After a line end, else before a space (byte-level vocabularies begin words with it).
+            cut = text.rfind("\n", first, first + PIECE) + 1
+            if cut <= first:
+                cut = text.rfind(" ", first + 1, first + PIECE)
+            if cut <= first:
+                cut = first + PIECE
+            yield text[first:cut], None
+            first = cut
+        yield text[first:], document
+
+
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    batch: list[_Piece] = []
+    length = 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece[0])
+        if length >= BATCH:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
