@@ -62,7 +62,7 @@ class Twin:
             # Whoever holds the dropped layers elsewhere finds the live ones, and the tripwire.
             memo |= {id(each): each for each in dropped if each is not None}
             self._dropped = next(iter(dropped), None)
-            memo[id(stack)] = _cut_stack(stack, layer, memo)
+            _shell(stack, memo, children=layer)
         self._root = _shell(root, memo)
         self._shells = [(each, memo[id(each)]) for each in self._live if id(each) in memo]
         self._shells = [(live, shell) for live, shell in self._shells if live is not shell]
@@ -288,8 +288,13 @@ def _heads_and_trunks(
     return heads, trunks
 
 
-def _shell(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """A new object of the same class that shares everything but its children, mode and hooks."""
+def _shell(
+    module: nn.Module, memo: dict[int, nn.Module], children: int | None = None
+) -> nn.Module:
+    """A new object of the same class that shares everything but its children, mode and hooks.
+
+    ``children`` keeps the first so many of them.
+    """
     if id(module) in memo:
         return memo[id(module)]
     if type(module).__name__ == "OptimizedModule":  # a compiled child would run the live graph
@@ -299,7 +304,7 @@ def _shell(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     state = dict(module.__dict__)
     state["_modules"] = {
         name: None if child is None else _shell(child, memo)
-        for name, child in module._modules.items()
+        for name, child in list(module._modules.items())[:children]
     }
     state["_buffers"] = dict(module._buffers)
     state["training"] = False
@@ -308,17 +313,6 @@ def _shell(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     for name, value in list(state.items()):
         if name not in OWN:
             state[name] = _rebound(value, module, shell, memo)
-    return shell
-
-
-def _cut_stack(stack: nn.Module, layer: int, memo: dict[int, nn.Module]) -> nn.Module:
-    shell = object.__new__(type(stack))
-    shell.__dict__ = {**stack.__dict__, "training": False}
-    shell.__dict__["_modules"] = {
-        name: _shell(child, memo)
-        for name, child in list(stack._modules.items())[:layer]
-        if child is not None
-    }
     return shell
 
 
