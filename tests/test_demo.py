@@ -71,17 +71,17 @@ def test_the_demo_ends_with_a_table_words_and_a_picture(
 @pytest.mark.parametrize(
     ("gap", "says"),
     [
-        (-0.3, "sifting won here, by more than another seed"),
-        (-0.1, "sifting won here, by less than another seed"),
-        (-0.04, "a tie: "),
-        (0.04, "a tie: "),
-        (0.1, "sifting lost here, by less than another seed"),
-        (0.3, "sifting lost here, by more than another seed"),
+        (-0.3, "sifting won here"),
+        (-0.06, "sifting won here"),
+        (-0.04, "a tie for one seed"),
+        (0.04, "a tie for one seed"),
+        (0.06, "sifting lost here"),
+        (0.3, "sifting lost here"),
     ],
 )
 def test_a_gap_is_never_oversold(gap: float, says: str) -> None:
     assert says in demo.verdict(gap)
-    assert "seed" in demo.verdict(gap)
+    assert "one seed" in demo.verdict(gap) and "0.05 nats" in demo.verdict(gap)
 
 
 def test_unigram_entropy_is_that_of_the_labelled_tokens(tmp_path: Path) -> None:
