@@ -160,3 +160,9 @@ def test_script_and_module_are_the_same_command(text, tmp_path, script):
     assert "train samples" in done.stdout
     assert done.stderr == ""
     assert ShardSet.open(tmp_path / "out").objective == "clm"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m siftloader.cli inspect {DEMO} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("folder") and done.stderr == ""
