@@ -196,13 +196,15 @@ class Twin:
     ) -> Iterator[Tensor]:
         """The first chunk runs trunk and head; the others only what comes after the trunk."""
         head, size = self._heads[0], rows_at_a_time(self._vocabulary)
+        for trunk in self._trunks:
+            trunk.forget()
         try:
             for chunk in torch.split(positions, size):
                 head.positions = chunk
                 logits = self.logits(args, kwargs)
                 yield logits.reshape(-1, logits.shape[-1])
                 for trunk in self._trunks:
-                    trunk.replaying = trunk.fired
+                    trunk.replay()
         finally:
             head.positions = None
             for trunk in self._trunks:
@@ -255,18 +257,27 @@ class _Gather(_Overridden):
 
 
 class _Replay(_Overridden):
-    """Remembers its output, so that later chunks need not compute it again."""
+    """Remembers its output, so that later chunks need not compute it again.
+
+    Not where one forward calls it twice: which output would it be?
+    """
 
     replaying = False
+    _calls = 0
     _output: Any = None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.replaying:
-            self._output, self.fired = self._forward(*args, **kwargs), True
+        if self.replaying:
+            return self._output
+        self._output, self.fired = self._forward(*args, **kwargs), True
+        self._calls += 1
         return self._output
 
+    def replay(self) -> None:
+        self.replaying = self._calls == 1
+
     def forget(self) -> None:
-        self._output, self.replaying = None, False
+        self._output, self._calls, self.replaying = None, 0, False
 
 
 def _heads_and_trunks(

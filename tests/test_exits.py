@@ -381,6 +381,21 @@ def test_a_trunk_that_is_reached_past_its_wrapper_still_runs_once():
     assert torch.allclose(logits.view(8, 24, VOCAB), early.logits(batch), atol=1e-5)
 
 
+def test_a_trunk_that_runs_twice_in_a_forward_is_not_replayed(monkeypatch):
+    class Twice(type(gpt2())):
+        def forward(self, input_ids):
+            early = self.transformer(input_ids.flip(1)).last_hidden_state
+            return self.lm_head(self.transformer(input_ids).last_hidden_state - 0.5 * early)
+
+    model, batch = gpt2(), candidates("gpt2")
+    model.__class__ = Twice
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 7 * VOCAB)
+    early = EarlyExit(model, layer=2)
+    positions = torch.arange(8 * 24)
+    logits = torch.cat(list(early.logits_at(batch, positions, list(range(0, 193, 24)), 24)))
+    assert torch.allclose(logits.view(8, 24, VOCAB), early.logits(batch), atol=1e-4)
+
+
 def test_a_first_batch_without_labels_decides_nothing():
     model, batch = gpt2(), candidates("gpt2")
     sifter = Sifter(model)
