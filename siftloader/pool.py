@@ -1,0 +1,54 @@
+"""``Pool``: the candidates of one step, and draws that repeat on resume.
+
+Letters: P candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from siftloader.batches import Batch
+from siftloader.errors import ScoringError
+
+
+@final
+@dataclass(frozen=True)
+class Pool:
+    """What criteria and selections may look at, beside predictions and scores.
+
+    ``number`` counts the pools scored before this one on this ``rank``. ``fields`` [P] are known of the
+    rows without being part of the batch: ``id`` and ``source`` where the candidates come from shards.
+    """
+
+    batch: Batch = None
+    number: int = 0
+    rank: int = 0
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def field(self, name: str) -> Tensor:
+        """One value per candidate, [P]; ScoringError where neither the loader nor the batch has it."""
+        found = self.fields.get(name)
+        if found is None and isinstance(self.batch, Mapping):
+            found = self.batch.get(name)
+        if found is None:
+            found = getattr(self.batch, name, None)
+        if isinstance(found, Tensor) and found.ndim == 1:
+            return found
+        known = sorted({*self.fields, *(self.batch if isinstance(self.batch, Mapping) else ())})
+        raise ScoringError(
+            f'no field "{name}" with one value per candidate (there are {known}); let the data set '
+            f'give it, as in {{"{name}": ..., "input_ids": ...}}'
+        )
+
+    def uniform(self, seed: int, samples: int) -> Tensor:
+        """[P] float64 on the host, in (0, 1): a function of (seed, rank, number) alone."""
+        key = np.random.SeedSequence((seed, self.rank, self.number)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
+        drawn = torch.rand(samples, generator=generator, dtype=torch.float64)
+        return drawn.clamp_min(2.0**-53)  # a logarithm may follow
