@@ -1,0 +1,1 @@
+"""What a selection log tells: the numbers of ``siftloader inspect-selections``."""
