@@ -41,7 +41,8 @@ class EarlyExit:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._root = unwrap(model)
-        self._path, self.layer, self.layers = exit_at(self._root, layer)
+        self._exit = exit_at(self._root, layer)
+        self.layer, self.layers = self._exit.layer, self._exit.layers
         self._twin: Twin | None = None
         self._capture: bool | None = None  # whether the head at M positions was seen to be right
 
@@ -95,7 +96,7 @@ class EarlyExit:
     def _live_twin(self) -> Twin:
         # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
         if self._twin is None or not self._twin.is_of(self._root):
-            self._twin = Twin(self._root, self._path, self.layer)
+            self._twin = Twin(self._root, self._exit)
             self._capture = None
         self._twin.refresh()
         return self._twin

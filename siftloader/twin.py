@@ -1,13 +1,13 @@
 """The live twin: module shells that share a model's weights, cut to its first layers.
 
-    twin = Twin(model, path="bert.encoder.layer", layer=1)
+    twin = Twin(model, Exit(layer=1, layers=12, cuts={"bert.encoder.layer": 1}))
     twin.refresh()                                   # take over what changed since
     logits = twin.logits((), {"input_ids": ids})     # [P, T, V]
 
 A twin is a tree of new module shells for everything the model's own ``forward`` reaches. A shell shares
 its live module's parameters and buffers by reference, has its own ``training=False``, its own children
-and a copy of the hooks (which do run: sharded models live by them), and the layer stack keeps the first
-``j`` layers only. No weight is copied, no random number drawn, and the live model may run elsewhere
+and a copy of the hooks (which do run: sharded models live by them), and the layer stacks keep their first
+layers only. No weight is copied, no random number drawn, and the live model may run elsewhere
 meanwhile.
 
 Letters: P samples, T positions, H hidden size, V vocabulary, M wanted positions.
@@ -15,10 +15,14 @@ Letters: P samples, T positions, H hidden size, V vocabulary, M wanted positions
 
 from __future__ import annotations
 
+import copy
 import functools
+import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast
 
@@ -26,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from siftloader.errors import ScoringError
+from siftloader.stack import Exit
 
 
 # Elements of logits alive at a time: 256 MiB of float32, whatever P, T and V are.
@@ -50,33 +55,46 @@ def rows_at_a_time(width: int) -> int:
 class Twin:
     """The shells of one moment's module tree, and the few among them that have a forward of their own."""
 
-    def __init__(self, root: nn.Module, path: str | None, layer: int) -> None:
+    def __init__(self, root: nn.Module, where: Exit) -> None:
         self._identity = _identity(root)
         self._live = list(root.modules())  # kept alive, so that an id is never used again
         memo: dict[int, nn.Module] = {}
-        self._dropped: nn.Module | None = None
-        if path is not None:
-            stack = root.get_submodule(path)
-            layers = list(stack._modules.values())  # children() would count a shared layer once
-            dropped = [each for each in layers[layer:] if each not in layers[:layer]]
+        for path, kept in where.cuts.items():
+            layers = list(
+                root.get_submodule(path)._modules.values()
+            )  # children() counts a layer once
             # Whoever holds the dropped layers elsewhere finds the live ones, and the tripwire.
-            memo |= {id(each): each for each in dropped if each is not None}
-            self._dropped = next(iter(dropped), None)
-            _shell(stack, memo, children=layer)
+            memo |= {
+                id(each): each
+                for each in layers[kept:]
+                if each is not None and each not in layers[:kept]
+            }
+        for path, kept in where.cuts.items():
+            _shell(root.get_submodule(path), memo, children=kept)
         self._root = _shell(root, memo)
+        self._settings = [
+            (live := root.get_submodule(path), memo[id(live)], values)
+            for path, values in where.settings.items()
+        ]
         self._shells = [(each, memo[id(each)]) for each in self._live if id(each) in memo]
         self._shells = [(live, shell) for live, shell in self._shells if live is not shell]
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
+        self._dropped = [each for each in self._live if memo.get(id(each)) is each]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
-        heads, trunks = _heads_and_trunks(root, path)
+        self._watched = False
+        heads, trunks = _heads_and_trunks(root, list(where.cuts))
         self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
-        self._trunks = [_Replay(memo[id(module)]) for module in trunks]
+        self._trunks = {path: _Replay(memo[id(module)]) for path, module in trunks.items()}
 
     def is_of(self, root: nn.Module) -> bool:
         """Whether these are still shells of the very modules, forwards and hooks of ``root``."""
         return self._identity == _identity(root)
+
+    def shell_of(self, live: nn.Module) -> nn.Module | None:
+        """The shell of a live module, None where the cut forward does not know it."""
+        return self._memo.get(id(live))
 
     def refresh(self) -> None:
         """Take over plain attributes that changed on the live modules, and their buffers of now."""
@@ -85,6 +103,11 @@ class Twin:
                 if value is not seen.get(name, shell) and name not in OWN:
                     shell.__dict__[name] = _rebound(value, live, shell, self._memo)
                     seen[name] = value
+        for live, shell, values in self._settings:
+            # Past the config's own checks: a broken number of groups is no config that one could build.
+            config = copy.copy(live.config)
+            vars(config).update(values)
+            shell.__dict__["config"] = config
         self._lend_buffers()
 
     def _lend_buffers(self) -> None:
@@ -123,23 +146,17 @@ class Twin:
         return logits_of(self.run(args, kwargs))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the cut forward returns; ScoringError if it reached a layer that was cut off."""
-        if self._mutated is not None:
+        """What the cut forward returns; ScoringError if it reached the live model's layers."""
+        if self._mutated is not None and self._watched:
             return self._root(*args, **kwargs)
-        # A forward bound to the live object would run every layer without an error: the first call
-        # watches the first dropped layer.
+        # A forward bound to the live object would run every layer, and in training mode, without an
+        # error: the first call, and the first while the model trains, watch the live modules.
         before = self._buffers()
-        tripwire = (
-            None
-            if self._dropped is None
-            else self._dropped.register_forward_pre_hook(_refuse_dropped_layer)
-        )
-        try:
+        with _tripwire(self._live, self._dropped):
             output = self._root(*args, **kwargs)
-        finally:
-            if tripwire is not None:
-                tripwire.remove()
-        self._note_mutated(before)
+        self._watched = self._live[0].training
+        if self._mutated is None:
+            self._note_mutated(before)
         return output
 
     def captures_at(
@@ -184,30 +201,33 @@ class Twin:
         return False
 
     def _keep_outermost_trunk(self) -> None:
-        # Some models reach past the outer modules (OPT calls `model.decoder`): those never fire.
-        fired = [trunk for trunk in self._trunks if trunk.fired]
-        for trunk in self._trunks:
-            if trunk not in fired[:1]:
+        # Some models reach past the outer modules (OPT calls `model.decoder`): those never fire. What
+        # fired within a trunk that fired is not asked again.
+        kept: dict[str, _Replay] = {}
+        for path, trunk in self._trunks.items():
+            if trunk.fired and not any(path.startswith(f"{outer}.") for outer in kept):
+                kept[path] = trunk
+            else:
                 trunk.restore()
-        self._trunks = fired[:1]
+        self._trunks = kept
 
     def head_chunks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
     ) -> Iterator[Tensor]:
         """The first chunk runs trunk and head; the others only what comes after the trunk."""
         head, size = self._heads[0], rows_at_a_time(self._vocabulary)
-        for trunk in self._trunks:
+        for trunk in self._trunks.values():
             trunk.forget()
         try:
             for chunk in torch.split(positions, size):
                 head.positions = chunk
                 logits = self.logits(args, kwargs)
                 yield logits.reshape(-1, logits.shape[-1])
-                for trunk in self._trunks:
+                for trunk in self._trunks.values():
                     trunk.replay()
         finally:
             head.positions = None
-            for trunk in self._trunks:
+            for trunk in self._trunks.values():
                 trunk.forget()
 
 
@@ -281,22 +301,26 @@ class _Replay(_Overridden):
 
 
 def _heads_and_trunks(
-    root: nn.Module, path: str | None
-) -> tuple[list[nn.Module], list[nn.Module]]:
+    root: nn.Module, stacks: list[str]
+) -> tuple[list[nn.Module], dict[str, nn.Module]]:
     # The modules around the output embedding that hold no layers, outermost first, and beside them the
     # modules that hold the layers: BERT's `cls`, `cls.predictions`, its decoder; `bert`, `bert.encoder`.
     output = getattr(root, "get_output_embeddings", lambda: None)()
     names = {id(module): name for name, module in root.named_modules()}
-    if path is None or not isinstance(getattr(output, "weight", None), Tensor):
-        return [], []
-    parts, stack = names[id(output)].split("."), path.split(".")
-    pairs = enumerate(zip(parts, stack, strict=False))
-    common = next((index for index, (a, b) in pairs if a != b), None)
-    if common is None:
-        return [], []
-    heads = [root.get_submodule(".".join(parts[:n])) for n in range(common + 1, len(parts) + 1)]
-    trunks = [root.get_submodule(".".join(stack[:n])) for n in range(common + 1, len(stack))]
-    return heads, trunks
+    if not stacks or not isinstance(getattr(output, "weight", None), Tensor):
+        return [], {}
+    head = names[id(output)].split(".")
+    ways = [stack.split(".") for stack in stacks]
+    common = [
+        next((n for n, (a, b) in enumerate(zip(head, way, strict=False)) if a != b), None)
+        for way in ways
+    ]
+    if None in common:
+        return [], {}
+    first = max(cast(list[int], common))
+    heads = [root.get_submodule(".".join(head[:n])) for n in range(first + 1, len(head) + 1)]
+    paths = [".".join(way[:n]) for way in ways for n in range(first + 1, len(way))]
+    return heads, {path: root.get_submodule(path) for path in sorted({*paths}, key=len)}
 
 
 def _shell(
@@ -335,8 +359,12 @@ def _rebound(value: Any, live: nn.Module, shell: nn.Module, memo: dict[int, nn.M
     if isinstance(value, functools.partial) and any(each is live for each in value.args):
         args = [shell if each is live else each for each in value.args]
         return functools.partial(value.func, *args, **value.keywords)
+    if isinstance(inner := getattr(value, "_torchdynamo_orig_callable", None), MethodType):
+        return _rebound(inner, live, shell, memo)  # model.forward = torch.compile(model.forward)
     if isinstance(value, OrderedDict):
         return value.copy()  # hooks
+    if isinstance(value, weakref.ref) and isinstance(held := value(), nn.Module):
+        return weakref.ref(_shell(held, memo))
     if isinstance(value, nn.Module):
         return _shell(value, memo)
     if isinstance(value, (list, tuple)) and any(isinstance(each, nn.Module) for each in value):
@@ -346,12 +374,29 @@ def _rebound(value: Any, live: nn.Module, shell: nn.Module, memo: dict[int, nn.M
     return value
 
 
-def _refuse_dropped_layer(module: nn.Module, args: Any) -> None:
-    raise ScoringError(
-        "scoring reached a layer beyond the exit: the model's forward was replaced on the instance "
-        "(a closure or a lambda), so its early exit would silently be the whole model; assign a "
-        "method, subclass the model, or pass exit_layer='full'"
-    )
+@contextmanager
+def _tripwire(live: list[nn.Module], dropped: list[nn.Module]) -> Iterator[None]:
+    thread = threading.get_ident()  # the model may well run in another one
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread and (module.training or module in dropped):
+            raise ScoringError(
+                f"scoring reached a layer beyond the exit, or a module in training mode: a "
+                f"{type(module).__name__} of the live model itself. Where forward was replaced on the "
+                f"instance by a closure or a lambda, the early exit would silently be the whole "
+                f"model, with its dropout; assign a method (types.MethodType) or subclass the model"
+            )
+
+    hooks = [
+        module.register_forward_pre_hook(refuse)
+        for module in live
+        if type(module).__name__ != "OptimizedModule"  # its shell is that of the module within
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def logits_of(output: Any) -> Tensor:
