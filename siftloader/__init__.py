@@ -22,18 +22,33 @@ if TYPE_CHECKING:
     from siftloader.exits import EarlyExit as EarlyExit
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
     from siftloader.masking import Mlm as Mlm
+    from siftloader.pool import Pool as Pool
+    from siftloader.predictions import Predictions as Predictions
     from siftloader.schedule import Schedule as Schedule
     from siftloader.scores import (
         Criterion as Criterion,
         Entropy as Entropy,
+        GradNorm as GradNorm,
+        LeastConfidence as LeastConfidence,
         Loss as Loss,
-        Predictions as Predictions,
+        Margin as Margin,
         Random as Random,
         Rarity as Rarity,
+        Reducible as Reducible,
+        Residual as Residual,
     )
-    from siftloader.selection import Selection as Selection, TopK as TopK
+    from siftloader.selection import (
+        Gumbel as Gumbel,
+        RankSample as RankSample,
+        Robust as Robust,
+        Selection as Selection,
+        Stratified as Stratified,
+        TopK as TopK,
+        TrimmedTopK as TrimmedTopK,
+    )
     from siftloader.sifter import Sifter as Sifter
     from siftloader.stream import TokenShards as TokenShards
+    from siftloader.targets import First as First, Stride as Stride
     from siftloader.world import World as World
 
 __version__ = "0.1.0.dev0"
@@ -44,11 +59,14 @@ _NAMES = {
     "exits": "EarlyExit",
     "loader": "SiftingDataLoader",
     "masking": "Mlm",
+    "pool": "Pool",
+    "predictions": "Predictions",
     "schedule": "Schedule",
-    "scores": "Criterion Entropy Loss Predictions Random Rarity",
-    "selection": "Selection TopK",
+    "scores": "Criterion Entropy GradNorm LeastConfidence Loss Margin Random Rarity Reducible Residual",
+    "selection": "Gumbel RankSample Robust Selection Stratified TopK TrimmedTopK",
     "sifter": "Sifter",
     "stream": "TokenShards",
+    "targets": "First Stride",
     "world": "World",
 }
 _FILES = {name: file for file, names in _NAMES.items() for name in names.split()}

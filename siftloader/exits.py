@@ -15,15 +15,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from siftloader.batches import Batch, cut
+from siftloader.batches import IGNORED, Batch, cut, rows
 from siftloader.errors import ScoringError
 from siftloader.stack import exit_at, unwrap
+from siftloader.taps import listen
+from siftloader.targets import Targets
 from siftloader.twin import Twin, check_shape, rows_at_a_time
+
+
+class Task(NamedTuple):
+    """How a model's own loss reads the labels of a batch; None where it cannot be told."""
+
+    shift: bool | None = None
+    ignored: int = IGNORED
 
 
 class EarlyExit:
@@ -60,38 +69,88 @@ class EarlyExit:
         with torch.no_grad():
             return self._live_twin().logits(*model_inputs(self._root, batch))
 
-    def logits_at(
-        self, batch: Batch, positions: Tensor, starts: list[int], length: int
-    ) -> Iterator[Tensor]:
-        """Early predictions at the wanted positions only, in chunks [m, V] that add up to [M, V].
+    def logits_at(self, batch: Batch, targets: Targets) -> Iterator[Tensor]:
+        """Early predictions at the targets only, in chunks [m, V] that add up to [M, V].
 
-        ``positions`` [M] are flat (``row * length + t``, rising), on the model's device; those of row
-        ``i`` are ``starts[i]`` to ``starts[i + 1]``. The head runs on these positions alone and at
-        most 2**26 logits are alive at a time. Call it under ``torch.no_grad()``.
+        The head runs on these positions alone and at most 2**26 logits are alive at a time. Call it
+        under ``torch.no_grad()``.
         """
         twin = self._live_twin()
         args, kwargs = model_inputs(self._root, batch)
         if self._capture is None:
-            self._capture = twin.captures_at(args, kwargs, positions, starts, length)
+            self._capture = twin.captures_at(
+                args, kwargs, targets.positions, targets.starts, targets.length
+            )
         if self._capture:
-            yield from twin.head_chunks(args, kwargs, positions)
+            yield from twin.head_chunks(args, kwargs, targets.positions)
         else:
-            yield from self._row_chunks(batch, positions, starts, length)
+            yield from self._row_chunks(batch, targets)
 
-    def _row_chunks(
-        self, batch: Batch, positions: Tensor, starts: list[int], length: int
-    ) -> Iterator[Tensor]:
+    def classes(self, batch: Batch, length: int) -> int:
+        """V, seen on two samples; ScoringError where a label has no prediction without the labels.
+
+        Models that compute their own loss may predict the last position only, or nothing at all, unless
+        they are given the labels.
+        """
+        few = min(2, rows(batch))
+        return self._whole(cut(batch, 0, few), few, length).shape[-1]
+
+    def with_labels(self, batch: Batch) -> Any:
+        """What the cut forward returns when it is given the whole batch, labels too, as a loop would."""
+        args, kwargs = model_inputs(self._root, batch, labels=True)
+        return self._live_twin().run(args, kwargs)
+
+    def takes_labels(self, batch: Batch) -> bool:
+        """Whether the model's forward has a place for the labels of such a batch."""
+        args, kwargs = model_inputs(self._root, batch, labels=True)
+        try:
+            bound = inspect.signature(self._root.forward).bind(*args, **kwargs)
+        except TypeError:
+            return False
+        # The last of a tuple may only go where labels belong, not into an optional mask.
+        return not args or _is_label(list(bound.arguments)[-1])
+
+    def task(self, batch: Batch, labels: Tensor) -> Task:
+        """How the model's own loss reads ``labels``, heard from that loss on two samples."""
+        if not self.takes_labels(batch) or labels.ndim != 2 or labels.is_floating_point():
+            return Task()
+        few = cut(batch, 0, 2)
+        _, taps = listen(lambda: self.with_labels(few))
+        if not taps or taps[0].labels.is_floating_point():
+            return Task()
+        heard, ignored = torch.cat([tap.labels for tap in taps]).cpu(), taps[0].ignored
+        own = labels[:2].long().cpu()
+        own = own.masked_fill(own == ignored, IGNORED)
+        later = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
+        # Some losses see every position, some only those with a label.
+        for shift, wanted in ((False, own), (True, own[:, 1:]), (True, later)):
+            flat = wanted.reshape(-1)
+            if torch.equal(heard, flat) or torch.equal(heard, flat[flat != IGNORED]):
+                return Task(shift, ignored)
+        return Task(None, ignored)
+
+    def _row_chunks(self, batch: Batch, targets: Targets) -> Iterator[Tensor]:
         # No head to capture: the whole output of as many rows as fit, then the wanted positions.
-        samples = len(starts) - 1
+        samples, length, starts = targets.samples, targets.length, targets.starts
         first, step = 0, 1 if length > 1 else samples
         while first < samples:
             last = min(first + step, samples)
-            args, kwargs = model_inputs(self._root, cut(batch, first, last))
-            logits = self._live_twin().logits(args, kwargs)
-            check_shape(logits, last - first, length)
+            logits = self._whole(cut(batch, first, last), last - first, length)
             flat = logits.reshape(-1, logits.shape[-1])
-            yield flat.index_select(0, positions[starts[first] : starts[last]] - first * length)
+            wanted = targets.positions[starts[first] : starts[last]] - first * length
+            yield flat.index_select(0, wanted)
             first, step = last, rows_at_a_time(length * logits.shape[-1])
+
+    def _whole(self, batch: Batch, samples: int, length: int) -> Tensor:
+        args, kwargs = model_inputs(self._root, batch)
+        logits = self._live_twin().logits(args, kwargs)
+        if length > 1 and logits.shape == (
+            samples,
+            length,
+        ):  # yes or no at every position (ELECTRA)
+            return torch.stack((torch.zeros_like(logits), logits), -1)
+        check_shape(logits, samples, length)
+        return logits
 
     def _live_twin(self) -> Twin:
         # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
@@ -102,14 +161,16 @@ class EarlyExit:
         return self._twin
 
 
-def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What of a batch the model's forward takes: never labels, so that it computes no loss.
+def model_inputs(
+    model: nn.Module, batch: Batch, labels: bool = False
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What of a batch the model's forward takes; without ``labels`` so that it computes no loss.
 
     Mappings are matched by name; the last element of a tuple is taken for the labels; a tensor is an
     input on its own.
     """
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        inputs = tuple(batch[:-1]) if len(batch) > 1 else tuple(batch)
+        inputs = tuple(batch[:-1]) if len(batch) > 1 and not labels else tuple(batch)
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             return model_inputs(model, inputs[0])
         return inputs, {}
@@ -120,7 +181,9 @@ def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
     if not isinstance(batch, Mapping):
         return (batch,), {}
     named, any_name = _parameters_of(model)
-    fields = {k: v for k, v in batch.items() if "label" not in k and (any_name or k in named)}
+    fields = {
+        k: v for k, v in batch.items() if (labels or "label" not in k) and (any_name or k in named)
+    }
     if not fields:
         raise ScoringError(
             f"none of the batch's fields {sorted(batch)} is a parameter of the model's forward "
@@ -129,6 +192,10 @@ def model_inputs(model: nn.Module, batch: Batch) -> tuple[tuple[Any, ...], dict[
     # A cache or all hidden states of a scoring pass would be memory for nothing.
     quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
     return (), {**fields, **{k: v for k, v in quiet.items() if k in named and k not in fields}}
+
+
+def _is_label(name: str) -> bool:
+    return name == "y" or "label" in name or "target" in name
 
 
 def _parameters_of(model: nn.Module) -> tuple[set[str], bool]:

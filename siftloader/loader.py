@@ -25,7 +25,7 @@ from siftloader.batches import Batch, cut, leaves, merge, merge_labels, move, ro
 from siftloader.candidates import LoaderCandidates, Piece, ShardCandidates
 from siftloader.errors import EmptyEpoch, StateError
 from siftloader.schedule import Epoch, Schedule
-from siftloader.scores import Criterion, criterion_named
+from siftloader.scores import ScoreOf, criterion_named
 from siftloader.selection import Selection
 from siftloader.sifter import Labels, Model, ScoreFunction, Sifter, whole
 from siftloader.stats import Stats
@@ -107,7 +107,7 @@ class SiftingDataLoader(DataLoader[Any]):
         *loader_args: Any,
         model: Model,
         exit_layer: int | str = 1,
-        criterion: Criterion | str = "loss",
+        criterion: ScoreOf | str = "loss",
         keep: float = 0.5,
         warmup_steps: int = 1000,
         cooldown_steps: int | float = 0,
@@ -343,7 +343,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 held.popleft()
         candidates = merge(parts, self._pad_id, self._sifter.label_name)
         del parts
-        index, scores = self._sifter.winners(candidates, self._labels(taken), keep)
+        index, scores, _ = self._sifter.winners(candidates, self._labels(taken), keep)
         self._tested = True
         if self._on_select is not None:
             self._report(candidates, scores, index)

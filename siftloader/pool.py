@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftloader.batches import Batch
+from siftloader.batches import Batch, cut
 from siftloader.errors import ScoringError
 
 
@@ -46,9 +46,16 @@ class Pool:
             f'give it, as in {{"{name}": ..., "input_ids": ...}}'
         )
 
+    def part(self, first: int, last: int) -> Pool:
+        """The rows ``first`` to ``last`` alone."""
+        fields = {name: values[first:last] for name, values in self.fields.items()}
+        return Pool(cut(self.batch, first, last), self.number, self.rank, fields)
+
     def uniform(self, seed: int, samples: int) -> Tensor:
         """[P] float64 on the host, in (0, 1): a function of (seed, rank, number) alone."""
-        key = np.random.SeedSequence((seed, self.rank, self.number)).generate_state(1, np.uint64)[0]
+        key = np.random.SeedSequence((seed, self.rank, self.number)).generate_state(1, np.uint64)[
+            0
+        ]
         generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
         drawn = torch.rand(samples, generator=generator, dtype=torch.float64)
         return drawn.clamp_min(2.0**-53)  # a logarithm may follow

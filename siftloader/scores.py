@@ -1,258 +1,112 @@
-"""Criteria: from early predictions and labels to one score per sample, in nats.
+"""Criteria: from early predictions and labels to one score per sample.
 
 A criterion is a callable of one argument. ``each`` walks over the predictions at the labelled positions
 (only there does the head run), ``reduce`` gathers the values of a sample:
 
-    class Confidence:
+    class Confidence(Criterion):
         def __call__(self, early: Predictions) -> Tensor:
             return early.reduce(early.each(lambda logits, labels: logits.softmax(-1).amax(-1)))
 
-The sample with the highest score wins, so that ``Loss`` keeps what the model gets wrong.
+The sample with the highest score wins, so that ``Loss`` keeps what the model gets wrong. Criteria add up:
+``Loss() + 0.1 * Entropy()`` is one, and runs the model once.
 
-Letters: P samples, T positions, V vocabulary (or classes), M labelled positions, m those of a chunk.
+Letters: P samples, V vocabulary (or classes), M labelled positions, m those of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, final
+from pathlib import Path
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from siftloader.batches import IGNORED
 from siftloader.errors import ScoringError
+from siftloader.predictions import Predictions, Reduction, Value
+from siftloader.targets import Unigrams, to_device
 
 
-Reduction: TypeAlias = Literal["mean", "sum"]
+ScoreOf: TypeAlias = Callable[[Predictions], Tensor]
 
 
-@dataclass(frozen=True)
-class Targets:
-    """What there is to predict: the labelled positions of P samples of ``length`` positions each.
+class Criterion:
+    """From early predictions to one score per sample, [P]; higher is kept.
 
-    ``positions`` [M] are flat, ``row * length + t`` in rising order, and name where the *prediction*
-    stands: for a causal model one position before the label. ``starts`` [P + 1] lives on the host, so
-    that no one waits for the device to learn how many labels a row has. ``real`` [M] is None unless
-    unlabelled positions had to be taken along.
+    Any callable of that kind is a criterion; those that inherit from this class may be added, subtracted
+    and scaled. ``values`` are the functions it will ask ``early.each`` for, so that a sum of criteria
+    runs the model once.
     """
 
-    positions: Tensor
-    labels: Tensor
-    starts: list[int]
-    length: int
-    real: Tensor | None = None
-
-    @property
-    def samples(self) -> int:
-        """P."""
-        return len(self.starts) - 1
-
-    def labelled(self) -> Tensor:
-        """Which samples have a label at all, bool [P], on the device."""
-        if self.real is not None:
-            return self.real.view(self.samples, self.length).any(1)
-        return _to(torch.tensor(self.starts).diff() > 0, self.positions.device)
-
-    @classmethod
-    def of(cls, labels: Tensor, device: torch.device, shift: bool) -> Targets:
-        """Find the labelled positions of ``labels`` [P, T] or [P]; -100 marks the others.
-
-        With ``shift`` the label at ``t + 1`` belongs to the prediction at ``t``. Labels on the host
-        cost no synchronisation; labels on a GPU none with ``shift`` and one without.
-        """
-        if labels.ndim not in (1, 2) or labels.is_floating_point():
-            raise ScoringError(
-                f"labels must be integers of shape [P] or [P, T], got {labels.dtype} "
-                f"{tuple(labels.shape)}; for anything else pass score_fn="
-            )
-        labels = labels.long()
-        if shift and labels.ndim != 2:
-            raise ScoringError(f"a causal model needs labels [P, T], got {tuple(labels.shape)}")
-        samples, length = labels.shape[0], labels.shape[1] if labels.ndim == 2 else 1
-        wanted = labels.reshape(samples, length)
-        if shift:  # a last column without label keeps the geometry [P, T]
-            wanted = torch.nn.functional.pad(wanted[:, 1:], (0, 1), value=IGNORED)
-        if labels.device.type != "cpu" and shift:
-            flat = torch.arange(samples * length, device=labels.device)
-            starts = list(range(0, (samples + 1) * length, length))
-            chosen = wanted.reshape(-1)
-            return cls(flat, chosen, starts, length, chosen != IGNORED)
-        wanted = wanted.cpu()
-        mask = wanted != IGNORED
-        starts = [0, *mask.sum(1).cumsum(0).tolist()]
-        positions = mask.reshape(-1).nonzero().squeeze(1)
-        chosen = wanted.reshape(-1)[positions]
-        if chosen.numel() and chosen.min() < 0:
-            raise ScoringError(
-                f"found label {int(chosen.min())}; labels must be 0 or more, or {IGNORED} where there "
-                f"is nothing to predict (pass labels= with a function that says so)"
-            )
-        return cls(_to(positions, device), _to(chosen, device), starts, length)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-@final
-class Predictions:
-    """Early predictions of a pool, made when a criterion asks for them.
-
-    ``pool`` counts the pools scored before this one: the key for draws that must repeat on resume.
-    """
-
-    def __init__(
-        self, targets: Targets, chunks: Callable[[], Iterator[Tensor]], pool: int = 0
-    ) -> None:
-        self._targets, self._chunks, self.pool = targets, chunks, pool
-
-    @property
-    def samples(self) -> int:
-        """P, the number of candidates."""
-        return self._targets.samples
-
-    @property
-    def labels(self) -> Tensor:
-        """The labels at the labelled positions, [M], those of a sample side by side."""
-        return self._targets.labels
-
-    def each(self, value: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Apply ``value`` to logits [m, V] and labels [m], chunk by chunk; returns [M].
-
-        Low-precision logits come as float32.
-        """
-        found: list[Tensor] = []
-        done = 0
-        for logits in self._chunks():
-            if logits.shape[-1] < 2:
-                raise ScoringError(
-                    "the model predicts a single number per position, which has no cross-entropy; "
-                    "pass score_fn= with the loss of your loop"
-                )
-            labels = self.labels[done : done + len(logits)]
-            if self._targets.real is not None:
-                labels = labels.clamp_min(0)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            found.append(value(wide, labels))
-            done += len(logits)
-        return torch.cat(found) if found else torch.zeros(0, device=self.labels.device)
-
-    def reduce(self, values: Tensor, reduction: Reduction = "mean") -> Tensor:
-        """Mean (or sum) of ``values`` [M] over the labelled positions of each sample: [P].
-
-        A sample without labels gets NaN, which never wins.
-        """
-        targets = self._targets
-        # Through a dense [P, T]: index_put without repeats is deterministic on a GPU, index_add is not.
-        dense = values.new_zeros(targets.samples * targets.length)
-        if targets.real is None:
-            dense[targets.positions] = values
-            starts = torch.tensor(targets.starts)
-            counts = _to(starts.diff(), values.device)
-        else:
-            dense[targets.positions] = torch.where(targets.real, values, 0)
-            counts = targets.real.view(targets.samples, targets.length).sum(1)
-        sums = dense.view(targets.samples, targets.length).sum(1)
-        means = sums / counts.to(sums.dtype) if reduction == "mean" else sums
-        return torch.where(counts > 0, means, torch.nan)
-
-
-class Criterion(Protocol):
-    """From early predictions to one score per sample, [P]; higher is kept."""
+    values: tuple[Value, ...] = ()
 
     def __call__(self, early: Predictions) -> Tensor:
         """Return the scores, [P], on the device of the predictions."""
-        ...
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(early)")
+
+    def __add__(self, other: ScoreOf) -> Weighted:
+        return Weighted(((1.0, self), (1.0, other)))
+
+    def __sub__(self, other: ScoreOf) -> Weighted:
+        return Weighted(((1.0, self), (-1.0, other)))
+
+    def __mul__(self, weight: float) -> Weighted:
+        return Weighted(((weight, self),))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Weighted:
+        return Weighted(((-1.0, self),))
+
+
+@final
+@dataclass(frozen=True)
+class Weighted(Criterion):
+    """A weighted sum of criteria: what ``Loss() + 0.1 * Entropy()`` makes."""
+
+    terms: tuple[tuple[float, ScoreOf], ...]
+
+    def __post_init__(self) -> None:
+        for weight, criterion in self.terms:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"a criterion is scaled by a number, got {weight!r}")
+            if not callable(criterion) or isinstance(criterion, type):
+                raise TypeError(f"criteria are added to criteria, got {criterion!r}")
+
+    @property
+    def values(self) -> tuple[Value, ...]:  # type: ignore[override]
+        """All that its terms ask for, each once."""
+        asked = (v for _, each in self.terms for v in getattr(each, "values", ()))
+        return tuple(dict.fromkeys(asked))
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], the weighted sum of the terms' scores."""
+        if values := self.values:
+            early.ahead(*values)
+        total = torch.zeros(early.samples, device=early.device)
+        for weight, criterion in self.terms:
+            total = total + weight * criterion(early)
+        return total
+
+
+@dataclass(frozen=True)
+class _PerPosition(Criterion):
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        _check(self.reduction)
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], the mean (or sum) over a sample's labelled positions."""
+        return early.reduce(early.each(self.values[0]), self.reduction)
 
 
 def _check(reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-
-
-@final
-@dataclass(frozen=True)
-class Loss:
-    """Cross-entropy of the early prediction, in nats: SIFT's first criterion (paper, section 7)."""
-
-    reduction: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        _check(self.reduction)
-
-    def __call__(self, early: Predictions) -> Tensor:
-        """[P], the mean over a sample's labelled positions."""
-        return early.reduce(early.each(token_loss), self.reduction)
-
-
-@final
-@dataclass(frozen=True)
-class Entropy:
-    """Entropy of the early prediction, in nats: SIFT's better criterion (paper, section 7).
-
-    Taken where there is a label, though its value is not used.
-    """
-
-    reduction: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        _check(self.reduction)
-
-    def __call__(self, early: Predictions) -> Tensor:
-        """[P], the mean over a sample's labelled positions."""
-        return early.reduce(early.each(token_entropy), self.reduction)
-
-
-@final
-@dataclass(frozen=True)
-class Random:
-    """A random half: the control every other criterion must beat. Costs nothing, repeats on resume."""
-
-    seed: int = 0
-
-    def __call__(self, early: Predictions) -> Tensor:
-        """[P], uniform in [0, 1), a function of (seed, pool) alone."""
-        key = np.random.SeedSequence((self.seed, early.pool)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
-        return torch.rand(early.samples, generator=generator).to(
-            early.labels.device, non_blocking=early.labels.device.type != "cpu"
-        )
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Rarity:
-    """Mean surprise of a sample's labels under fixed counts, in nats: no model, the control to beat.
-
-    Rarity(shards.unigrams)      # int64 [V], from preparation; add-one smoothed
-
-    Early losses are largely token rarity; a criterion that does not beat this one learns nothing from
-    the model. The counts are given, never learned on the fly.
-    """
-
-    unigrams: NDArray[np.int64]
-    reduction: Reduction = "mean"
-    _surprise: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        _check(self.reduction)
-        counts = np.asarray(self.unigrams)
-        if counts.ndim != 1 or counts.size < 2 or (counts < 0).any():
-            raise ValueError(f"unigrams must be non-negative counts [V], got shape {counts.shape}")
-
-    def __call__(self, early: Predictions) -> Tensor:
-        """[P], the mean of -log p(label) over a sample's labelled positions."""
-        device = early.labels.device
-        if device not in self._surprise:
-            counts = torch.as_tensor(np.asarray(self.unigrams, np.float64) + 1)
-            self._surprise[device] = (counts.sum() / counts).log().float().to(device)
-        return early.reduce(self._surprise[device][early.labels.clamp_min(0)], self.reduction)
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -267,10 +121,223 @@ def token_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 
 
+def token_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - (p of the likeliest class - p of the second), [m], in 0..1."""
+    best = logits.softmax(-1).topk(2, dim=-1).values
+    return 1 - (best[:, 0] - best[:, 1])
+
+
+def token_doubt(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - p of the likeliest class, [m], in 0..1."""
+    return 1 - logits.softmax(-1).amax(-1)
+
+
+def token_gradient(logits: Tensor, labels: Tensor) -> Tensor:
+    """The length of p - y, [m], in 0..sqrt(2): the loss' gradient with respect to the logits."""
+    p = logits.softmax(-1)
+    if labels.is_floating_point():
+        return (p - labels).square().sum(-1).sqrt()
+    own = p.gather(1, labels[:, None]).squeeze(1)
+    # Not sum(p^2) - 2 p_y + 1: for a sure and right prediction that cancels to noise.
+    others = (p.square().sum(-1) - own.square()).clamp_min(0)
+    return ((1 - own).square() + others).sqrt()
+
+
+@final
+@dataclass(frozen=True)
+class Loss(_PerPosition):
+    """Cross-entropy of the early prediction, in nats: SIFT's first criterion (paper, section 7)."""
+
+    values = (token_loss,)
+
+
+@final
+@dataclass(frozen=True)
+class Entropy(_PerPosition):
+    """Entropy of the early prediction, in nats: SIFT's better criterion (paper, section 7).
+
+    Taken where there is a label, though its value is not used.
+    """
+
+    values = (token_entropy,)
+
+
+@final
+@dataclass(frozen=True)
+class Margin(_PerPosition):
+    """How little the likeliest class is ahead of the second: 1 - (p1 - p2), in 0..1.
+
+    Margin sampling (Scheffer et al., 2001). Taken where there is a label, its value not used.
+    """
+
+    values = (token_margin,)
+
+
+@final
+@dataclass(frozen=True)
+class LeastConfidence(_PerPosition):
+    """How unsure the likeliest class is: 1 - p1, in 0..1 (Lewis and Gale, 1994).
+
+    Taken where there is a label, its value not used.
+    """
+
+    values = (token_doubt,)
+
+
+@final
+@dataclass(frozen=True)
+class GradNorm(_PerPosition):
+    """An upper bound of the gradient's length, up to a constant: the mean length of p - y.
+
+    Katharopoulos and Fleuret, 2018, section 3.2, with the last layer's logits as pre-activations; the
+    mean over positions bounds the gradient of a sample's mean loss by the triangle inequality.
+    """
+
+    values = (token_gradient,)
+
+
+@final
+@dataclass(frozen=True)
+class Random(Criterion):
+    """A random half: the control every other criterion must beat. Costs nothing, repeats on resume."""
+
+    seed: int = 0
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], uniform in (0, 1), a function of (seed, rank, pool) alone."""
+        return to_device(early.pool.uniform(self.seed, early.samples).float(), early.device)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Rarity(Criterion):
+    """Mean surprise of a sample's labels under fixed counts, in nats: no model, the control to beat.
+
+    Rarity(shards.unigrams)      # int64 [V], from preparation; add-one smoothed
+
+    Early losses are largely token rarity; a criterion that does not beat this one learns nothing from
+    the model. The counts are given, never learned on the fly.
+    """
+
+    unigrams: NDArray[np.int64]
+    reduction: Reduction = "mean"
+    _surprise: Unigrams = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check(self.reduction)
+        object.__setattr__(self, "_surprise", Unigrams(self.unigrams))
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], the mean of -log p(label) over a sample's labelled positions."""
+        return early.reduce(_hard(early, "Rarity", self._surprise), self.reduction)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Residual(Criterion):
+    """Loss minus rarity, in nats: what the model misses beyond how rare the tokens are.
+
+    Residual(shards.unigrams)        # int64 [V]
+
+    On mixed text the samples of highest loss are those with the rarest tokens; here they have no advantage.
+    """
+
+    unigrams: NDArray[np.int64]
+    reduction: Reduction = "mean"
+    _surprise: Unigrams = field(init=False, repr=False)
+
+    values = (token_loss,)
+
+    def __post_init__(self) -> None:
+        _check(self.reduction)
+        object.__setattr__(self, "_surprise", Unigrams(self.unigrams))
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], the mean of loss + log p(label) over a sample's labelled positions."""
+        rarity = _hard(early, "Residual", self._surprise)
+        return early.reduce(early.each(token_loss) - rarity, self.reduction)
+
+
+def _hard(early: Predictions, name: str, surprise: Unigrams) -> Tensor:
+    if early.labels.is_floating_point():
+        raise ScoringError(f"{name} needs labels that are classes, found probabilities")
+    return surprise(early.labels)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Reducible(Criterion):
+    """Loss minus the loss that a small model trained on held-out data keeps, in nats: RHO-LOSS.
+
+    Reducible(ids, losses)                     # [N] int64, [N] nats
+    Reducible.read("irreducible.parquet")      # what tools/irreducible.py writes
+
+    What even that model cannot predict (noise, typos, random strings) is not worth learning. Samples
+    are known by their ``id``: shards have one, other data sets give it as a field of the batch. A sample
+    without an irreducible loss is an error, or, where ids lie on a GPU, a score that is not
+    finite: last, and counted. (Mindermann et al., 2022.)
+    """
+
+    ids: ArrayLike
+    losses: ArrayLike
+    _table: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    values = (token_loss,)
+
+    def __post_init__(self) -> None:
+        ids, losses = np.asarray(self.ids), np.asarray(self.losses, np.float32)
+        if not np.issubdtype(ids.dtype, np.integer) or ids.ndim != 1 or ids.shape != losses.shape:
+            raise ValueError(
+                f"need integer ids [N] and as many losses, got {ids.dtype} {ids.shape} and "
+                f"{losses.shape}"
+            )
+        if not len(ids) or not np.isfinite(losses).all():
+            raise ValueError(
+                f"need at least one irreducible loss, all of them finite; got {len(ids)}, of "
+                f"which {int((~np.isfinite(losses)).sum())} are not"
+            )
+        order = np.argsort(ids, kind="stable")
+        known = torch.as_tensor(ids.astype(np.int64)[order])
+        if (known.diff() == 0).any():
+            raise ValueError("an id has several irreducible losses; give each id once")
+        self._table[torch.device("cpu")] = known, torch.as_tensor(losses[order])
+
+    @classmethod
+    def read(cls, path: str | Path) -> Reducible:
+        """From a Parquet file with the columns ``id`` and ``loss``."""
+        try:
+            from pyarrow import parquet
+        except ImportError as error:
+            raise ImportError(
+                "reading Parquet needs pyarrow: pip install 'siftloader[log]'"
+            ) from error
+        table = parquet.read_table(path, columns=["id", "loss"])
+        return cls(table["id"].to_numpy(), table["loss"].to_numpy())
+
+    def __call__(self, early: Predictions) -> Tensor:
+        """[P], the mean loss over a sample's labelled positions minus its irreducible one."""
+        ids = early.pool.field("id")
+        if ids.device not in self._table:
+            known, losses = self._table[torch.device("cpu")]
+            self._table[ids.device] = to_device(known, ids.device), to_device(losses, ids.device)
+        known, losses = self._table[ids.device]
+        at = torch.searchsorted(known, ids).clamp_max(len(known) - 1)
+        found = known[at] == ids
+        if ids.device.type == "cpu" and not bool(found.all()):
+            raise ScoringError(
+                f"no irreducible loss for sample {int(ids[~found][0])} (there are {len(known)}, "
+                f"ids {int(known[0])} to {int(known[-1])}); make them for this data set"
+            )
+        kept = torch.where(found, losses[at], torch.nan)
+        return early.reduce(early.each(token_loss)) - to_device(kept, early.device)
+
+
 def criterion_named(
-    criterion: Criterion | str, unigrams: Callable[[], Any] = lambda: None
-) -> Criterion:
-    """Resolve "loss", "entropy", "random", or "rarity" where unigrams can be had."""
+    criterion: ScoreOf | str, unigrams: Callable[[], Any] = lambda: None
+) -> ScoreOf:
+    """Resolve a criterion's name; "rarity" and "residual" where unigrams can be had."""
     if isinstance(criterion, type):
         raise TypeError(f"criterion must be an object: {criterion.__name__}(), with brackets")
     if callable(criterion):
@@ -278,13 +345,21 @@ def criterion_named(
     named: dict[str, Callable[[], Criterion]] = {
         "loss": Loss,
         "entropy": Entropy,
+        "margin": Margin,
+        "least-confidence": LeastConfidence,
+        "grad-norm": GradNorm,
         "random": Random,
     }
-    if criterion == "rarity" and (counts := unigrams()) is not None:
-        return Rarity(counts)
+    counted: dict[str, Callable[[Any], Criterion]] = {"rarity": Rarity, "residual": Residual}
     if criterion in named:
         return named[criterion]()
-    hint = "; Rarity needs counts: pass Rarity(unigrams)" if criterion == "rarity" else ""
+    if criterion in counted and (counts := unigrams()) is not None:
+        return counted[criterion](counts)
+    hint = ""
+    if criterion in counted:
+        name = criterion.title()
+        hint = f"; {name} needs counts: pass {name}(unigrams)"
     raise ValueError(
-        f"criterion must be one of {sorted(named)} or a Criterion object, got {criterion!r}{hint}"
+        f"criterion must be one of {sorted([*named, *counted])} or a Criterion object, got "
+        f"{criterion!r}{hint}"
     )

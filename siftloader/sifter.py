@@ -8,21 +8,27 @@ Letters: b rows kept, P candidates, T positions of a row, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from siftloader.batches import IGNORED, Batch, leaves, move, rows, select
+from siftloader.batches import IGNORED, Batch, cut, leaves, move, rows, select
 from siftloader.errors import ScoringError
-from siftloader.exits import EarlyExit
-from siftloader.scores import Criterion, Predictions, Random, Rarity, Targets, criterion_named
-from siftloader.selection import Selection, TopK
+from siftloader.exits import EarlyExit, Task
+from siftloader.pool import Pool
+from siftloader.predictions import Predictions
+from siftloader.scores import Random, Rarity, ScoreOf, criterion_named
+from siftloader.selection import Selection, TopK, samples, weights
 from siftloader.stack import unwrap
 from siftloader.stats import Stats
+from siftloader.taps import Reading, listen
+from siftloader.targets import Positions, Targets
+from siftloader.world import World
 
 
 Model: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -53,9 +59,11 @@ class Sifter:
         model: Model,
         *,
         exit_layer: int | str = 1,
-        criterion: Criterion | str = "loss",
+        criterion: ScoreOf | str = "loss",
         keep: float = 0.5,
         selection: Selection | None = None,
+        positions: Positions | None = None,
+        sift_weight: bool = False,
         labels: Labels | None = None,
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
@@ -74,6 +82,10 @@ class Sifter:
         self.exit_layer = exit_layer
         self.criterion = criterion_named(criterion)
         self.selection = selection or TopK()
+        self.positions = positions
+        self.weighs = sift_weight
+        if sift_weight and not (isinstance(self.criterion, Random) or samples(self.selection)):
+            weights(self.selection, torch.zeros(2), 1, Pool())  # says what is needed
         self.counts = Stats()
         self.pools = 0  # scored so far: the key of random draws
         self._labels, self._score_fn = labels, score_fn
@@ -84,6 +96,9 @@ class Sifter:
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
         self._model, self._early = model, None
+        self._task: Task | None = None  # how labels are read; learned from the first pool, as are
+        self._tried = False  # whether scoring works
+        self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
         if isinstance(model, nn.Module) and self._needs_model:
             self._early = EarlyExit(model, self.exit_layer)
@@ -121,22 +136,29 @@ class Sifter:
             )
         labels = self.labels_of(candidates)
         candidates = move(candidates, self.device)
-        return select(candidates, self.winners(candidates, labels, keep)[0])
+        index, _, found = self.winners(candidates, labels, keep)
+        return weighted(select(candidates, index), found, index)
 
     def score(self, candidates: Batch) -> Tensor:
         """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
         return self.rate(move(candidates, self.device), self.labels_of(candidates))[0]
 
     def winners(
-        self, candidates: Batch, labels: Tensor | None, keep: int
-    ) -> tuple[Tensor, Tensor]:
-        """Indices of the kept [b], rising, and all scores [P]; both counted."""
+        self,
+        candidates: Batch,
+        labels: Tensor | None,
+        keep: int,
+        fields: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Indices of the kept [b], rising, all scores [P], weights [P] if wanted; counted."""
+        pool = self._pool(candidates, fields)
         with self.counts.timing(self.device):
-            scores, nonfinite, unlabelled = self.rate(candidates, labels)
-            index = self.selection(scores, keep)
+            scores, nonfinite, unlabelled = self._rate(pool, labels)
+            index = self.selection(scores, keep, pool)
+            found = self._weights_of(scores, keep, pool) if self.weighs else None
         self.pools += 1
         self.counts.count_pool(scores, index, nonfinite, unlabelled)
-        return index, scores
+        return index, scores, found
 
     def labels_of(self, batch: Batch) -> Tensor | None:
         """The labels of a batch as they lie; None where nobody looks at them."""
@@ -144,6 +166,9 @@ class Sifter:
             return None
         if callable(self._labels):
             return self._labels(batch)
+        return self._found(batch)
+
+    def _found(self, batch: Batch) -> Tensor | None:
         found: Any = None
         if isinstance(batch, Mapping):
             found = batch.get(self.label_name)
@@ -152,7 +177,7 @@ class Sifter:
         elif isinstance(batch, (tuple, list)) and len(batch) > 1:
             found = batch[-1]
         if isinstance(found, Tensor):
-            return found
+            return _without_padding(found, batch) if _skips_padding(self.model) else found
         if isinstance(self.criterion, Random):
             return None
         fields = f" with fields {sorted(batch)}" if isinstance(batch, Mapping) else ""
@@ -167,23 +192,26 @@ class Sifter:
         """The key under which labels are looked for."""
         return self._labels if isinstance(self._labels, str) else "labels"
 
-    def rate(self, candidates: Batch, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def rate(
+        self, candidates: Batch, labels: Tensor | None, fields: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [P], how many were not finite, how many rows had no label; all on the device.
 
         ``candidates`` lie on the model's device, ``labels`` best on the host; None is for criteria
         that look at no label.
         """
-        device, samples = self.device, rows(candidates)
+        return self._rate(self._pool(candidates, fields), labels)
+
+    def _pool(self, candidates: Batch, fields: Mapping[str, Tensor] | None) -> Pool:
+        return Pool(candidates, self.pools, World.detect().rank, fields or {})
+
+    def _rate(self, pool: Pool, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        device, samples = self.device, rows(pool.batch)
         with torch.no_grad(), self._precision(device):
-            if self._score_fn is not None:
-                scores = self._score_fn(self._exit(), candidates)
-                labelled = torch.ones(samples, dtype=torch.bool, device=device)
+            if self._score_fn is not None and self._needs_model:
+                scores, labelled = self._by_function(self._score_fn, pool)
             else:
-                shifted = labels is not None and self._shifted(candidates, labels)
-                labels = torch.zeros(samples, dtype=torch.long) if labels is None else labels
-                targets = Targets.of(labels, device, shifted)
-                labelled = targets.labelled()
-                scores = self.criterion(self._predictions(candidates, targets))
+                scores, labelled = self._by_labels(pool, labels, device)
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
@@ -192,13 +220,90 @@ class Sifter:
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
         return ranked, (~finite & labelled).sum(), (~labelled).sum()
 
-    def _predictions(self, candidates: Batch, targets: Targets) -> Predictions:
-        def chunks() -> Iterator[Tensor]:
-            return self._exit().logits_at(
-                candidates, targets.positions, targets.starts, targets.length
-            )
+    def _by_labels(
+        self, pool: Pool, labels: Tensor | None, device: torch.device
+    ) -> tuple[Any, Tensor]:
+        if labels is None:
+            labels = torch.zeros(rows(pool.batch), dtype=torch.long)
+        task = self._task_of(pool.batch, labels)
+        if task.ignored != IGNORED:
+            labels = labels.masked_fill(labels == task.ignored, IGNORED)
+        targets = Targets.of(labels, device, bool(task.shift), self.positions)
+        if self._needs_model and not self._tried:
+            self._try(pool.batch, targets)
+        if self._reading is not None:
+            return self._heard(self._reading, self._exit().with_labels, pool)
 
-        return Predictions(targets, chunks, self.pools)
+        def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
+            return self._exit().logits_at(batch, targets)
+
+        return self.criterion(Predictions(targets, run, pool)), targets.labelled()
+
+    def _try(self, candidates: Batch, targets: Targets) -> None:
+        # Once: are there predictions without the labels? Else the model's own loss is listened to.
+        early, samples = self._exit(), targets.samples
+        try:
+            classes = early.classes(candidates, targets.length)
+        except ScoringError as error:
+            if early.takes_labels(candidates):
+                self._reading = Reading.of(early.with_labels, candidates, samples)
+            if self._reading is None:
+                raise error from None
+        else:
+            labels = targets.labels
+            if not labels.is_floating_point() and labels.numel() and int(labels.max()) >= classes:
+                raise ScoringError(
+                    f"found label {int(labels.max())}, the model predicts {classes} classes (0 to "
+                    f"{classes - 1}); is it the tokenizer that the model was built for?"
+                )
+        self._tried = True
+
+    def _by_function(self, function: ScoreFunction, pool: Pool) -> tuple[Any, Tensor]:
+        def call(batch: Batch) -> Any:
+            return function(self._exit(), batch)
+
+        samples = rows(pool.batch)
+        if not self._tried:
+            few = min(2, samples)
+            found, taps = listen(lambda: call(cut(pool.batch, 0, few)))
+            one_each = isinstance(found, Tensor) and found.ndim == 1 and len(found) == few
+            if taps and not one_each:
+                self._reading = Reading.of(call, pool.batch, samples)
+            self._tried = True
+        if self._reading is not None:
+            return self._heard(self._reading, call, pool)
+        scores = call(pool.batch)
+        if isinstance(scores, Tensor) and scores.ndim == 0:
+            raise ScoringError(
+                "score_fn returned one number for all candidates and did not call cross_entropy, "
+                "where their losses could be heard apart; return one score per candidate, [P]"
+            )
+        return scores, torch.ones(samples, dtype=torch.bool, device=self.device)
+
+    def _heard(
+        self, reading: Reading, call: Callable[[Batch], Any], pool: Pool
+    ) -> tuple[Tensor, Tensor]:
+        scores, labelled = [], []
+        for part in reading.samples(call, pool.batch, rows(pool.batch)):
+            logits, device = part.logits.flatten(0, 1), part.logits.device
+            targets = Targets.of(part.labels, device, False, self.positions, dense=True)
+
+            def run(
+                batch: Batch, targets: Targets, first: int, logits: Tensor = logits
+            ) -> Iterator[Tensor]:
+                yield logits.index_select(0, targets.positions + first * targets.length)
+
+            early = Predictions(targets, run, pool.part(part.first, part.last))
+            scores.append(self.criterion(early))
+            labelled.append(targets.labelled())
+        return torch.cat(scores), torch.cat(labelled)
+
+    def _weights_of(self, scores: Tensor, keep: int, pool: Pool) -> Tensor:
+        # A random criterion makes any selection a draw: all that can win do so alike.
+        if isinstance(self.criterion, Random) and not samples(self.selection):
+            can_win = scores.isfinite()
+            return can_win * (keep / can_win.sum()).clamp_min(1)
+        return weights(self.selection, scores, keep, pool)
 
     @property
     def _needs_model(self) -> bool:
@@ -209,18 +314,23 @@ class Sifter:
             self._early = EarlyExit(self.model, self.exit_layer)
         return self._early
 
-    def _shifted(self, candidates: Batch, labels: Tensor) -> bool:
-        if self._shift is None:
+    def _task_of(self, candidates: Batch, labels: Tensor) -> Task:
+        if self._task is None:
             known = _is_causal(self.model)
+            task = Task(known)
+            if known is None and self._needs_model:
+                task = self._exit().task(candidates, labels)
+            if self._shift is not None:
+                task = Task(self._shift, task.ignored)
             ids = next((leaf for leaf in leaves(candidates) if isinstance(leaf, Tensor)), None)
-            if known is None and _labels_are_inputs(ids, labels):
+            if task.shift is None and _labels_are_inputs(ids, labels):
                 raise ScoringError(
                     "the labels are the inputs themselves, so either this is a causal model whose "
                     "loss shifts them (pass shift_labels=True) or an unmasked one "
                     "(shift_labels=False); every score would be wrong otherwise"
                 )
-            self._shift = bool(known)
-        return self._shift
+            self._task = task
+        return self._task
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         # The loop's own autocast context is kept, without its cache: casts made here, without
@@ -231,6 +341,19 @@ class Sifter:
         if dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+def weighted(batch: Batch, weights: Tensor | None, index: Tensor | None) -> Batch:
+    """The batch with ``sift_weight`` [b], where weights [P] are wanted."""
+    if weights is None:
+        return batch
+    if not isinstance(batch, MutableMapping):
+        raise ValueError(
+            f"sift_weight is a field of the batch, which must be a dict; got {type(batch).__name__}"
+        )
+    out = copy.copy(batch)  # keeps the type
+    out["sift_weight"] = weights if index is None else weights.index_select(0, index)
+    return out
 
 
 def whole(number: float) -> int | None:
@@ -250,6 +373,19 @@ def _is_causal(model: nn.Module) -> bool | None:
         return True
     told = (name for name in names if "ForConditionalGeneration" not in name)
     return False if any(re.search("For[A-Z]", name) for name in told) else None
+
+
+def _skips_padding(model: nn.Module) -> bool:
+    # Replaced-token detection labels every position; its loss leaves those without attention out.
+    return any(
+        kind.__name__.startswith("Electra") and kind.__name__.endswith("ForPreTraining")
+        for kind in type(model).__mro__
+    )
+
+
+def _without_padding(labels: Tensor, batch: Batch) -> Tensor:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return labels if mask is None else labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
 
 
 def _labels_are_inputs(ids: Tensor | None, labels: Tensor) -> bool:

@@ -26,6 +26,10 @@ from torch import Tensor, nn
 
 from siftloader import EarlyExit, ScoringError, Sifter, twin
 from siftloader.stack import find_stack
+from siftloader.targets import Targets
+
+
+EVERYWHERE = Targets.of(torch.zeros(8, 24, dtype=torch.long), torch.device("cpu"), shift=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -375,8 +379,7 @@ def test_a_trunk_that_is_reached_past_its_wrapper_still_runs_once():
     )
     model, batch = transformers.OPTForCausalLM(config), candidates("gpt2")
     early = EarlyExit(model, layer=2)
-    positions = torch.arange(8 * 24)
-    logits = torch.cat(list(early.logits_at(batch, positions, list(range(0, 193, 24)), 24)))
+    logits = torch.cat(list(early.logits_at(batch, EVERYWHERE)))
     assert early._capture is True
     assert torch.allclose(logits.view(8, 24, VOCAB), early.logits(batch), atol=1e-5)
 
@@ -391,8 +394,7 @@ def test_a_trunk_that_runs_twice_in_a_forward_is_not_replayed(monkeypatch):
     model.__class__ = Twice
     monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 7 * VOCAB)
     early = EarlyExit(model, layer=2)
-    positions = torch.arange(8 * 24)
-    logits = torch.cat(list(early.logits_at(batch, positions, list(range(0, 193, 24)), 24)))
+    logits = torch.cat(list(early.logits_at(batch, EVERYWHERE)))
     assert torch.allclose(logits.view(8, 24, VOCAB), early.logits(batch), atol=1e-4)
 
 

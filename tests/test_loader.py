@@ -41,7 +41,7 @@ from siftloader import (
     TokenShards,
     TopK,
 )
-from siftloader.scores import Targets
+from siftloader.targets import Targets
 from siftloader.twin import Twin
 from siftloader.world import World
 

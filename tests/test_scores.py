@@ -21,8 +21,19 @@ from models import (
     reference_scores,
 )
 
-from siftloader import EarlyExit, Entropy, Loss, Predictions, Random, Rarity, ScoringError, Sifter
-from siftloader.scores import Targets, token_entropy
+from siftloader import (
+    EarlyExit,
+    Entropy,
+    Loss,
+    Pool,
+    Predictions,
+    Random,
+    Rarity,
+    ScoringError,
+    Sifter,
+)
+from siftloader.scores import token_entropy
+from siftloader.targets import Targets
 
 
 TOLERANCE = 2e-5  # nats; float32 against float64
@@ -67,7 +78,7 @@ def test_equal_rows_score_alike_and_the_first_wins(family):
     scores = sifter.score(batch)
     assert scores[5] == scores[6]
     pair = {name: value[[6, 5]] for name, value in batch.items()}
-    index, _ = sifter.winners(pair, pair["labels"], 1)
+    index, *_ = sifter.winners(pair, pair["labels"], 1)
     assert index.tolist() == [0]
 
 
@@ -134,15 +145,11 @@ def test_labels_on_the_device_score_like_labels_on_the_host(monkeypatch):
     # What a GPU would see: every position taken along, the unlabelled ones weighted out.
     model, batch = gpt2(), candidates("gpt2")
     expected = {c: Sifter(model, criterion=c).score(batch) for c in ("loss", "entropy")}
-    own = Targets.of
 
-    def everywhere(labels, device, shift):
-        exact = own(labels, device, shift)
-        samples, length = exact.samples, exact.length
-        flat = torch.full((samples * length,), -100)
-        flat[exact.positions] = exact.labels
-        starts = list(range(0, (samples + 1) * length, length))
-        return Targets(torch.arange(samples * length), flat, starts, length, flat != -100)
+    def everywhere(labels, device, shift, positions=None):
+        wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        assert shift and positions is None
+        return Targets._of_capacity(wanted, None)
 
     monkeypatch.setattr(Targets, "of", everywhere)
     for criterion, scores in expected.items():
@@ -189,10 +196,14 @@ def test_rarity_is_the_mean_surprise_of_the_labels_and_needs_no_model():
 @given(seed=st.integers(0, 2**31), pool=st.integers(0, 2**40))
 def test_random_scores_are_a_function_of_seed_and_pool(seed, pool):
     targets = Targets.of(torch.zeros(64, dtype=torch.long), torch.device("cpu"), shift=False)
-    draw = Random(seed)(Predictions(targets, lambda: iter(()), pool))
-    assert torch.equal(draw, Random(seed)(Predictions(targets, lambda: iter(()), pool)))
-    assert not torch.equal(draw, Random(seed)(Predictions(targets, lambda: iter(()), pool + 1)))
-    assert not torch.equal(draw, Random(seed + 1)(Predictions(targets, lambda: iter(()), pool)))
+
+    def draw(seed, pool, rank=0):
+        return Random(seed)(Predictions(targets, None, Pool(None, pool, rank)))
+
+    assert torch.equal(draw(seed, pool), draw(seed, pool))
+    assert not torch.equal(draw(seed, pool), draw(seed, pool + 1))
+    assert not torch.equal(draw(seed, pool), draw(seed + 1, pool))
+    assert not torch.equal(draw(seed, pool), draw(seed, pool, rank=1))
 
 
 def test_random_has_no_favourites():
@@ -294,7 +305,7 @@ def test_batches_that_cannot_be_scored_say_why():
     model = classifier()
     with pytest.raises(ScoringError, match="no labels"):
         Sifter(model).score({"x": batch["x"]})
-    with pytest.raises(ScoringError, match="must be integers"):
+    with pytest.raises(ScoringError, match="must be probabilities"):
         Sifter(model).score({"x": batch["x"], "labels": torch.rand(8)})
     with pytest.raises(ScoringError, match="one prediction per label"):
         Sifter(model).score({"x": batch["x"], "labels": torch.zeros(8, 3, dtype=int)})

@@ -1,0 +1,115 @@
+"""Early predictions of a pool at its targets, made when a criterion asks for them.
+
+Letters: P samples, T positions, V vocabulary (or classes), M positions with a prediction, m those of a
+chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias, final
+
+import torch
+from torch import Tensor
+
+from siftloader.batches import Batch
+from siftloader.errors import ScoringError
+from siftloader.pool import Pool
+from siftloader.targets import Targets
+
+
+Reduction: TypeAlias = Literal["mean", "sum"]
+# From logits [m, V] and labels [m] (or [m, V], soft ones) to one value each, [m].
+Value: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+# Of a batch that begins with sample number `first` of the pool: logits at the targets, in chunks.
+Run: TypeAlias = Callable[[Batch, Targets, int], Iterator[Tensor]]
+
+
+@final
+class Predictions:
+    """What a criterion sees: predictions and labels at the targets, and the pool they belong to."""
+
+    def __init__(
+        self, targets: Targets, run: Run, pool: Pool | None = None, first: int = 0
+    ) -> None:
+        self.pool = Pool() if pool is None else pool
+        self._targets, self._run, self._first = targets, run, first
+        self._known: dict[Value, Tensor] = {}
+
+    @property
+    def samples(self) -> int:
+        """P, the number of candidates."""
+        return self._targets.samples
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels at the targets, [M] (soft ones [M, V]), those of a sample side by side."""
+        return self._targets.labels
+
+    @property
+    def device(self) -> torch.device:
+        """Where scores are wanted."""
+        return self.labels.device
+
+    def each(self, value: Value) -> Tensor:
+        """Apply ``value`` to logits [m, V] and labels [m], chunk by chunk; returns [M].
+
+        Low-precision logits come as float32.
+        """
+        if value not in self._known:
+            self.ahead(value)
+        return self._known[value]
+
+    def ahead(self, *values: Value) -> None:
+        """Find several values in one pass over the predictions; ``each`` then returns them at once."""
+        found: dict[Value, list[Tensor]] = {value: [] for value in values}
+        done = 0
+        for logits in self._run(self.pool.batch, self._targets, self._first):
+            if logits.shape[-1] < 2:
+                raise ScoringError(
+                    "the model predicts a single number per position, which has no cross-entropy; "
+                    "pass score_fn= with the loss of your loop"
+                )
+            labels = self.labels[done : done + len(logits)]
+            if self._targets.real is not None and not labels.is_floating_point():
+                labels = labels.clamp_min(0)
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            for value, parts in found.items():
+                parts.append(value(wide, labels))
+            done += len(logits)
+        none = torch.zeros(0, device=self.device)
+        self._known |= {v: torch.cat(parts) if parts else none for v, parts in found.items()}
+
+    def reduce(self, values: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Mean (or sum) of ``values`` [M] over the labelled positions of each sample: [P].
+
+        Where only some positions are scored, the mean (or sum) over all of them is estimated. A sample
+        without labels gets NaN, which never wins.
+        """
+        targets = self._targets
+        count = self._per_row(torch.ones_like(values)).sum(1)
+        means = self._per_row(values).sum(1) / count
+        if targets.correction is not None:
+            control = self._per_row(targets.correction.values)
+            mean = control.sum(1) / count
+            inside = self._per_row(torch.ones_like(values))
+            off = (control - mean[:, None]) * inside
+            off_value = (self._per_row(values) - means[:, None]) * inside
+            slope = (off * off_value).nan_to_num(0).sum() / off.square().nan_to_num(0).sum()
+            means = means + slope.nan_to_num(0) * (targets.correction.means - mean)
+        found = means if reduction == "mean" else means * targets.counts
+        return torch.where(targets.counts > 0, found, torch.nan)
+
+    def part(self, first: int, last: int) -> Predictions:
+        """Of the samples ``first`` to ``last`` alone."""
+        targets, pool = self._targets.part(first, last), self.pool.part(first, last)
+        return Predictions(targets, self._run, pool, self._first + first)
+
+    def _per_row(self, values: Tensor) -> Tensor:
+        # Dense [P, T]: index_put without repeats is deterministic on a GPU, index_add is not.
+        targets = self._targets
+        if targets.real is not None:
+            values = torch.where(targets.real, values, 0)
+        dense = values.new_zeros(targets.samples * targets.length)
+        dense[targets.positions] = values
+        return dense.view(targets.samples, targets.length)

@@ -1,0 +1,145 @@
+"""Logits and labels as a loss sees them, whoever computes it: the model itself, or the loop.
+
+    result, taps = listen(lambda: model(x, y))      # taps[0].logits [n, V], taps[0].labels [n]
+
+Calls of ``cross_entropy`` (and ``nll_loss``) are listened to, not changed: no module is patched, and the
+caller's result is the real one.
+
+Letters: P samples, T positions, V vocabulary (or classes), n positions of one call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from siftloader.batches import IGNORED, Batch, cut
+from siftloader.twin import rows_at_a_time
+
+
+class Tap(NamedTuple):
+    """One call of a loss: logits [n, V], labels [n] (-100 where ignored; or [n, V], soft ones)."""
+
+    logits: Tensor
+    labels: Tensor
+    ignored: int
+
+
+class SampleTaps(NamedTuple):
+    """What a loss saw of the samples ``first`` to ``last``: logits [rows, T, V], labels [rows, T]."""
+
+    first: int
+    last: int
+    logits: Tensor
+    labels: Tensor
+
+
+_LISTENED = {
+    each: inspect.signature(each) for each in (functional.cross_entropy, functional.nll_loss)
+}
+
+
+class _Listening(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.taps: list[Tap] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _LISTENED:
+            given = _LISTENED[func].bind(*args, **kwargs)
+            given.apply_defaults()
+            self.taps.append(_tap(**given.arguments))
+        return func(*args, **kwargs)
+
+
+def _tap(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> Tap:  # noqa: A002
+    classes = input.shape[-1] if input.ndim < 2 else input.shape[1]
+    logits = input.movedim(1, -1) if input.ndim > 2 else input
+    if target.is_floating_point():
+        labels = target.movedim(1, -1) if target.ndim > 2 else target
+        return Tap(logits.reshape(-1, classes), labels.reshape(-1, classes), ignore_index)
+    labels = target.reshape(-1).masked_fill(target.reshape(-1) == ignore_index, IGNORED)
+    return Tap(logits.reshape(-1, classes), labels, ignore_index)
+
+
+def listen(call: Callable[[], Any]) -> tuple[Any, list[Tap]]:
+    """What ``call`` returns, and the losses it computed that are like the first one."""
+    with _Listening() as mode:
+        result = call()
+    # A second loss with another number of classes is another task (BERT's next sentence).
+    return result, [
+        tap for tap in mode.taps if tap.logits.shape[1] == mode.taps[0].logits.shape[1]
+    ]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the losses of a call belong to its samples, found out once.
+
+    ``whole``: all calls together hold the samples one after the other. ``parts``: each call holds a
+    part of every sample. ``alone``: neither, so that samples are run one at a time.
+    """
+
+    order: Literal["whole", "parts", "alone"]
+    width: int  # logits of a sample
+
+    @classmethod
+    def of(cls, call: Callable[[Batch], Any], batch: Batch, samples: int) -> Reading | None:
+        """Compare the losses of two samples together with those of each; None if there are none."""
+        few = min(2, samples)
+        alone = [listen(lambda at=at: call(cut(batch, at, at + 1)))[1] for at in range(few)]  # type: ignore[misc]
+        if not all(alone):
+            return None
+        rows = [_together([tap.logits for tap in taps], 1, "whole")[0] for taps in alone]
+        width = max(row.numel() for row in rows)
+        if few == 1:
+            return cls("whole", width)
+        _, both = listen(lambda: call(cut(batch, 0, few)))
+        orders: tuple[Literal["whole", "parts"], ...] = ("whole", "parts")
+        for order in orders:
+            found = _together([tap.logits for tap in both], few, order)
+            if found is not None and all(
+                one.shape == row.shape and torch.allclose(one, row, rtol=1e-2, atol=1e-2)
+                for one, row in zip(found, rows, strict=True)
+            ):
+                return cls(order, width)
+        warnings.warn(
+            "the loss of several samples together does not show which position belongs to which "
+            "sample, so they are scored one at a time: right, but slower",
+            stacklevel=2,
+        )
+        return cls("alone", width)
+
+    def samples(
+        self, call: Callable[[Batch], Any], batch: Batch, samples: int
+    ) -> Iterator[SampleTaps]:
+        """What the loss sees of every sample, as many samples at a time as fit."""
+        step = 1 if self.order == "alone" else rows_at_a_time(self.width)
+        order = "whole" if self.order == "alone" else self.order
+        for first in range(0, samples, step):
+            last = min(first + step, samples)
+            part = batch if last - first == samples else cut(batch, first, last)
+            _, taps = listen(lambda part=part: call(part))  # type: ignore[misc]
+            logits = _together([tap.logits for tap in taps], last - first, order)
+            labels = _together([tap.labels for tap in taps], last - first, order)
+            yield SampleTaps(first, last, logits, labels)
+
+
+def _together(parts: list[Tensor], rows: int, order: str) -> Any:
+    # [rows, T, ...], None where they do not divide among the rows
+    if order == "whole":
+        parts = [torch.cat(parts)]
+    if any(len(part) % rows for part in parts):
+        return None
+    return torch.cat([part.view(rows, -1, *part.shape[1:]) for part in parts], 1)
