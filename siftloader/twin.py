@@ -401,7 +401,9 @@ def _tripwire(live: list[nn.Module], dropped: list[nn.Module]) -> Iterator[None]
 
 def logits_of(output: Any) -> Tensor:
     """The logits in a model's output: alone, first in a tuple, or under their usual name."""
-    for name in ("logits", "prediction_logits"):
+    # Beside a loss, `outputs` are predictions (cramming); elsewhere they may be hidden states.
+    named = ("outputs",) if isinstance(output, Mapping) and "loss" in output else ()
+    for name in ("logits", "prediction_logits", *named):
         found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(found, Tensor):
             return found
