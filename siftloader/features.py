@@ -1,0 +1,1 @@
+"""What a live model computes up to a layer or a stage, as vectors."""

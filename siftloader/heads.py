@@ -1,0 +1,1 @@
+"""An exit head of its own, trained beside the model."""

@@ -1,0 +1,1 @@
+"""A small model that learns to predict a criterion."""
