@@ -7,14 +7,16 @@ offers: its own ``state_dict``, indices that need not be fetched, or a replay.
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar, final
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
 
 from siftloader.batches import Batch, clone, cut, pin, rows
@@ -44,6 +46,7 @@ class Piece:
     batch: Batch
     rows: int
     after: Callable[[int], Cursor]  # rows used of this piece -> cursor
+    fields: Mapping[str, Tensor] = field(default_factory=dict)  # [rows], on the host: who they are
 
 
 @final
@@ -58,6 +61,11 @@ class ShardCandidates:
         self.shards, self.batch_size = shards, loader.batch_size
         self._drop_last, self._generator = loader.drop_last, loader.generator
         self._pinned = loader.pin_memory and torch.cuda.is_available()
+        # Ids and sources are known of every candidate, whether or not the batch is to have them.
+        self._informed = copy.copy(shards)
+        self._informed.with_ids = self._informed.with_source = True
+        self._hidden = {"id"} if not shards.with_ids else set()
+        self._hidden |= {"source"} if not shards.with_source else set()
 
     def epoch_rows(self, size: int) -> int:
         """Rows this rank draws in a whole epoch."""
@@ -108,7 +116,7 @@ class ShardCandidates:
         used = start // ranks
         offset = used % size
         first, drawn, limit = start - offset * ranks, used - offset, self.epoch_rows(size)
-        batches = self.shards.read_batches(size, epoch, first)
+        batches = self._informed.read_batches(size, epoch, first)
         ahead = prefetched(map(pin, batches) if self._pinned else batches, PREFETCH)
         identity, total = self._identity(), self.shards.total
         try:
@@ -118,9 +126,10 @@ class ShardCandidates:
                     return
                 place = _ShardPlace(identity, first + offset * ranks, ranks, total)
                 if offset < count:
-                    yield Piece(
-                        cut(batch, offset, count) if offset else batch, count - offset, place
-                    )
+                    part = cut(batch, offset, count) if offset else batch
+                    fields = {name: part[name] for name in ("id", "source") if name in part}
+                    part = {k: v for k, v in part.items() if k not in self._hidden}
+                    yield Piece(part, count - offset, place, fields)
                 first, drawn, offset = first + count * ranks, drawn + count, 0
         finally:
             ahead.close()
@@ -231,7 +240,8 @@ class LoaderCandidates:
             count = _rows_or_none(batch)
             if offset < count or not count:
                 place = _Place(number, offset, count, fixed, before, after)
-                yield Piece(cut(batch, offset, count) if offset else batch, count - offset, place)
+                part = cut(batch, offset, count) if offset else batch
+                yield Piece(part, count - offset, place, _own_fields(part, count - offset))
             number, offset, before = number + 1, 0, after
 
     def _stateful(self) -> Any:
@@ -339,6 +349,12 @@ _END = object()
 
 def _inner(state: Any) -> Cursor:
     return {} if state is None else {"inner": encoded(state)}
+
+
+def _own_fields(batch: Batch, count: int) -> dict[str, Tensor]:
+    # What a data set says of its samples, kept where it lies: a look at it costs no synchronisation.
+    found = {name: batch.get(name) for name in ("id", "source") if isinstance(batch, Mapping)}
+    return {k: v for k, v in found.items() if isinstance(v, Tensor) and v.shape == (count,)}
 
 
 def _rows_or_none(batch: Batch) -> int:

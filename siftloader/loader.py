@@ -11,6 +11,8 @@ Letters: b rows the loop receives, P rows of a pool, T positions of a row, V voc
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,15 +23,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from siftloader.batches import Batch, cut, leaves, merge, merge_labels, move, rows, select
+from siftloader.batches import (
+    IGNORED,
+    Batch,
+    cut,
+    leaves,
+    merge,
+    merge_labels,
+    move,
+    rows,
+    select,
+)
 from siftloader.candidates import LoaderCandidates, Piece, ShardCandidates
 from siftloader.errors import EmptyEpoch, StateError
-from siftloader.schedule import Epoch, Schedule
+from siftloader.schedule import Epoch, Keep, Schedule, whole
 from siftloader.scores import ScoreOf, criterion_named
 from siftloader.selection import Selection
-from siftloader.sifter import Labels, Model, ScoreFunction, Sifter, whole
+from siftloader.selection_log import SelectionLog
+from siftloader.sifter import Labels, Model, ScoreFunction, Sifter, weighted
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards
+from siftloader.targets import Positions, to_device
 from siftloader.world import World
 
 
@@ -94,8 +108,11 @@ class SiftingDataLoader(DataLoader[Any]):
       hands out ``keep`` of it.
     * ``output_device="inner"`` gives tensors back where the inner loader had them; else they are on
       the model's device, in every phase.
-    * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, else the number of the
-      candidate), scores [P], kept [P] bool.
+    * ``keep`` may change with the steps: ``{0: 0.5, 10_000: 0.25}`` is half, later a quarter of a pool.
+    * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, that of a shard's sample,
+      else the number of the candidate), scores [P], kept [P] bool.
+    * ``log_selections="x.parquet"`` writes the same to a folder of Parquet files, readable after a
+      crash; ``siftloader inspect-selections x.parquet`` reads it.
 
     The same number of epochs is about half the updates: build schedules from ``total_batches(epochs)``.
     Each ``iter()`` begins the next epoch, the first after ``load_state_dict`` continues.
@@ -108,33 +125,42 @@ class SiftingDataLoader(DataLoader[Any]):
         model: Model,
         exit_layer: int | str = 1,
         criterion: ScoreOf | str = "loss",
-        keep: float = 0.5,
+        keep: Keep = 0.5,
         warmup_steps: int = 1000,
         cooldown_steps: int | float = 0,
         total_steps: int | None = None,
         selection: Selection | None = None,
         pool: Literal["merge", "split"] = "merge",
+        positions: Positions | None = None,
+        sift_weight: bool = False,
         labels: Labels | None = None,
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
         autocast: torch.dtype | None = None,
         output_device: Literal["inner"] | None = None,
         on_select: OnSelect | None = None,
+        log_selections: str | os.PathLike[str] | None = None,
         **loader_options: Any,
     ) -> None:
         if pool not in ("merge", "split"):
             raise ValueError(f'pool must be "merge" or "split", got {pool!r}')
         if output_device not in (None, "inner"):
             raise ValueError(f'output_device must be None or "inner", got {output_device!r}')
-        self._schedule = Schedule(warmup_steps, cooldown_steps, total_steps)
+        if pool == "split" and isinstance(keep, Mapping):
+            raise ValueError(
+                'pool="split" hands out a share of every inner batch: a keep that changes would change '
+                'the batch size; use pool="merge", or one number'
+            )
+        self._schedule = Schedule(warmup_steps, cooldown_steps, total_steps, keep)
         self._sifter = Sifter(
             model,
             exit_layer=exit_layer,
             criterion=criterion_named(
                 criterion, lambda: dataset.unigrams if isinstance(dataset, TokenShards) else None
             ),
-            keep=keep,
             selection=selection,
+            positions=positions,
+            sift_weight=sift_weight,
             labels=labels,
             score_fn=score_fn,
             shift_labels=shift_labels,
@@ -142,6 +168,7 @@ class SiftingDataLoader(DataLoader[Any]):
         )
         self._source = _candidates(dataset, loader_args, loader_options)
         self._split, self._on_select = pool == "split", on_select
+        self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
         self._gives_back = output_device == "inner"
         # The epoch to begin next, or the one under way; and where in it.
         self._epoch, self._cursor = self._source.first()
@@ -150,10 +177,10 @@ class SiftingDataLoader(DataLoader[Any]):
         self._turn = 0  # counts iterators: the newest one moves the state
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
-        self._tested = keep == 1.0
+        self._tested = not self._schedule.ever_sifts
         self._warned = False
         self._batch_size: int | None = None
-        self._pool: int | None = None
+        self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
             self._set_sizes(size)
         super().__init__(_Finished(self), batch_size=None)
@@ -218,6 +245,8 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """What was handed to the loop so far, JSON-able; valid after a break and at an epoch's end."""
+        if self._log is not None:
+            self._log.flush()  # a run that continues from here finds its past in the log
         cursor = self._cursor
         if not cursor and self._sifter.counts.samples:
             cursor = self._source.next_start()  # between epochs
@@ -227,8 +256,8 @@ class SiftingDataLoader(DataLoader[Any]):
             "epoch_step": self._epoch_step,
             "cursor": cursor,
             "batch_size": self._batch_size,
-            "pool": self._pool,
-            "keep": self._sifter.keep,
+            "inner": self._inner,
+            "keep": _as_json(self._schedule.keep),
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
             "set_epoch": self._told_epoch,
@@ -251,7 +280,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._check_topology(state)
         if self._batch_size is None:
             # Not to be learned again: the next inner batch may be a ragged one.
-            self._batch_size, self._pool = state["batch_size"], state["pool"]
+            self._batch_size, self._inner = state["batch_size"], state["inner"]
         if (told := state["set_epoch"]) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)
@@ -293,7 +322,7 @@ class SiftingDataLoader(DataLoader[Any]):
         counts.samples += rows(batch) if last.piece.rows else 0
         counts.steps += training
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
-        if self._unsifted == PATIENCE and self._sifter.keep < 1:
+        if self._unsifted == PATIENCE and self._schedule.ever_sifts:
             self._warn_of_eval_mode()
         return self._handed(batch, last)
 
@@ -308,8 +337,10 @@ class SiftingDataLoader(DataLoader[Any]):
             # What cannot be scored fails on the first batch, not when the warm-up ends.
             self._sifter.rate(part, self._labels([(one, 0, one.used)]))
             self._tested = True
-        if self._split and self._sifter.keep < 1:
+        if self._split and self._schedule.ever_sifts:
             part = cut(part, 0, self._kept_of(one.piece.rows))
+        if self._sifter.weighs:
+            part = weighted(part, torch.ones(rows(part), device=self._sifter.device), None)
         return part, one
 
     def _next_sifted(
@@ -317,7 +348,7 @@ class SiftingDataLoader(DataLoader[Any]):
     ) -> tuple[Batch, _Held] | None:
         while True:
             drawn = sum(one.rows for one in held)
-            while not (self._pool and drawn >= self._pool) and not (self._split and held):
+            while not drawn >= (self._pool() or math.inf) and not (self._split and held):
                 one = self._draw(pieces)
                 if one is None:
                     break
@@ -325,9 +356,10 @@ class SiftingDataLoader(DataLoader[Any]):
                 drawn += one.rows
             if not held:
                 return None
-            assert self._pool is not None and self._batch_size is not None
+            pool = self._pool()
+            assert pool is not None and self._batch_size is not None
             if drawn >= self._batch_size:
-                return self._sifted(held, min(drawn, self._pool), self._batch_size)
+                return self._sifted(held, min(drawn, pool), self._batch_size)
             self._sifter.counts.tail_dropped += drawn  # less than a batch, at the end of the data
             held.clear()
 
@@ -343,24 +375,31 @@ class SiftingDataLoader(DataLoader[Any]):
                 held.popleft()
         candidates = merge(parts, self._pad_id, self._sifter.label_name)
         del parts
-        index, scores, _ = self._sifter.winners(candidates, self._labels(taken), keep)
+        labels, fields = self._labels(taken), self._fields(taken)
+        index, scores, weights = self._sifter.winners(candidates, labels, keep, fields)
         self._tested = True
-        if self._on_select is not None:
-            self._report(candidates, scores, index)
-        return select(candidates, index), one
+        self._report(candidates, labels, fields, scores, index)
+        return weighted(select(candidates, index), weights, index), one
 
     def _labels(self, taken: list[tuple[_Held, int, int]]) -> Tensor | None:
         # Where the inner loader had them: on the host, their positions cost no synchronisation.
         found = [(self._sifter.labels_of(one.piece.batch), a, b) for one, a, b in taken]
         return merge_labels([None if each is None else each[a:b] for each, a, b in found])
 
+    def _fields(self, taken: list[tuple[_Held, int, int]]) -> dict[str, Tensor]:
+        known = set.intersection(*(set(one.piece.fields) for one, _, _ in taken))
+        return {
+            name: torch.cat([one.piece.fields[name][a:b] for one, a, b in taken])
+            for name in sorted(known)
+        }
+
     def _draw(self, pieces: Iterator[Piece]) -> _Held | None:
         piece = next(pieces, None)
         if piece is None:
             return None
-        if not piece.rows and self._sifter.keep < 1:
+        if not piece.rows and self._schedule.ever_sifts:
             rows(piece.batch)  # says what is wrong with it
-        if self._pool is None and piece.rows:
+        if self._inner is None and piece.rows:
             self._set_sizes(piece.rows)
         return _Held(move(piece.batch, self._sifter.device), piece)
 
@@ -371,25 +410,47 @@ class SiftingDataLoader(DataLoader[Any]):
         return move(batch, where)
 
     def _sifts(self) -> bool:
-        counts, sifter = self._sifter.counts, self._sifter
-        return sifter.keep < 1 and self._schedule.sifts(counts.steps) and sifter.model.training
+        return self._schedule.sifts(self._sifter.counts.steps) and self._sifter.model.training
 
-    def _report(self, candidates: Batch, scores: Tensor, index: Tensor) -> None:
-        assert self._on_select is not None
-        kept = torch.zeros_like(scores, dtype=torch.bool)
-        kept[index] = True
-        ids = candidates.get("id") if isinstance(candidates, Mapping) else None
+    def _pool(self) -> int | None:
+        # P of the coming step, None before the first batch told b.
+        if self._split or self._batch_size is None:
+            return self._inner
+        return self._schedule.pool(self._sifter.counts.steps, self._batch_size)
+
+    def _report(
+        self,
+        candidates: Batch,
+        labels: Tensor | None,
+        fields: Mapping[str, Tensor],
+        scores: Tensor,
+        index: Tensor,
+    ) -> None:
+        if self._on_select is None and self._log is None:
+            return
+        counts = self._sifter.counts
+        ids = fields.get("id")
         if ids is None:
-            seen = self._sifter.counts.candidates
-            ids = torch.arange(seen - len(scores), seen, device=scores.device)
-        self._on_select(ids, scores, kept)
+            ids = torch.arange(counts.candidates - len(scores), counts.candidates)
+        if self._on_select is not None:
+            kept = torch.zeros_like(scores, dtype=torch.bool)
+            kept[index] = True
+            self._on_select(to_device(ids, scores.device), scores, kept)
+        if self._log is not None:
+            labelled = None
+            if labels is not None and not labels.is_floating_point():
+                labelled = (labels.view(len(scores), -1) != IGNORED).sum(1)
+            pool, source = self._sifter.pools - 1, fields.get("source")
+            self._log.add(counts.steps, pool, ids, scores, index, labelled, source)
 
     def _end_epoch(self, handed: int, resumed: bool) -> None:
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
+        if self._log is not None:
+            self._log.flush()
         counts, steps = self._sifter.counts, self._schedule.warmup_steps
         if not handed and not resumed:
             raise EmptyEpoch(self._nothing())
-        if counts.candidates or self._warned or self._sifter.keep == 1:
+        if counts.candidates or self._warned or not self._schedule.ever_sifts:
             return
         if not self._sifter.model.training:
             self._warn_of_eval_mode()
@@ -419,39 +480,47 @@ class SiftingDataLoader(DataLoader[Any]):
             raise EmptyEpoch(self._nothing())
 
     def _nothing(self) -> str:
-        size = self._pool if self._split else self._batch_size
-        drawn = self._source.epoch_rows(size) if size else 0
+        drawn = self._source.epoch_rows(self._inner) if self._inner else 0
         return (
             f"an epoch would hand out nothing: {'?' if drawn is None else drawn} rows are drawn, a "
-            f"pool needs at least batch_size = {self._batch_size} (of {self._pool} wanted); use more "
+            f"pool needs at least batch_size = {self._batch_size} (of {self._pool()} wanted); use more "
             f"data, a smaller batch_size, or a sampler that is not empty"
         )
 
     def _kept_of(self, size: int) -> int:
-        return whole(size * self._sifter.keep) or max(1, int(size * self._sifter.keep))
+        keep = self._share
+        return whole(size * keep) or max(1, int(size * keep))
+
+    @property
+    def _share(self) -> float:
+        assert not isinstance(self._schedule.keep, Mapping)  # refused for pool="split"
+        return self._schedule.keep
 
     def _set_sizes(self, size: int) -> None:
         # size: rows of an inner batch
-        keep = self._sifter.keep
-        batch, pool = (whole(size * keep), size) if self._split else (size, whole(size / keep))
-        if not batch or not pool:
+        if not self._split:
+            self._schedule.check_batch(size)
+            self._batch_size = self._inner = size
+            return
+        batch = whole(size * self._share)
+        if batch is None:
             raise ValueError(
-                f"batch_size {size} {'*' if self._split else '/'} keep {keep} must be a whole "
-                f"number of rows; choose a batch_size that fits"
+                f"batch_size {size} * keep {self._share} must be a whole number of rows; choose a "
+                f"batch_size that fits"
             )
-        self._batch_size, self._pool = batch, pool
+        self._batch_size, self._inner = batch, size
 
     def _plan(self, step: int) -> Epoch:
-        batch, pool = self._batch_size, self._pool
-        if batch is None or pool is None:
+        batch, inner = self._batch_size, self._inner
+        if batch is None or inner is None:
             raise TypeError("the length of the wrapped loader is not known before its first batch")
-        drawn = self._source.epoch_rows(pool if self._split else batch)
+        drawn = self._source.epoch_rows(inner)
         if drawn is None:
             raise TypeError("the inner loader has no length, so this one has none")
         if not self._split:
-            return self._schedule.epoch(step, drawn, batch, pool)
-        full, rest = divmod(drawn, pool)
-        sifts = self._sifter.keep < 1 and self._schedule.sifts(step + full)
+            return self._schedule.epoch(step, drawn, batch)
+        full, rest = divmod(drawn, inner)
+        sifts = self._schedule.sifts(step + full)
         last = (batch if rest >= batch else 0) if sifts else rest and self._kept_of(rest)
         return Epoch(full + (last > 0), full * batch + last)
 
@@ -462,7 +531,8 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _check_topology(self, state: Mapping[str, Any]) -> None:
         ranks = World.detect().ranks
-        for name, here in (("batch_size", self._batch_size), ("keep", self._sifter.keep)):
+        keep = _as_json(self._schedule.keep)
+        for name, here in (("batch_size", self._batch_size), ("keep", keep)):
             if here is not None and state[name] not in (None, here):
                 raise StateError(
                     f"the state was saved with {name} {state[name]}, this loader has {here}; build "
@@ -480,6 +550,10 @@ class SiftingDataLoader(DataLoader[Any]):
             f"unbroken run would draw, which of them are kept depends on the number of ranks",
             stacklevel=3,
         )
+
+
+def _as_json(keep: Keep) -> Any:
+    return sorted([*pair] for pair in keep.items()) if isinstance(keep, Mapping) else keep
 
 
 def _candidates(

@@ -22,6 +22,7 @@ from siftloader.errors import ScoringError
 from siftloader.exits import EarlyExit, Task
 from siftloader.pool import Pool
 from siftloader.predictions import Predictions
+from siftloader.schedule import check_keep, whole
 from siftloader.scores import Random, Rarity, ScoreOf, criterion_named
 from siftloader.selection import Selection, TopK, samples, weights
 from siftloader.stack import unwrap
@@ -74,8 +75,9 @@ class Sifter:
                 f"model must be a torch.nn.Module or a function that returns one, "
                 f"got {type(model).__name__}"
             )
-        if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= 1:
-            raise ValueError(f"keep must be a number above 0 and at most 1, got {keep!r}")
+        check_keep(keep)
+        if isinstance(keep, Mapping):
+            raise TypeError("a Sifter counts no steps: keep must be a number, not one by step")
         if isinstance(selection, type):
             raise TypeError(f"selection must be an object: {selection.__name__}(), with brackets")
         self.keep = keep
@@ -354,12 +356,6 @@ def weighted(batch: Batch, weights: Tensor | None, index: Tensor | None) -> Batc
     out = copy.copy(batch)  # keeps the type
     out["sift_weight"] = weights if index is None else weights.index_select(0, index)
     return out
-
-
-def whole(number: float) -> int | None:
-    """The integer a product or quotient of sizes means, None where it is none."""
-    nearest = round(number)
-    return nearest if nearest >= 1 and abs(number - nearest) < 1e-6 * nearest else None
 
 
 def _is_causal(model: nn.Module) -> bool | None:
