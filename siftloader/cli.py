@@ -1,4 +1,4 @@
-"""The command line: ``siftloader shard``, ``verify`` and ``inspect``.
+"""The command line: ``siftloader shard``, ``verify``, ``inspect`` and ``inspect-selections``.
 
 Exit status: 0 done, 1 the data are not as they should be, 2 the command is not, 130 interrupted.
 """
@@ -15,8 +15,16 @@ from pathlib import Path
 from siftloader.corpus import BOUNDARIES
 from siftloader.errors import SiftError
 from siftloader.prepare import Preparation, Summary, prepare
+from siftloader.selection_report import (
+    drift,
+    plot_drift,
+    read_log,
+    report as selections,
+    sources_of,
+    tokens_of,
+)
 from siftloader.shards import ShardSet, verify
-from siftloader.tokens import NEEDED, load_tokenizer
+from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,13 +52,14 @@ def _complain(error: object, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="siftloader",
-        description="Make, check and look at token shards.",
+        description="Make, check and look at token shards; see what was selected from them.",
         epilog="`siftloader COMMAND --help` explains each of them, with an example.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_shard(commands)
     _add_verify(commands)
     _add_inspect(commands)
+    _add_inspect_selections(commands)
     return parser
 
 
@@ -266,6 +275,106 @@ def _decoder(dataset: ShardSet, name: str | None) -> Callable[[list[int]], str]:
         return lambda ids: " ".join(map(str, ids))
     tokenizer = load_tokenizer(name)
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _add_inspect_selections(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    parser = commands.add_parser(
+        "inspect-selections",
+        help="say which samples a run kept, and how the scores drifted",
+        description=(
+            "Read a selection log (a folder, also of a run under way or one that crashed) and print the "
+            "most and least kept samples, the kept share by length and by source, and the scores over "
+            "steps. Where the least kept are clean and the most kept are noise, select otherwise; where "
+            "one source wins, compare with the Rarity control."
+        ),
+        epilog=(
+            "example: siftloader inspect-selections runs/a/selections.parquet --shards shards/demo "
+            "--tokenizer shards/demo/tokenizer.json --plot drift.png"
+        ),
+    )
+    parser.add_argument("log", help="the folder that the run wrote its selections to")
+    parser.add_argument(
+        "--shards",
+        metavar="FOLDER",
+        help="the shards of the run: gives the names of the sources, and the texts",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="a tokenizer.json, a folder that holds one, or a hub name, to print texts (default: a "
+        "tokenizer.json in the folder of the shards, if there is one)",
+    )
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=10,
+        metavar="N",
+        help="how many of the most and of the least kept samples to print (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="also draw kept and dropped scores and the threshold over steps",
+    )
+    parser.set_defaults(run=_inspect_selections)
+
+
+def _inspect_selections(arguments: argparse.Namespace) -> int:
+    if arguments.tokenizer and not arguments.shards:
+        raise ValueError("--tokenizer needs --shards: a log holds ids, the shards hold the text")
+    if arguments.top < 0:
+        raise ValueError(f"--top must be 0 or more samples, got {arguments.top}")
+    dataset = ShardSet.open(arguments.shards) if arguments.shards else None
+    table = read_log(arguments.log)
+    sources, texts, notes = None, None, []
+    if dataset is None:
+        notes.append("texts and the names of sources: add --shards, the folder the run read from")
+    else:
+        if table["source"].to_numpy().max() < 0:
+            sources = sources_of(dataset, table["id"].to_numpy())
+        texts, note = _texts(dataset, arguments.tokenizer)
+        notes += [note] if note else []
+    names = [source.name for source in dataset.sources] if dataset else []
+    print(selections(table, top=arguments.top, names=names, sources=sources, texts=texts))
+    if arguments.plot:
+        plot_drift(drift(table, 60), arguments.plot)
+        notes.append(f"wrote {arguments.plot}")
+    if notes:
+        print("\n" + "\n".join(notes))
+    return 0
+
+
+def _texts(
+    dataset: ShardSet, name: str | None
+) -> tuple[Callable[[list[int]], dict[int, str]] | None, str]:
+    """How to find the first 120 characters of samples, and what the reader should know about it."""
+    recorded = dataset.tokenizer
+    beside = dataset.folder / "tokenizer.json"
+    if name is None and not beside.is_file():
+        return None, (
+            f"texts: add --tokenizer {recorded.name}, or wherever that tokenizer is; the shards were "
+            f"made with it, and there is no tokenizer.json beside them"
+        )
+    name = name or str(beside)
+    tokenizer = load_tokenizer(name)
+    decode = _decoder(dataset, name)
+    frame = {number for key, number in recorded.special_ids.items() if key not in ("unk", "mask")}
+
+    def texts(ids: list[int]) -> dict[int, str]:
+        found = {}
+        for number, tokens in tokens_of(dataset, ids).items():
+            text = " ".join(decode([token for token in tokens if token not in frame]).split())
+            found[number] = text if len(text) <= 120 else f"{text[:117]}..."
+        return found
+
+    if describe_tokenizer(tokenizer, name, dataset.objective).sha256 == recorded.sha256:
+        return texts, ""
+    return texts, (
+        f"note: {name} is not the tokenizer the shards were made with ({recorded.name}, "
+        f"sha256 {recorded.sha256[:12]}); the texts may be wrong"
+    )
 
 
 if __name__ == "__main__":

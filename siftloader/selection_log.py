@@ -299,7 +299,12 @@ def _write_table(pools: list[dict[str, NDArray[Any]]], file: Any) -> None:
     plain = {"id": "DELTA_BINARY_PACKED", "score": "BYTE_STREAM_SPLIT"}
     repeated = [name for name in table.column_names if name not in plain]
     parquet.write_table(
-        table, file, compression="zstd", use_dictionary=repeated, column_encoding=plain
+        table,
+        file,
+        compression="zstd",
+        use_dictionary=repeated,
+        column_encoding=plain,
+        write_page_checksum=True,  # zstd alone does not notice every flipped bit
     )
 
 
