@@ -62,7 +62,9 @@ class Predictions:
 
     def ahead(self, *values: Value) -> None:
         """Find several values in one pass over the predictions; ``each`` then returns them at once."""
-        found: dict[Value, list[Tensor]] = {value: [] for value in values}
+        found: dict[Value, list[Tensor]] = {v: [] for v in values if v not in self._known}
+        if not found:  # a sum within a sum asks again
+            return
         done = 0
         for logits in self._run(self.pool.batch, self._targets, self._first):
             if logits.shape[-1] < 2:

@@ -15,6 +15,7 @@ Letters: P samples, V vocabulary (or classes), M labelled positions, m those of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +74,8 @@ class Weighted(Criterion):
         for weight, criterion in self.terms:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise TypeError(f"a criterion is scaled by a number, got {weight!r}")
+            if not math.isfinite(weight):
+                raise ValueError(f"a criterion is scaled by a finite number, got {weight!r}")
             if not callable(criterion) or isinstance(criterion, type):
                 raise TypeError(f"criteria are added to criteria, got {criterion!r}")
 
@@ -293,6 +296,8 @@ class Reducible(Criterion):
                 f"need integer ids [N] and as many losses, got {ids.dtype} {ids.shape} and "
                 f"{losses.shape}"
             )
+        if len(ids) and ids.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"ids must be below 2**63, got {ids.max()}")
         if not len(ids) or not np.isfinite(losses).all():
             raise ValueError(
                 f"need at least one irreducible loss, all of them finite; got {len(ids)}, of "
@@ -319,6 +324,8 @@ class Reducible(Criterion):
     def __call__(self, early: Predictions) -> Tensor:
         """[P], the mean loss over a sample's labelled positions minus its irreducible one."""
         ids = early.pool.field("id")
+        if ids.is_floating_point() or ids.is_complex():
+            raise ScoringError(f"the ids are {ids.dtype}, which rounds large ones; give integers")
         if ids.device not in self._table:
             known, losses = self._table[torch.device("cpu")]
             self._table[ids.device] = to_device(known, ids.device), to_device(losses, ids.device)
