@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from siftloader.batches import IGNORED, Batch, cut, rows
 from siftloader.errors import ScoringError
 from siftloader.stack import exit_at, unwrap
-from siftloader.taps import listen
+from siftloader.taps import Reading, listen
 from siftloader.targets import Targets
 from siftloader.twin import Twin, check_shape, rows_at_a_time
 
@@ -114,12 +114,15 @@ class EarlyExit:
         """How the model's own loss reads ``labels``, heard from that loss on two samples."""
         if not self.takes_labels(batch) or labels.ndim != 2 or labels.is_floating_point():
             return Task()
-        few = cut(batch, 0, 2)
-        _, taps = listen(lambda: self.with_labels(few))
-        if not taps or taps[0].labels.is_floating_point():
+        few = min(2, rows(batch))
+        part = cut(batch, 0, few)
+        _, taps = listen(lambda: self.with_labels(part))
+        reading = Reading.of(self.with_labels, part, few)
+        if reading is None or taps[0].labels.is_floating_point():
             return Task()
-        heard, ignored = torch.cat([tap.labels for tap in taps]).cpu(), taps[0].ignored
-        own = labels[:2].long().cpu()
+        samples = reading.samples(self.with_labels, part, few)
+        heard = torch.cat([each.labels.reshape(-1) for each in samples]).cpu()
+        ignored, own = taps[0].ignored, labels[:few].long().cpu()
         own = own.masked_fill(own == ignored, IGNORED)
         later = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
         # Some losses see every position, some only those with a label.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
@@ -251,6 +252,7 @@ class Sifter:
                 self._reading = Reading.of(early.with_labels, candidates, samples)
             if self._reading is None:
                 raise error from None
+            self._warn_if_slow()
         else:
             labels = targets.labels
             if not labels.is_floating_point() and labels.numel() and int(labels.max()) >= classes:
@@ -271,6 +273,7 @@ class Sifter:
             one_each = isinstance(found, Tensor) and found.ndim == 1 and len(found) == few
             if taps and not one_each:
                 self._reading = Reading.of(call, pool.batch, samples)
+                self._warn_if_slow()
             self._tried = True
         if self._reading is not None:
             return self._heard(self._reading, call, pool)
@@ -281,6 +284,14 @@ class Sifter:
                 "where their losses could be heard apart; return one score per candidate, [P]"
             )
         return scores, torch.ones(samples, dtype=torch.bool, device=self.device)
+
+    def _warn_if_slow(self) -> None:
+        if self._reading is not None and self._reading.order == "alone":
+            warnings.warn(
+                "the loss of several samples together does not show which position belongs to which "
+                "sample, so they are scored one at a time: right, but slower",
+                stacklevel=2,
+            )
 
     def _heard(
         self, reading: Reading, call: Callable[[Batch], Any], pool: Pool

@@ -11,7 +11,6 @@ Letters: P samples, T positions, V vocabulary (or classes), n positions of one c
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from siftloader.batches import IGNORED, Batch, cut
+from siftloader.batches import IGNORED, Batch, cut, leaves
 from siftloader.twin import rows_at_a_time
 
 
@@ -93,6 +92,9 @@ class Reading:
 
     order: Literal["whole", "parts", "alone"]
     width: int  # logits of a sample
+    more: int = (
+        0  # positions of a sample beyond the length of the batch: -1 where labels are shifted
+    )
 
     @classmethod
     def of(cls, call: Callable[[Batch], Any], batch: Batch, samples: int) -> Reading | None:
@@ -102,9 +104,10 @@ class Reading:
         if not all(alone):
             return None
         rows = [_together([tap.logits for tap in taps], 1, "whole")[0] for taps in alone]
-        width = max(row.numel() for row in rows)
-        if few == 1:
-            return cls("whole", width)
+        width, more = max(row.numel() for row in rows), len(rows[0]) - _length(batch)
+        # Fewer positions than there are: a loss that drops the unlabelled ones, other numbers each time.
+        if len(rows[0]) > 1 and more not in (0, -1):
+            return cls("alone", width)
         _, both = listen(lambda: call(cut(batch, 0, few)))
         orders: tuple[Literal["whole", "parts"], ...] = ("whole", "parts")
         for order in orders:
@@ -113,12 +116,7 @@ class Reading:
                 one.shape == row.shape and torch.allclose(one, row, rtol=1e-2, atol=1e-2)
                 for one, row in zip(found, rows, strict=True)
             ):
-                return cls(order, width)
-        warnings.warn(
-            "the loss of several samples together does not show which position belongs to which "
-            "sample, so they are scored one at a time: right, but slower",
-            stacklevel=2,
-        )
+                return cls(order, width, more)
         return cls("alone", width)
 
     def samples(
@@ -126,14 +124,33 @@ class Reading:
     ) -> Iterator[SampleTaps]:
         """What the loss sees of every sample, as many samples at a time as fit."""
         step = 1 if self.order == "alone" else rows_at_a_time(self.width)
-        order = "whole" if self.order == "alone" else self.order
         for first in range(0, samples, step):
             last = min(first + step, samples)
             part = batch if last - first == samples else cut(batch, first, last)
             _, taps = listen(lambda part=part: call(part))  # type: ignore[misc]
-            logits = _together([tap.logits for tap in taps], last - first, order)
-            labels = _together([tap.labels for tap in taps], last - first, order)
-            yield SampleTaps(first, last, logits, labels)
+            seen, rows = sum(len(tap.labels) for tap in taps), last - first
+            if rows > 1 and seen != rows * (_length(batch) + self.more):
+                yield from Reading("alone", self.width)._rows(call, batch, first, last)
+            else:
+                order = "whole" if self.order == "alone" else self.order
+                yield SampleTaps(
+                    first,
+                    last,
+                    _together([tap.logits for tap in taps], rows, order),
+                    _together([tap.labels for tap in taps], rows, order),
+                )
+
+    def _rows(
+        self, call: Callable[[Batch], Any], batch: Batch, first: int, last: int
+    ) -> Iterator[SampleTaps]:
+        for found in self.samples(call, cut(batch, first, last), last - first):
+            yield found._replace(first=found.first + first, last=found.last + first)
+
+
+def _length(batch: Batch) -> int:
+    # Of a sample, as the first field of several dimensions tells it.
+    shapes = (leaf.shape for leaf in leaves(batch) if isinstance(leaf, Tensor))
+    return next((int(shape[1]) for shape in shapes if len(shape) > 1), 1)
 
 
 def _together(parts: list[Tensor], rows: int, order: str) -> Any:

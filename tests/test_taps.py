@@ -1,0 +1,317 @@
+"""Losses heard in the model or in the loop: pytest tests/test_taps.py"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import LAYERS, VOCAB, Block, scaled
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from siftloader import EarlyExit, Entropy, Rarity, ScoringError, Sifter, Stride
+from siftloader.taps import Reading, listen
+
+
+P, T, WIDTH = 6, 12, 16
+
+
+class Trunk(nn.Module):
+    """A language model without attention, so that any truncation is easy to write down."""
+
+    def __init__(self, layers: int = LAYERS) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.place = nn.Embedding(T, WIDTH)
+        self.layers = nn.ModuleList(Block(WIDTH) for _ in range(layers))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.hidden(ids))
+
+
+class LastOnly(Trunk):
+    """nanoGPT's way: with targets logits and loss, without them the last position's logits."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None):
+        x = self.hidden(idx)
+        if targets is None:
+            return self.head(x[:, [-1]]), None
+        logits = self.head(x)
+        loss = F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1), ignore_index=-1)
+        return logits, loss
+
+
+class LossAlone(Trunk):
+    """nanochat's way: logits or the loss, never both."""
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, loss_reduction: str = "mean"):
+        logits = 15 * torch.tanh(self.head(self.hidden(idx)) / 15)
+        if targets is None:
+            return logits
+        flat = logits.view(-1, VOCAB), targets.view(-1)
+        return F.cross_entropy(*flat, ignore_index=-1, reduction=loss_reduction)
+
+
+class OnlyLoss(Trunk):
+    """A model that says nothing without its targets, and shifts them itself."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        if labels is None:
+            return {"loss": torch.zeros(())}
+        logits = self.head(self.hidden(ids))[:, :-1]
+        return {"loss": F.cross_entropy(logits.reshape(-1, VOCAB), labels[:, 1:].reshape(-1))}
+
+
+class Parts(OnlyLoss):
+    """Its loss in slices of positions (parts of every sample)."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        if labels is None:
+            return {"loss": torch.zeros(())}
+        logits, wanted = self.head(self.hidden(ids))[:, :-1], labels[:, 1:]
+        slices = zip(logits.split(5, 1), wanted.split(5, 1), strict=True)
+        losses = [F.cross_entropy(a.reshape(-1, VOCAB), b.reshape(-1)) for a, b in slices]
+        return {"loss": torch.stack(losses).mean()}
+
+
+class Chunks(OnlyLoss):
+    """Its loss in chunks of tokens, as litgpt's: samples one after the other."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        if labels is None:
+            return {"loss": torch.zeros(())}
+        logits, wanted = self.head(self.hidden(ids))[:, :-1], labels[:, 1:]
+        chunks = zip(logits.reshape(-1, VOCAB).split(8), wanted.reshape(-1).split(8), strict=True)
+        return {"loss": sum(F.cross_entropy(a, b, reduction="sum") for a, b in chunks)}
+
+
+class Sparse(OnlyLoss):
+    """Its loss at the labelled positions only: samples contribute different numbers."""
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        if labels is None:
+            return {"loss": torch.zeros(())}
+        logits, wanted = self.head(self.hidden(ids))[:, :-1], labels[:, 1:]
+        real = wanted != -100
+        return {"loss": F.cross_entropy(logits[real], wanted[real])}
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (P, T + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def make(kind: type[Trunk]) -> Trunk:
+    return scaled(kind(), 3.0).train()
+
+
+def expected(model: Trunk, ids: Tensor, labels: Tensor, layer: int, criterion: str, cap=None):
+    """[P] float64, by a truncated copy and plain arithmetic."""
+    copied = Trunk(layer)
+    copied.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        logits = copied.double().eval()(ids)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    log_p = logits.log_softmax(-1)
+    scores = []
+    for row, wanted in zip(log_p, labels, strict=True):
+        at = [t for t in range(len(wanted)) if wanted[t] >= 0]
+        loss = [-row[t, wanted[t]] for t in at]
+        entropy = [-(row[t].exp() * row[t]).sum() for t in at]
+        scores.append(torch.stack(loss if criterion == "loss" else entropy).mean())
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("criterion", ["loss", "entropy"])
+@pytest.mark.parametrize("layer", [1, 2, LAYERS])
+@pytest.mark.parametrize("kind", [LastOnly, LossAlone])
+def test_pairs_of_inputs_and_targets_are_scored_by_the_models_own_loss(kind, layer, criterion):
+    model, rows = make(kind), tokens()
+    x, y = rows[:, :-1], rows[:, 1:].clone()
+    y[:, :3] = -1  # the mark these models ignore
+    found = Sifter(model, exit_layer=layer, criterion=criterion).score((x, y))
+    cap = 15 if kind is LossAlone else None
+    wanted = expected(model, x, y, layer, criterion, cap)
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
+    other = expected(model, x, y, layer % LAYERS + 1, criterion, cap)
+    assert (other - wanted).abs().max() > 100 * 2e-5, "depths must disagree"
+
+
+@pytest.mark.parametrize("kind", [OnlyLoss, Parts, Chunks, Sparse])
+@pytest.mark.parametrize("criterion", ["loss", "entropy"])
+def test_a_model_that_only_gives_its_loss_is_listened_to(kind, criterion):
+    model, ids = make(kind), tokens()[:, :-1]
+    labels = ids.clone()
+    labels[:, 3:6] = -100
+    labels[2, :9] = -100
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    sifter = Sifter(model, exit_layer=2, criterion=criterion)
+    if kind is Sparse:
+        with pytest.warns(UserWarning, match="one at a time"):
+            found = sifter.score({"ids": ids, "labels": labels})
+    else:
+        found = sifter.score({"ids": ids, "labels": labels})
+    wanted = expected(model, ids, shifted, 2, criterion)
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
+    again = sifter.score({"ids": ids.flip(0), "labels": labels.flip(0)})
+    assert torch.allclose(again.flip(0), found, atol=1e-6)
+
+
+def test_what_cannot_be_grouped_would_be_scored_wrongly():
+    # Why samples are compared one by one: a plausible grouping of a chunked loss mixes them up.
+    model, ids = make(Chunks), tokens()[:, :-1]
+    call = lambda batch: model(batch["ids"], batch["labels"])  # noqa: E731
+    batch = {"ids": ids, "labels": ids}
+    with torch.no_grad():
+        model.eval()
+        right = Reading.of(call, batch, P)
+        wrong = Reading("whole" if right.order != "whole" else "parts", right.width)
+        assert right.order == "whole"  # 2 x 11 positions in chunks of 8
+        slices = make(Parts).eval()
+        parts = Reading.of(lambda b: slices(b["ids"], b["labels"]), batch, P)
+        assert parts.order == "parts"
+        mixed = next(
+            Reading("whole", 1).samples(lambda b: slices(b["ids"], b["labels"]), batch, P)
+        )
+        truth = next(parts.samples(lambda b: slices(b["ids"], b["labels"]), batch, P))
+    assert wrong.order == "parts" and not torch.equal(mixed.labels, truth.labels)
+
+
+def test_the_shift_is_heard_where_nothing_tells_it():
+    # Labels equal to the inputs and an unknown class: refused when only the logits are there, ...
+    ids = tokens()[:, :-1]
+    with pytest.raises(ScoringError, match="shift_labels=True"):
+        Sifter(make(Trunk)).score({"ids": ids, "labels": ids})
+
+    class Shifts(Trunk):
+        def forward(self, ids, labels=None):
+            logits = self.head(self.hidden(ids))
+            if labels is None:
+                return logits
+            return logits, F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+    class Stays(Trunk):
+        def forward(self, ids, labels=None):
+            logits = self.head(self.hidden(ids))
+            if labels is None:
+                return logits
+            return logits, F.cross_entropy(logits.transpose(1, 2), labels)
+
+    # ... and scored as the model's own loss reads them where it has one.
+    later = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    for kind, labels in ((Shifts, later), (Stays, ids)):
+        model = make(kind)
+        found = Sifter(model, exit_layer=2).score({"ids": ids, "labels": ids})
+        assert torch.allclose(found.double(), expected(model, ids, labels, 2, "loss"), atol=2e-5)
+
+
+@pytest.mark.parametrize("criterion", ["loss", "entropy"])
+def test_two_lines_of_the_loop_are_enough(criterion):
+    # litgpt's and torchtitan's way: one tensor [P, T + 1], the loss outside, a mean over everything.
+    model, batch = make(Trunk), tokens()
+
+    def loss_of(model, batch):
+        logits = model(batch[:, :-1])
+        return F.cross_entropy(logits.reshape(-1, VOCAB), batch[:, 1:].reshape(-1))
+
+    sifter = Sifter(model, exit_layer=2, criterion=criterion, score_fn=loss_of)
+    found = sifter.score(batch)
+    wanted = expected(model, batch[:, :-1], batch[:, 1:], 2, criterion)
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
+    kept = sifter(batch)
+    assert torch.equal(kept, batch[found.argsort(descending=True)[: P // 2].sort().values])
+
+
+def test_a_loss_outside_may_be_cut_into_chunks_of_rows(monkeypatch):
+    from siftloader import twin
+
+    model, batch = make(Trunk), tokens()
+    sizes = []
+
+    def loss_of(model, batch):
+        sizes.append(len(batch))
+        return F.cross_entropy(model(batch[:, :-1]).transpose(1, 2), batch[:, 1:])
+
+    whole = Sifter(model, score_fn=loss_of).score(batch)
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 2 * T * VOCAB)
+    sizes.clear()
+    sifter = Sifter(model, score_fn=loss_of)
+    assert torch.allclose(sifter.score(batch), whole, atol=1e-6)
+    sizes.clear()
+    sifter.score(batch)
+    assert sizes == [2, 2, 2]
+
+
+def test_positions_and_other_criteria_apply_to_heard_losses():
+    model, batch = make(Trunk), tokens()
+
+    def loss_of(model, batch):
+        return F.cross_entropy(model(batch[:, :-1]).transpose(1, 2), batch[:, 1:])
+
+    found = Sifter(model, exit_layer=2, score_fn=loss_of, positions=Stride(4)).score(batch)
+    labels = torch.full_like(batch[:, 1:], -1)
+    labels[:, ::4] = batch[:, 1::4]
+    assert torch.allclose(
+        found.double(), expected(model, batch[:, :-1], labels, 2, "loss"), atol=2e-5
+    )
+    counts = torch.arange(VOCAB).numpy() ** 2
+    assert Sifter(model, score_fn=loss_of, criterion=Entropy()).score(batch).isfinite().all()
+    both = Sifter(model, score_fn=loss_of, criterion=Entropy() + 0.5 * Rarity(counts))
+    assert both.score(batch).isfinite().all()
+
+
+def test_one_number_for_all_candidates_is_refused():
+    model, batch = make(Trunk), tokens()
+    with pytest.raises(ScoringError, match="one number for all candidates"):
+        Sifter(model, score_fn=lambda early, b: early(b[:, :-1]).square().mean()).score(batch)
+
+
+def test_listening_changes_nothing():
+    logits, labels = torch.randn(P, VOCAB, T), torch.randint(0, VOCAB, (P, T))
+    labels[0, :5] = -7
+    loss, taps = listen(lambda: F.cross_entropy(logits, labels, ignore_index=-7))
+    assert torch.equal(loss, F.cross_entropy(logits, labels, ignore_index=-7))
+    (tap,) = taps
+    assert torch.equal(tap.logits.view(P, T, VOCAB), logits.movedim(1, -1))
+    assert torch.equal(tap.labels.view(P, T), labels.masked_fill(labels == -7, -100))
+    assert tap.ignored == -7
+
+    # Another task's loss (another number of classes) is not mixed in; log-probabilities count too.
+    def two():
+        return F.nll_loss(logits.log_softmax(1), labels.clamp_min(0)), F.cross_entropy(
+            torch.randn(P, 2), torch.zeros(P, dtype=int)
+        )
+
+    _, taps = listen(two)
+    assert len(taps) == 1 and torch.allclose(taps[0].logits.exp().sum(-1), torch.ones(P * T))
+
+
+def test_a_batch_without_a_place_for_labels_in_the_model_says_what_was_wrong():
+    class Narrow(Trunk):
+        def forward(self, ids, mask=None):
+            return super().forward(ids)[:, -1:]
+
+    batch = (tokens()[:, :-1], tokens()[:, 1:])
+    with pytest.raises(ScoringError, match="one prediction per label"):
+        Sifter(make(Narrow)).score(batch)
+
+
+def test_labels_beyond_the_classes_are_named():
+    model, rows = make(Trunk), tokens()
+    with pytest.raises(
+        ScoringError, match=rf"found label {VOCAB + 3}, the model predicts {VOCAB}"
+    ):
+        Sifter(model).score((rows[:, :-1], rows[:, 1:].clamp_max(2) + VOCAB + 1))
+
+
+def test_early_exit_gives_what_the_loop_would_see():
+    model, rows = make(LastOnly), tokens()
+    early = EarlyExit(model, layer=1)
+    logits, loss = early(rows[:, :-1], rows[:, 1:].contiguous())
+    assert logits.shape == (P, T, VOCAB) and loss.ndim == 0
