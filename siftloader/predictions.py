@@ -97,7 +97,10 @@ class Predictions:
             inside = self._per_row(torch.ones_like(values))
             off = (control - mean[:, None]) * inside
             off_value = (self._per_row(values) - means[:, None]) * inside
-            slope = (off * off_value).nan_to_num(0).sum() / off.square().nan_to_num(0).sum()
+            # A sample whose values are not finite must not decide the slope of the others.
+            fit = (off + off_value).isfinite().all(1, keepdim=True)
+            off, off_value = torch.where(fit, off, 0), torch.where(fit, off_value, 0)
+            slope = (off * off_value).sum() / off.square().sum()
             means = means + slope.nan_to_num(0) * (targets.correction.means - mean)
         found = means if reduction == "mean" else means * targets.counts
         return torch.where(targets.counts > 0, found, torch.nan)

@@ -278,10 +278,10 @@ def _correction(
         return None
     assert callable(positions.control)
     values = positions.control(wanted.clamp_min(0))
-    if values.shape != wanted.shape:
+    if not isinstance(values, Tensor) or values.shape != wanted.shape:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ScoringError(
-            f"control must give one value per position, {tuple(wanted.shape)}, got "
-            f"{tuple(values.shape)}"
+            f"control must give one value per position, {tuple(wanted.shape)}, got {found}"
         )
     values = torch.where(mask, values.float(), 0)
     return Correction(values.reshape(-1)[flat], values.sum(1) / mask.sum(1))
