@@ -62,17 +62,13 @@ class Features:
         samples, length = targets.samples, targets.length
         args, kwargs = model_inputs(self._root, batch)
         found = _first_tensor(self._live_twin().run(args, kwargs))
-        if found is None or found.ndim < 2 or len(found) != samples:
-            shape = "no tensor" if found is None else tuple(found.shape)
+        if found is None or found.dim() < 2 or found.size(0) != samples:
+            shape = "no tensor" if found is None or found.is_nested else tuple(found.shape)
             raise ScoringError(
                 f"need features of {samples} samples at {self.path!r}, samples first, got {shape}; name "
                 f"another module as exit_layer"
             )
-        mask = _mask(batch, found)
-        if found.is_nested:  # torch's own encoder drops the padding meanwhile
-            size = (samples, length, found.size(2)) if length > 1 else None
-            mask = torch.nested.to_padded_tensor(torch.ones_like(found), 0.0, size)[..., 0]
-            found = torch.nested.to_padded_tensor(found, 0.0, size)
+        found, mask = _padded(found, length) if found.is_nested else (found, _mask(batch, found))
         if _channels_first(self._root.get_submodule(self.path), found.ndim):
             found = found.movedim(1, -1)
         vectors = found.flatten(1, -2) if found.ndim > 2 else found[:, None]  # [P, T, C]
@@ -181,11 +177,18 @@ def _channels_first(module: nn.Module, ndim: int) -> bool:
     return (convolves or not linear) if ndim > 3 else ndim == 3 and convolves and not linear
 
 
+def _padded(found: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    # torch's own encoder drops the padding of a batch until its last layer.
+    mask = torch.nested.to_padded_tensor(torch.ones_like(found), 0.0)[..., 0]
+    full = torch.nested.to_padded_tensor(found, 0.0)
+    missing = max(length - full.shape[1], 0) if length > 1 else 0
+    return torch.nn.functional.pad(full, (0, 0, 0, missing)), mask
+
+
 def _mask(batch: Batch, found: Tensor) -> Tensor | None:
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or found.is_nested or mask.shape != found.shape[:2]:
-        return None
-    return mask if found.ndim == 3 else None
+    fits = isinstance(mask, Tensor) and found.ndim == 3 and mask.shape == found.shape[:2]
+    return mask if fits else None
 
 
 def _mean(vectors: Tensor, mask: Tensor | None) -> Tensor:

@@ -58,7 +58,8 @@ class Learner:
                 fine = torch.stack([grad.isfinite().all() for grad in grads]).all()
                 for grad in grads:
                     grad.copy_(torch.where(fine, grad, 0))
-                self._optimizer.step()
+                with torch.device("cpu"):  # its count of steps is read there, whatever the default
+                    self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> State:

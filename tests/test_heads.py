@@ -164,22 +164,6 @@ def test_running_statistics_are_read_and_not_written(resnet):
     assert statistics.abs().max() > 0
 
 
-class Maps(nn.Module):
-    """Returns what it is told to, whatever comes in."""
-
-    def __init__(self, inside: nn.Module, output) -> None:
-        super().__init__()
-        self.inside = inside
-        self.output = output
-        self.head = nn.Linear(2, 2)
-
-    def forward(self, x):
-        return self.body(x)
-
-    def body(self, x):
-        return x
-
-
 class Says(nn.Module):
     def __init__(self, output, *inside: nn.Module) -> None:
         super().__init__()
@@ -239,6 +223,7 @@ def test_padding_does_not_change_the_mean_of_a_sequence():
     torch.testing.assert_close(found[1:], hidden[1:].mean(1))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("length", [None, 6])
 def test_the_padding_that_torchs_encoder_drops(length):
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
@@ -280,7 +265,7 @@ def test_of_a_transformer_the_layers_output_at_the_labels(family, make, layer):
         states = copied(**kept, output_hidden_states=True).hidden_states[layer]
         before = trace(model)
         found = Features(model, layer)(batch, targets)
-    assert trace(model) == before
+        assert trace(model) == before
     torch.testing.assert_close(found, states.reshape(-1, HIDDEN)[targets.positions])
 
 
@@ -332,10 +317,10 @@ def of_labels(labels) -> Targets:
 
 def test_a_head_learns_a_planted_problem():
     head, rng = ExitHead(4, lr=0.02), torch.get_rng_state()
-    features, labels = planted(512, seed=1)
+    features, labels = planted(512, 32, seed=1)
     assert head.logits_at(features).abs().max() == 0  # every class alike
     for step in range(150):
-        seen, wanted = planted(64, seed=step + 2)
+        seen, wanted = planted(64, 32, seed=step + 2)
         with torch.no_grad():
             head.step(seen, of_labels(wanted))
     right = (head.logits_at(features).argmax(1) == labels).float().mean()
@@ -461,7 +446,7 @@ def test_torchs_defaults_of_the_moment_do_not_matter():
             other.step(features, of_labels(labels))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert other.digest() == plain.digest()
+    assert str(other.state_dict()["module"]) == str(plain.state_dict()["module"])
 
 
 # ---- state
