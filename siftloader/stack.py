@@ -30,6 +30,7 @@ DEPTH_NAMES = (
     "decoder_layers",
 )
 SIDES = ("encoder", "decoder")
+LISTS = {nn.ModuleList, nn.ModuleDict}  # not called themselves, so they are no layers
 
 
 @final
@@ -126,6 +127,7 @@ def find_stages(model: nn.Module) -> list[str]:
 class _Container:
     # Children of one class, or as many as the config has layers.
     path: str
+    module: nn.Module
     kinds: frozenset[type]
     layers: list[nn.Module]
     told: bool
@@ -135,11 +137,13 @@ class _Container:
     def is_stack(self) -> bool:
         if self.shared:
             return True
-        if len(self.layers) < 2:
+        if len(self.layers) < 2 or not self.kinds.isdisjoint(LISTS):
             return False
+        if self.told:  # hybrids have layers of several classes; a head of as many parts is no list
+            return type(self.module) in LISTS if len(self.kinds) > 1 else _same_width(self.layers)
         # A plain sequence of linear layers is no stack: its layers lead from one width to another, and
         # a model that is nothing but the sequence has its head inside.
-        return _same_width(self.layers) if self.told else bool(self.path) and _alike(self.layers)
+        return bool(self.path) and _alike(self.layers)
 
     def side(self) -> str | None:
         return next((part for part in self.path.split(".") if part in SIDES), None)
@@ -156,7 +160,7 @@ def _containers(model: nn.Module) -> Iterator[_Container]:
         shared = bool(_shared_layers(model, path))
         told = shared or len(layers) in depths
         if size and (len(kinds) == 1 or told):
-            yield _Container(path, kinds, layers, told, shared, size)
+            yield _Container(path, module, kinds, layers, told, shared, size)
 
 
 def _stacks(model: nn.Module) -> list[str]:
@@ -182,9 +186,11 @@ def _stacks(model: nn.Module) -> list[str]:
     ]
     if others:
         kind = "/".join(sorted(kind.__name__ for kind in first.kinds))
+        named = sorted([first.path, *others])
+        more = "" if len(named) <= 4 else f" and {len(named) - 4} more"
         raise ScoringError(
             f"{type(model).__name__} has several stacks of {kind} "
-            f"({', '.join(sorted([first.path, *others]))}); name the one to cut with "
+            f"({', '.join(named[:4])}{more}); name the one to cut with "
             f'exit_layer="{first.path}:j", train an exit head beside the model with '
             f'exit_head="probe", or score at full depth with exit_layer="full"'
         )

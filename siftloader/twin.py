@@ -82,7 +82,7 @@ class Twin:
         self._dropped = [each for each in self._live if memo.get(id(each)) is each]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
-        self._watched = False
+        self._watched = self._spoiled = False
         heads, trunks = _heads_and_trunks(root, list(where.cuts))
         self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
@@ -141,6 +141,10 @@ class Twin:
             if buffer is not None
         }
 
+    def _parameters(self) -> list[Tensor]:
+        found = (each for _, shell in self._shells for each in shell._parameters.values())
+        return [each for each in found if each is not None]
+
     def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The logits in what the cut forward returns, [P, T, V] or [P, C]."""
         return logits_of(self.run(args, kwargs))
@@ -151,9 +155,24 @@ class Twin:
             return self._root(*args, **kwargs)
         # A forward bound to the live object would run every layer, and in training mode, without an
         # error: the first call, and the first while the model trains, watch the live modules.
-        before = self._buffers()
-        with _tripwire(self._live, self._dropped):
-            output = self._root(*args, **kwargs)
+        before, weights = self._buffers(), [(each, each._version) for each in self._parameters()]
+        try:
+            with _tripwire(self._live, self._dropped):
+                output = self._root(*args, **kwargs)
+        except (IndexError, KeyError) as error:
+            if not self._dropped:
+                raise
+            raise ScoringError(
+                f"the forward of {type(self._root).__name__} failed without the layers beyond the exit "
+                f"({type(error).__name__}: {error}): it asks for layers by number, or keeps them in "
+                f'several lists; pass exit_layer="full"'
+            ) from error
+        self._spoiled |= any(each._version != version for each, version in weights)
+        if self._spoiled:
+            raise ScoringError(
+                f"the forward of {type(self._root).__name__} changes the model's weights in evaluation "
+                f"mode, so it cannot be scored, and they are no longer what they were: restore them"
+            )
         self._watched = self._live[0].training
         if self._mutated is None:
             self._note_mutated(before)
