@@ -260,6 +260,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "keep": _as_json(self._schedule.keep),
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
+            "precision": self._sifter.precision,
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -287,6 +288,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
+        self._sifter.precision = state["precision"] or self._sifter.precision
         self._sifter.counts = Stats.from_state(state["stats"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,6 +314,7 @@ class SiftingDataLoader(DataLoader[Any]):
             self._end_epoch(handed, resumed)
 
     def _next(self, pieces: Iterator[Piece], held: deque[_Held], turn: int) -> Batch | None:
+        self._sifter.unwatch_precision()
         found = (self._next_sifted if self._sifts() else self._next_plain)(pieces, held)
         if found is None:
             return None
@@ -324,6 +327,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:
             self._warn_of_eval_mode()
+        if training and self._schedule.ever_sifts:
+            self._sifter.watch_precision()
         return self._handed(batch, last)
 
     def _next_plain(

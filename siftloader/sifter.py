@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from siftloader.batches import IGNORED, Batch, cut, leaves, move, rows, select
 from siftloader.errors import ScoringError
@@ -38,6 +39,9 @@ Labels: TypeAlias = str | Callable[[Batch], Tensor]
 ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
 
 
+WATCHES = 256  # batches handed out without a forward of the model before one stops watching for it
+
+
 class Sifter:
     """Keep the candidates with the highest score: P in, ``keep * P`` out.
 
@@ -50,7 +54,8 @@ class Sifter:
     tuple, else ``labels`` (a key, or a function of the batch). ``score_fn(early, batch)`` replaces all
     that: it gets the early exit to call like the model and returns [P]. ``shift_labels`` says whether the
     label at t + 1 belongs to the prediction at t; found for Hugging Face models. ``autocast`` is the
-    dtype to score in where the training loop owns the autocast context.
+    dtype to score in where the training loop owns the autocast context (a loader learns it from the
+    loop's first forward).
 
     Labels of -100 are not predicted. Rows without labels and rows whose score is not finite score ``-inf``, so they rank last. Nothing of
     the model is touched: no parameter, buffer, flag, hook or random stream. (Paper, section 7.)
@@ -94,10 +99,13 @@ class Sifter:
         self._labels, self._score_fn = labels, score_fn
         self._shift, self._autocast = shift_labels, autocast
         self._early: EarlyExit | None = None
+        self._watching: RemovableHandle | None = None
+        self._watches = WATCHES
         self.attach_model(model)
 
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
+        self.unwatch_precision()
         self._model, self._early = model, None
         self._task: Task | None = None  # how labels are read; learned from the first pool, as are
         self._tried = False  # whether scoring works
@@ -145,6 +153,45 @@ class Sifter:
     def score(self, candidates: Batch) -> Tensor:
         """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
         return self.rate(move(candidates, self.device), self.labels_of(candidates))[0]
+
+    def watch_precision(self) -> None:
+        """Learn from the model's next forward in which precision the loop runs it; once.
+
+        A hook on the model as it was given, gone after that forward or with ``unwatch_precision``. Models
+        compiled in place or given without their compiled wrapper are not watched from inside their
+        graph: for those, ``autocast`` must be given.
+        """
+        model = self._model if isinstance(self._model, nn.Module) else self._model()
+        if self._autocast is not None or not self._watches:
+            return
+        self._watches -= 1
+
+        def look(module: nn.Module, args: Any) -> None:
+            # Shells carry copies of hooks; a graph must not see any of this.
+            if torch.compiler.is_compiling() or module is not model or not module.training:
+                return
+            kind = self.device.type
+            if torch.is_autocast_enabled(kind):
+                self._autocast = torch.get_autocast_dtype(kind)
+            self._watches = 0
+            self.unwatch_precision()
+
+        self._watching = model.register_forward_pre_hook(look)
+
+    @property
+    def precision(self) -> str | None:
+        """The dtype given or learned, by name; None where scoring runs in the model's own."""
+        return None if self._autocast is None else str(self._autocast).removeprefix("torch.")
+
+    @precision.setter
+    def precision(self, name: str | None) -> None:
+        self._autocast = None if name is None else getattr(torch, name)
+
+    def unwatch_precision(self) -> None:
+        """Take the hook off, whether or not it saw a forward."""
+        if self._watching is not None:
+            self._watching.remove()
+            self._watching = None
 
     def winners(
         self,
