@@ -135,7 +135,7 @@ class Twin:
 
     def _buffers(self) -> dict[tuple[int, str], tuple[Tensor, int]]:
         return {
-            (number, name): (buffer, buffer._version)
+            (number, name): (buffer, _version(buffer))
             for number, (_, shell) in enumerate(self._shells)
             for name, buffer in shell._buffers.items()
             if buffer is not None
@@ -155,7 +155,7 @@ class Twin:
             return self._root(*args, **kwargs)
         # A forward bound to the live object would run every layer, and in training mode, without an
         # error: the first call, and the first while the model trains, watch the live modules.
-        before, weights = self._buffers(), [(each, each._version) for each in self._parameters()]
+        before, weights = self._buffers(), [(each, _version(each)) for each in self._parameters()]
         try:
             with _tripwire(self._live, self._dropped):
                 output = self._root(*args, **kwargs)
@@ -167,7 +167,7 @@ class Twin:
                 f"({type(error).__name__}: {error}): it asks for layers by number, or keeps them in "
                 f'several lists; pass exit_layer="full"'
             ) from error
-        self._spoiled |= any(each._version != version for each, version in weights)
+        self._spoiled |= any(_version(each) != version for each, version in weights)
         if self._spoiled:
             raise ScoringError(
                 f"the forward of {type(self._root).__name__} changes the model's weights in evaluation "
@@ -248,6 +248,10 @@ class Twin:
             head.positions = None
             for trunk in self._trunks.values():
                 trunk.forget()
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # those keep no count
 
 
 def _identity(root: nn.Module) -> list[Any]:
