@@ -378,6 +378,21 @@ def test_copies_under_way_are_left_alone_until_they_arrive_or_are_waited_for(
     assert all(event.done for event in events)
 
 
+def test_host_tensors_of_a_pool_under_way_are_copied_too(tmp_path, monkeypatch):
+    log = SelectionLog(tmp_path / "x.parquet")
+    original = _Pending.of
+    monkeypatch.setattr(
+        _Pending, "of", lambda *arguments: replace(original(*arguments), arrivals=(Late(),))
+    )
+    ids, labels = torch.arange(4), torch.full((4,), 5, dtype=torch.int32)
+    log.add(0, 0, ids, torch.rand(4), torch.arange(2), labels=labels)
+    ids.zero_()
+    labels.zero_()
+    log.flush()
+    assert read(tmp_path / "x.parquet")["id"] == [0, 1, 2, 3]
+    assert read(tmp_path / "x.parquet")["labels"] == [5] * 4
+
+
 def test_seven_bytes_a_row(tmp_path):
     drawn = np.random.default_rng(0)
     log = SelectionLog(tmp_path / "x.parquet")
