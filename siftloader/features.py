@@ -109,13 +109,10 @@ class Features:
                 f"exit_layer"
             )
 
-        exit_shell.register_forward_hook(
-            reached
-        )  # after the hooks that it has from the live module
+        # The exit's own hooks run before this one; those of the whole model expect what it returns.
+        exit_shell.register_forward_hook(reached)
         whole.__dict__["forward"] = run
-        whole.__dict__["_forward_hooks"] = (
-            OrderedDict()
-        )  # they expect what the whole model returns
+        whole.__dict__["_forward_hooks"] = OrderedDict()
 
 
 class _Reached(BaseException):
