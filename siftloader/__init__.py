@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         StateError as StateError,
     )
     from siftloader.exits import EarlyExit as EarlyExit
+    from siftloader.heads import ExitHead as ExitHead
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
     from siftloader.masking import Mlm as Mlm
     from siftloader.pool import Pool as Pool
+    from siftloader.predicted import Predicted as Predicted
     from siftloader.predictions import Predictions as Predictions
     from siftloader.schedule import Schedule as Schedule
     from siftloader.scores import (
@@ -57,9 +59,11 @@ _NAMES = {
     "errors": "BatchError CorpusError CorruptShard EmptyEpoch ScoringError ShardError SiftError "
     "StateError",
     "exits": "EarlyExit",
+    "heads": "ExitHead",
     "loader": "SiftingDataLoader",
     "masking": "Mlm",
     "pool": "Pool",
+    "predicted": "Predicted",
     "predictions": "Predictions",
     "schedule": "Schedule",
     "scores": "Criterion Entropy GradNorm LeastConfidence Loss Margin Random Rarity Reducible Residual",

@@ -36,6 +36,7 @@ from siftloader.batches import (
 )
 from siftloader.candidates import LoaderCandidates, Piece, ShardCandidates
 from siftloader.errors import EmptyEpoch, StateError
+from siftloader.heads import ExitHead
 from siftloader.schedule import Epoch, Keep, Schedule, whole
 from siftloader.scores import ScoreOf, criterion_named
 from siftloader.selection import Selection
@@ -133,6 +134,7 @@ class SiftingDataLoader(DataLoader[Any]):
         pool: Literal["merge", "split"] = "merge",
         positions: Positions | None = None,
         sift_weight: bool = False,
+        exit_head: ExitHead | Literal["probe"] | None = None,
         labels: Labels | None = None,
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
@@ -161,6 +163,7 @@ class SiftingDataLoader(DataLoader[Any]):
             selection=selection,
             positions=positions,
             sift_weight=sift_weight,
+            exit_head=exit_head,
             labels=labels,
             score_fn=score_fn,
             shift_labels=shift_labels,
@@ -179,6 +182,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._told_epoch: int | None = None
         self._tested = not self._schedule.ever_sifts
         self._warned = False
+        self._learned: dict[str, str] | None = None  # digests of the tensors a loaded state needs
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
@@ -196,6 +200,7 @@ class SiftingDataLoader(DataLoader[Any]):
         return cls(_Existing(loader, sharded), model=model, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self._check_learned()
         epoch, cursor = (self._epoch + 1, {}) if self._begun else (self._epoch, self._cursor)
         resumed = bool(cursor)
         if not resumed:
@@ -230,6 +235,11 @@ class SiftingDataLoader(DataLoader[Any]):
         self._sifter.counts.sifting = self._sifts()
         return {"epoch": self._epoch, **self._sifter.counts.read()}
 
+    @property
+    def exit_head(self) -> ExitHead | None:
+        """The head that is trained beside the model; save its ``state_dict()`` beside the loader's."""
+        return self._sifter.exit_head
+
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
         self._sifter.attach_model(model)
@@ -261,6 +271,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
             "precision": self._sifter.precision,
+            "learned": self._sifter.digests(),
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -289,6 +300,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
         self._sifter.precision = state["precision"] or self._sifter.precision
+        self._learned = dict(state["learned"])
         self._sifter.counts = Stats.from_state(state["stats"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -337,11 +349,14 @@ class SiftingDataLoader(DataLoader[Any]):
         one = held.popleft() if held else self._draw(pieces)
         if one is None:
             return None
+        taken = [(one, one.used, one.used + one.rows)]
         part = one.take(one.rows)
         if not self._tested and self._sifter.model.training:
             # What cannot be scored fails on the first batch, not when the warm-up ends.
-            self._sifter.rate(part, self._labels([(one, 0, one.used)]))
+            self._sifter.rate(part, self._labels(taken), self._fields(taken))
             self._tested = True
+        if self._learns():
+            self._sifter.teach(part, self._labels(taken))
         if self._split and self._schedule.ever_sifts:
             part = cut(part, 0, self._kept_of(one.piece.rows))
         if self._sifter.weighs:
@@ -416,6 +431,13 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _sifts(self) -> bool:
         return self._schedule.sifts(self._sifter.counts.steps) and self._sifter.model.training
+
+    def _learns(self) -> bool:
+        # An exit head learns from the warm-up too: it is there to be ready at its end.
+        step, sifter = self._sifter.counts.steps, self._sifter
+        return (
+            sifter.exit_head is not None and sifter.model.training and self._schedule.ahead(step)
+        )
 
     def _pool(self) -> int | None:
         # P of the coming step, None before the first batch told b.
@@ -533,6 +555,20 @@ class SiftingDataLoader(DataLoader[Any]):
     def _pad_id(self) -> int:
         pad = getattr(getattr(self._sifter.model, "config", None), "pad_token_id", None)
         return pad if isinstance(pad, int) else 0
+
+    def _check_learned(self) -> None:
+        # At the first iteration, so that tensors may be loaded before or after the state.
+        expected, self._learned = self._learned, None
+        found = self._sifter.digests()
+        if expected is None:
+            return
+        for name in {*found, *expected}:
+            if found.get(name) != expected.get(name):
+                owner = "loader.exit_head" if name == "exit_head" else "the criterion"
+                raise StateError(
+                    f"the state was saved beside other tensors of {owner}: load them too, with "
+                    f"load_state_dict(), or begin without the state"
+                )
 
     def _check_topology(self, state: Mapping[str, Any]) -> None:
         ranks = World.detect().ranks

@@ -95,6 +95,11 @@ class Schedule:
         shares = self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,)
         return any(share < 1 for share in shares)
 
+    def ahead(self, step: int) -> bool:
+        """Whether there is sifting from this step on, now or later."""
+        end = self.cooldown_begins
+        return self.ever_sifts and (end is None or step < end)
+
     def pool(self, step: int, batch: int) -> int:
         """P: the rows drawn for a batch of ``batch``; ValueError where that is not whole."""
         keep = self.keep_at(step)

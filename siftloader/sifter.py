@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from siftloader.batches import IGNORED, Batch, cut, leaves, move, rows, select
 from siftloader.errors import ScoringError
 from siftloader.exits import EarlyExit, Task
+from siftloader.heads import ExitHead, ProbeExit
 from siftloader.pool import Pool
 from siftloader.predictions import Predictions
 from siftloader.schedule import check_keep, whole
-from siftloader.scores import Random, Rarity, ScoreOf, criterion_named
+from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
 from siftloader.selection import Selection, TopK, samples, weights
 from siftloader.stack import unwrap
 from siftloader.stats import Stats
@@ -71,6 +72,7 @@ class Sifter:
         selection: Selection | None = None,
         positions: Positions | None = None,
         sift_weight: bool = False,
+        exit_head: ExitHead | Literal["probe"] | None = None,
         labels: Labels | None = None,
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
@@ -96,9 +98,16 @@ class Sifter:
             weights(self.selection, torch.zeros(2), 1, Pool())  # says what is needed
         self.counts = Stats()
         self.pools = 0  # scored so far: the key of random draws
+        if exit_head not in (None, "probe") and not isinstance(exit_head, ExitHead):
+            raise ValueError(f'exit_head must be None, "probe" or an ExitHead, got {exit_head!r}')
+        if exit_head is not None and score_fn is not None:
+            raise ValueError(
+                "score_fn calls the model's own early exit, exit_head replaces it: give one of them"
+            )
+        self.exit_head = ExitHead() if isinstance(exit_head, str) else exit_head
         self._labels, self._score_fn = labels, score_fn
         self._shift, self._autocast = shift_labels, autocast
-        self._early: EarlyExit | None = None
+        self._early: EarlyExit | ProbeExit | None = None
         self._watching: RemovableHandle | None = None
         self._watches = WATCHES
         self.attach_model(model)
@@ -112,7 +121,7 @@ class Sifter:
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
         if isinstance(model, nn.Module) and self._needs_model:
-            self._early = EarlyExit(model, self.exit_layer)
+            self._exit()
 
     @property
     def model(self) -> nn.Module:
@@ -132,6 +141,12 @@ class Sifter:
         except (AttributeError, NotImplementedError):
             first = next(model.parameters(), None)
             return torch.device("cpu") if first is None else first.device
+
+    def digests(self) -> dict[str, str]:
+        """What was learned beside the model, by name: the sha256 of each, for a state to refer to."""
+        named: dict[str, Any] = {f"criterion {n}": e for n, e in enumerate(_terms(self.criterion))}
+        named["exit_head"] = self.exit_head
+        return {name: each.digest() for name, each in named.items() if hasattr(each, "digest")}
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -203,7 +218,7 @@ class Sifter:
         """Indices of the kept [b], rising, all scores [P], weights [P] if wanted; counted."""
         pool = self._pool(candidates, fields)
         with self.counts.timing(self.device):
-            scores, nonfinite, unlabelled = self._rate(pool, labels)
+            scores, nonfinite, unlabelled = self._rate(pool, labels, learn=True)
             index = self.selection(scores, keep, pool)
             found = self._weights_of(scores, keep, pool) if self.weighs else None
         self.pools += 1
@@ -242,6 +257,12 @@ class Sifter:
         """The key under which labels are looked for."""
         return self._labels if isinstance(self._labels, str) else "labels"
 
+    def teach(self, batch: Batch, labels: Tensor | None) -> None:
+        """Train the exit head on a batch that is not sifted; nothing where there is none."""
+        if isinstance(early := self._exit() if self.exit_head else None, ProbeExit):
+            with torch.no_grad(), self._precision(self.device):
+                early.learn(batch, self._targets(batch, labels, self.device))
+
     def rate(
         self, candidates: Batch, labels: Tensor | None, fields: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,13 +276,15 @@ class Sifter:
     def _pool(self, candidates: Batch, fields: Mapping[str, Tensor] | None) -> Pool:
         return Pool(candidates, self.pools, World.detect().rank, fields or {})
 
-    def _rate(self, pool: Pool, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _rate(
+        self, pool: Pool, labels: Tensor | None, learn: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         device, samples = self.device, rows(pool.batch)
         with torch.no_grad(), self._precision(device):
             if self._score_fn is not None and self._needs_model:
                 scores, labelled = self._by_function(self._score_fn, pool)
             else:
-                scores, labelled = self._by_labels(pool, labels, device)
+                scores, labelled = self._by_labels(pool, labels, device, learn)
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
@@ -271,23 +294,31 @@ class Sifter:
         return ranked, (~finite & labelled).sum(), (~labelled).sum()
 
     def _by_labels(
-        self, pool: Pool, labels: Tensor | None, device: torch.device
+        self, pool: Pool, labels: Tensor | None, device: torch.device, learn: bool
     ) -> tuple[Any, Tensor]:
-        if labels is None:
-            labels = torch.zeros(rows(pool.batch), dtype=torch.long)
-        task = self._task_of(pool.batch, labels)
-        if task.ignored != IGNORED:
-            labels = labels.masked_fill(labels == task.ignored, IGNORED)
-        targets = Targets.of(labels, device, bool(task.shift), self.positions)
+        targets = self._targets(pool.batch, labels, device)
         if self._needs_model and not self._tried:
             self._try(pool.batch, targets)
         if self._reading is not None:
-            return self._heard(self._reading, self._exit().with_labels, pool)
+            return self._heard(self._reading, self._own_exit().with_labels, pool)
 
         def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
             return self._exit().logits_at(batch, targets)
 
-        return self.criterion(Predictions(targets, run, pool)), targets.labelled()
+        scores = self.criterion(Predictions(targets, run, pool))
+        if learn and isinstance(early := self._exit(), ProbeExit):
+            early.learn(
+                pool.batch, targets
+            )  # after the scores: those are of the weights before it
+        return scores, targets.labelled()
+
+    def _targets(self, batch: Batch, labels: Tensor | None, device: torch.device) -> Targets:
+        if labels is None:
+            labels = torch.zeros(rows(batch), dtype=torch.long)
+        task = self._task_of(batch, labels)
+        if task.ignored != IGNORED:
+            labels = labels.masked_fill(labels == task.ignored, IGNORED)
+        return Targets.of(labels, device, bool(task.shift), self.positions)
 
     def _try(self, candidates: Batch, targets: Targets) -> None:
         # Once: are there predictions without the labels? Else the model's own loss is listened to.
@@ -295,7 +326,7 @@ class Sifter:
         try:
             classes = early.classes(candidates, targets.length)
         except ScoringError as error:
-            if early.takes_labels(candidates):
+            if isinstance(early, EarlyExit) and early.takes_labels(candidates):
                 self._reading = Reading.of(early.with_labels, candidates, samples)
             if self._reading is None:
                 raise error from None
@@ -311,7 +342,7 @@ class Sifter:
 
     def _by_function(self, function: ScoreFunction, pool: Pool) -> tuple[Any, Tensor]:
         def call(batch: Batch) -> Any:
-            return function(self._exit(), batch)
+            return function(self._own_exit(), batch)
 
         samples = rows(pool.batch)
         if not self._tried:
@@ -369,10 +400,18 @@ class Sifter:
     def _needs_model(self) -> bool:
         return self._score_fn is not None or not isinstance(self.criterion, (Random, Rarity))
 
-    def _exit(self) -> EarlyExit:
+    def _exit(self) -> EarlyExit | ProbeExit:
         if self._early is None or not self._early.is_of(self.model):
-            self._early = EarlyExit(self.model, self.exit_layer)
+            if self.exit_head is None:
+                self._early = EarlyExit(self.model, self.exit_layer)
+            else:
+                self._early = ProbeExit(self.model, self.exit_layer, self.exit_head)
         return self._early
+
+    def _own_exit(self) -> EarlyExit:
+        early = self._exit()
+        assert isinstance(early, EarlyExit)  # exit heads have no loss to listen to, nor a score_fn
+        return early
 
     def _task_of(self, candidates: Batch, labels: Tensor) -> Task:
         if self._task is None:
@@ -401,6 +440,14 @@ class Sifter:
         if dtype is None:
             return nullcontext()
         return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+def _terms(criterion: ScoreOf) -> Iterator[ScoreOf]:
+    if isinstance(criterion, Weighted):
+        for _, each in criterion.terms:
+            yield from _terms(each)
+    else:
+        yield criterion
 
 
 def weighted(batch: Batch, weights: Tensor | None, index: Tensor | None) -> Batch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from effort import examples
 from hypothesis import given, strategies as st
 from models import bert, candidates, classifier, gpt2, trace
 from test_loader import DEMO, Rows, ids, make
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from siftloader import (
+    ExitHead,
     Gumbel,
     Loss,
+    Predicted,
     RankSample,
     Reducible,
     Robust,
@@ -370,3 +374,135 @@ def test_plain_loaders_are_wrapped_as_before():
     plain = DataLoader(Rows(32), 8)
     loader = SiftingDataLoader.wrap(plain, model=classifier(), warmup_steps=0, keep={0: 0.5})
     assert len(list(loader)) == 2
+
+
+# Learned beside the model: exit heads, predicted losses
+
+
+class Stages(nn.Module):
+    """A stage network on features [P, 8]: widths 16, 24, 32, so that its head fits the last one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [8, 16, 24, 32]
+        for number, (a, b) in enumerate(pairwise(widths), 1):
+            stage = nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Dropout(0.1))
+            setattr(self, f"layer{number}", stage)
+        self.fc = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(x))))
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(x)
+
+
+def stages() -> nn.Module:
+    torch.manual_seed(5)
+    return Stages().train()
+
+
+def planted_rows(count: int = 256) -> list[dict[str, Tensor]]:
+    x = torch.randn(count, 8, generator=torch.Generator().manual_seed(1))
+    return [{"x": row, "labels": (row[:5].argmax()).long()} for row in x]
+
+
+def probing(model, **options) -> SiftingDataLoader:
+    settings = {"exit_layer": "layer1", "exit_head": ExitHead(lr=3e-2), "warmup_steps": 4}
+    return SiftingDataLoader(planted_rows(), 8, model=model, **settings | options)
+
+
+def test_an_exit_head_learns_from_the_warm_up_on_and_touches_nothing():
+    model = stages()
+    loader = probing(model)
+    source, digests = iter(loader), [loader.exit_head.digest()]
+    traces = set()
+    for _ in range(8):
+        batch = next(source)
+        assert batch["x"].shape == (8, 8)
+        digests.append(loader.exit_head.digest())
+        loader._sifter.unwatch_precision()  # it waits for a forward that this loop never makes
+        traces.add(trace(model))
+    assert len(traces) == 1
+    assert digests[0] == "" and len(set(digests)) == 9, "a step of the head for every batch"
+    sifter = Sifter(model, exit_layer="layer1", exit_head=loader.exit_head)
+    held_out = torch.utils.data.default_collate(planted_rows(512)[256:])
+    assert sifter.score(held_out).mean() < 0.9 * math.log(10)
+    assert loader.exit_head.digest() == digests[-1], "looking at scores teaches nothing"
+
+
+@pytest.mark.parametrize("cut", [0, 2, 4, 7])
+@pytest.mark.parametrize("heads_first", [True, False])
+def test_a_run_with_an_exit_head_resumes_exactly(cut, heads_first):
+    model = stages()
+    expected = [batch["x"] for batch in probing(model)]
+    first, second = probing(model), probing(model)
+    source = iter(first)
+    begun = [next(source)["x"] for _ in range(cut)]
+    state, tensors = json.loads(json.dumps(first.state_dict())), first.exit_head.state_dict()
+    if heads_first:
+        second.exit_head.load_state_dict(tensors)
+        second.load_state_dict(state)
+    else:
+        second.load_state_dict(state)
+        second.exit_head.load_state_dict(tensors)
+    rest = [batch["x"] for batch in second]
+    assert all(map(torch.equal, begun + rest, expected))
+    assert len(begun + rest) == len(expected)
+
+
+def test_a_state_without_its_tensors_is_refused():
+    model = stages()
+    loader = probing(model)
+    source = iter(loader)
+    next(source)
+    forgotten = probing(model)
+    forgotten.load_state_dict(loader.state_dict())
+    with pytest.raises(StateError, match=r"loader\.exit_head"):
+        next(iter(forgotten))
+    plain = SiftingDataLoader(planted_rows(), 8, model=classifier(), warmup_steps=0)
+    plain.load_state_dict(
+        SiftingDataLoader(planted_rows(), 8, model=classifier(), warmup_steps=0).state_dict()
+    )
+    next(iter(plain))
+    predicted = SiftingDataLoader(
+        planted_rows(),
+        8,
+        model=classifier(),
+        criterion=0.5 * Predicted(Small()) + Loss(),
+        warmup_steps=0,
+    )
+    next(iter(predicted))
+    other = SiftingDataLoader(
+        planted_rows(), 8, model=classifier(), warmup_steps=0,
+        criterion=0.5 * Predicted(Small()) + Loss(),
+    )  # fmt: skip
+    other.load_state_dict(predicted.state_dict())
+    with pytest.raises(StateError, match="the criterion"):
+        next(iter(other))
+
+
+def test_an_exit_head_is_offered_to_transformers_too():
+    model, batch = bert(), candidates("bert")
+    sifter = Sifter(model, exit_layer=2, exit_head="probe")
+    first = sifter.score(batch)
+    rows = torch.arange(8) != 3
+    assert torch.allclose(first[rows], torch.full((7,), math.log(97)), atol=1e-4)
+    for _ in range(30):
+        sifter(batch)
+    assert (sifter.score(batch)[rows] < first[rows]).all()
+
+
+def test_a_stage_network_is_told_of_the_exit_head():
+    with pytest.raises(ScoringError, match="exit_head"):
+        SiftingDataLoader(planted_rows(), 8, model=stages(), exit_layer=1)
+    with pytest.raises(ValueError, match="give one of them"):
+        make(batch_size=8, exit_head="probe")
+    with pytest.raises(ValueError, match='None, "probe" or an ExitHead'):
+        Sifter(classifier(), exit_head="linear")

@@ -13,8 +13,8 @@ from siftloader import errors
 
 
 PUBLIC = """
-    BatchError CorpusError CorruptShard Criterion EarlyExit EmptyEpoch Entropy First GradNorm Gumbel
-    LeastConfidence Loss Margin Mlm Pool Predictions Random RankSample Rarity Reducible Residual Robust
+    BatchError CorpusError CorruptShard Criterion EarlyExit EmptyEpoch Entropy ExitHead First GradNorm Gumbel
+    LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample Rarity Reducible Residual Robust
     Schedule ScoringError Selection ShardError SiftError Sifter SiftingDataLoader StateError Stratified
     Stride TokenShards TopK TrimmedTopK World
 """.split()  # noqa: SIM905 - a list of names reads better without quotes
