@@ -58,7 +58,8 @@ class Learner:
                 fine = torch.stack([grad.isfinite().all() for grad in grads]).all()
                 for grad in grads:
                     grad.copy_(torch.where(fine, grad, 0))
-                with torch.device("cpu"):  # its count of steps is read there, whatever the default
+                # Where a default device is set, older versions count steps there, and wait for it.
+                with torch.device("cpu"):
                     self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
 
