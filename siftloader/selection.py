@@ -276,7 +276,7 @@ def weights(selection: Selection, scores: Tensor, keep: int, pool: Pool) -> Tens
     # What was kept is at least as likely as 2 ** -53; the floor only keeps the others finite.
     likely = selection.inclusion(scores, keep, pool).clamp_min(2.0**-60)
     can_win = _can_win(scores)
-    return torch.where(can_win, keep / (can_win.sum().clamp_min(1) * likely), 0.0).float()
+    return torch.where(can_win, keep / (can_win.sum() * likely), 0.0).float()
 
 
 def _can_win(scores: Tensor) -> Tensor:
@@ -296,9 +296,8 @@ def _by(wait: Tensor, scores: Tensor) -> Tensor:
 
 def _late(scores: Tensor, late: Tensor) -> Tensor:
     """Indices [P], best first; the ``late`` come after the others, lowest first, -inf after all."""
-    can_win = _can_win(scores)
-    late = late & can_win
-    return _by(torch.where(can_win, late.long(), 2), torch.where(late, -scores, scores))
+    group = torch.where(_can_win(scores), late.long(), 2)
+    return _by(group, torch.where(late, -scores, scores))
 
 
 def _first(order: Tensor, keep: int) -> Tensor:

@@ -201,6 +201,16 @@ def test_one_of_one_and_all_of_all(selection):
         assert selection(scores, count, at).tolist() == list(range(count))
 
 
+@named("selection", EVERY, ids=repr)
+def test_a_view_is_as_good_as_a_copy(selection):
+    scores, source = torch.randn(12, 2), torch.arange(24).view(12, 2) % 3
+    views, copies = (scores[:, 1], source[:, 1]), (scores[:, 1].clone(), source[:, 1].clone())
+    (one, two) = (
+        selection(rows, 6, Pool(fields={"source": strata})) for rows, strata in (views, copies)
+    )
+    assert torch.equal(one, two)
+
+
 # Draws.
 
 
@@ -351,17 +361,14 @@ def test_the_cold_limit_is_topk(selection, scores, scale, data):
 # Weights.
 
 
-def weighted_means(selection, scores, values, keep, pools, weigh=weights):
-    """The mean over pools of the mean of weight * value over the kept, and its standard error."""
-    found = np.empty(pools)
+def means(selection, scores, values, keep, pools):
+    """Of the mean of weight * value over the kept, and of the plain mean: (mean, standard error)."""
+    found = np.empty((pools, 2))
     for k in range(pools):
         kept = selection(scores, keep, pool(k))
-        found[k] = (weigh(selection, scores, keep, pool(k))[kept] * values[kept]).mean().item()
-    return found.mean(), found.std(ddof=1) / math.sqrt(pools)
-
-
-def unweighted(selection, scores, keep, pool):
-    return torch.ones(len(scores))
+        weight = weights(selection, scores, keep, pool(k))[kept]
+        found[k] = (weight * values[kept]).mean().item(), values[kept].mean().item()
+    return zip(found.mean(0), found.std(0, ddof=1) / math.sqrt(pools), strict=True)
 
 
 @named("selection", [RankSample(), RankSample(0.5), Gumbel(), Gumbel(2.0), Gumbel(1e30)], ids=repr)
@@ -371,11 +378,10 @@ def test_the_weighted_mean_is_unbiased(selection):
     values = torch.where(can_win, scores, 1e3).double() + torch.linspace(0, 1, 12)
     truth = values[can_win].mean().item()
     for keep in (3, 6):
-        mean, error = weighted_means(selection, scores, values, keep, 1500)
+        (mean, error), (plain, plain_error) = means(selection, scores, values, keep, 1500)
         assert abs(mean - truth) < 4 * error
-        if selection != Gumbel(1e30):  # drawn evenly, the plain mean is unbiased too
-            mean, error = weighted_means(selection, scores, values, keep, 1500, unweighted)
-            assert abs(mean - truth) > 4 * error
+        # With weights of one the test fails, except where all rows are equally likely.
+        assert selection == Gumbel(1e30) or abs(plain - truth) > 4 * plain_error
 
 
 @named("selection", [RankSample(), Gumbel()], ids=repr)
@@ -391,11 +397,25 @@ def test_with_few_that_can_win_the_weighted_mean_is_exact(selection):
     assert selection(nothing, 2, pool()).tolist() == [0, 1]
 
 
+@named("selection", SAMPLING, ids=repr)
+def test_the_most_extreme_draws_have_finite_weights(selection):
+    edges = torch.tensor(
+        [2.0**-53, 1 - 2.0**-53, 0.5, 2.0**-53, 1 - 2.0**-53], dtype=torch.float64
+    )
+    at = SimpleNamespace(uniform=lambda seed, count: edges)
+    for scores in (torch.zeros(5), torch.tensor([80.0, 0.0, 40.0, 80.0, -80.0])):
+        for keep in range(1, 6):
+            kept, found = selection(scores, keep, at), weights(selection, scores, keep, at)
+            assert len({*kept.tolist()}) == keep
+            assert found.isfinite().all() and (found[kept] > 0).all()
+            assert (selection.inclusion(scores, keep, at)[kept] > 2.0**-54).all()
+
+
 def test_an_unlikely_row_keeps_its_probability():
     # At 60 nats below the threshold 1 - exp(-x) is 0 in plain arithmetic, and 1 / 0 no weight.
     likely = Gumbel().inclusion(torch.tensor([60.0, 60.0, 0.0]), 1, pool())
     assert likely[0] == likely[1]
-    assert likely[2] / -torch.log1p(-likely[0]) == pytest.approx(math.exp(-60), rel=1e-9)
+    assert likely[2] / -torch.log1p(-likely[0]) == pytest.approx(math.exp(-60), rel=1e-9, abs=0)
 
 
 @named("selection", [TopK(), *GUARDS], ids=repr)
@@ -572,6 +592,14 @@ def test_largest_remainders_are_rounded_up(sizes, keep, quotas):
     source = [stratum for stratum, size in enumerate(sizes) for _ in range(size)]
     kept = Stratified()(torch.arange(float(len(source))), keep, pool(source=source)).tolist()
     assert tuple(Counter(source[i] for i in kept)[s] for s in range(len(sizes))) == quotas
+
+
+def test_with_few_that_can_win_strata_do_not_matter():
+    infinite = -math.inf
+    scores, at = torch.tensor([infinite, 1.0, infinite, 2.0]), pool(source=[0, 1, 1, 2])
+    assert Stratified()(scores, 2, at).tolist() == [1, 3]
+    assert Stratified()(scores, 3, at).tolist() == [0, 1, 3]  # not row 2, of the fuller stratum
+    assert Stratified()(torch.full((4,), infinite), 3, at).tolist() == [0, 1, 2]
 
 
 def test_strata_come_from_the_batch_or_a_function_of_it():
