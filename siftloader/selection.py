@@ -74,12 +74,12 @@ class TrimmedTopK:
 
     def __call__(self, scores: Tensor, keep: int, pool: Pool | None = None) -> Tensor:
         """[b]; ValueError where fewer than ``keep`` candidates are left."""
-        samples = len(scores)
-        drop = math.floor(self.drop_top * samples + 0.5)
-        if samples - drop < keep:
+        count = len(scores)
+        drop = math.floor(self.drop_top * count + 0.5)
+        if count - drop < keep:
             raise ValueError(
-                f"drop_top={self.drop_top} drops {drop} of {samples} candidates and leaves "
-                f"{samples - drop}, but {keep} are to be kept; choose drop_top below 1 - keep, or "
+                f"drop_top={self.drop_top} drops {drop} of {count} candidates and leaves "
+                f"{count - drop}, but {keep} are to be kept; choose drop_top below 1 - keep, or "
                 f"more candidates"
             )
         dropped = torch.zeros_like(scores, dtype=torch.bool)
@@ -161,20 +161,17 @@ class Stratified:
         return _first(_by(torch.empty_like(wait).scatter(0, ranked, wait), scores), keep)
 
     def _strata(self, scores: Tensor, pool: Pool) -> Tensor:
-        named = isinstance(self.by, str)
         found: Any = pool.field(self.by) if isinstance(self.by, str) else self.by(pool.batch)
-        kind = f"{found.dtype} {list(found.shape)}" if isinstance(found, Tensor) else repr(found)
-        if (
-            not isinstance(found, Tensor)
-            or found.shape != scores.shape
-            or found.is_floating_point()
-            or found.is_complex()
-        ):
-            raise ScoringError(
-                f"{f'the field {self.by!r}' if named else 'by='} gives {kind}, need the stratum of "
-                f"each candidate as an integer tensor [{len(scores)}]"
-            )
-        return _to(found.long(), scores.device)
+        if isinstance(found, Tensor) and found.shape == scores.shape:
+            if not found.is_floating_point() and not found.is_complex():
+                return _to(found.long(), scores.device)
+            kind = str(found.dtype)
+        else:
+            kind = f"{list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ScoringError(
+            f"by={self.by!r} gives {kind}, need the stratum of each candidate as an integer tensor "
+            f"[{len(scores)}]"
+        )
 
 
 @final

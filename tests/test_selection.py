@@ -614,7 +614,9 @@ def test_strata_come_from_the_batch_or_a_function_of_it():
     for wrong in (torch.zeros(4), torch.zeros(3).long(), torch.zeros(4, 1).long(), [0, 0, 1, 1]):
         with pytest.raises(ScoringError, match=r"an integer tensor \[4\]"):
             Stratified(lambda batch, wrong=wrong: wrong)(scores, 2, Pool())
-    with pytest.raises(ScoringError, match=r"'weight' gives torch\.float32"):
+    with pytest.raises(ScoringError, match=r"gives list, need the stratum of each"):
+        Stratified(lambda batch: [0, 0, 1, 1])(scores, 2, Pool())
+    with pytest.raises(ScoringError, match=r"by='weight' gives torch\.float32"):
         Stratified("weight")(scores, 2, Pool({"weight": torch.zeros(4)}))
 
 
