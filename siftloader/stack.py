@@ -238,7 +238,11 @@ def _stages(model: nn.Module) -> list[str]:
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    # Where a part of one layer is compiled, its names say so.
+    return {
+        name.replace("_orig_mod.", ""): tuple(parameter.shape)
+        for name, parameter in layer.named_parameters()
+    }
 
 
 def _alike(layers: list[nn.Module]) -> bool:

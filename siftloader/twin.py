@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from siftloader.errors import ScoringError
-from siftloader.stack import Exit
+from siftloader.stack import Exit, unwrap
 
 
 # Elements of logits alive at a time: 256 MiB of float32, whatever P, T and V are.
@@ -59,16 +59,15 @@ class Twin:
         self._identity = _identity(root)
         self._live = list(root.modules())  # kept alive, so that an id is never used again
         memo: dict[int, nn.Module] = {}
+        self._layers: list[nn.Module] = []  # the live ones: no twin may run them
         for path, kept in where.cuts.items():
-            layers = list(
-                root.get_submodule(path)._modules.values()
-            )  # children() counts a layer once
+            # children() would count a shared layer once
+            layers = [
+                each for each in root.get_submodule(path)._modules.values() if each is not None
+            ]
+            self._layers += [unwrap(each) for each in layers]
             # Whoever holds the dropped layers elsewhere finds the live ones, and the tripwire.
-            memo |= {
-                id(each): each
-                for each in layers[kept:]
-                if each is not None and each not in layers[:kept]
-            }
+            memo |= {id(each): each for each in layers[kept:] if each not in layers[:kept]}
         for path, kept in where.cuts.items():
             _shell(root.get_submodule(path), memo, children=kept)
         self._root = _shell(root, memo)
@@ -79,7 +78,6 @@ class Twin:
         self._shells = [(each, memo[id(each)]) for each in self._live if id(each) in memo]
         self._shells = [(live, shell) for live, shell in self._shells if live is not shell]
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
-        self._dropped = [each for each in self._live if memo.get(id(each)) is each]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
         self._watched = self._spoiled = False
@@ -101,7 +99,7 @@ class Twin:
         for (live, shell), seen in zip(self._shells, self._seen, strict=True):
             for name, value in live.__dict__.items():
                 if value is not seen.get(name, shell) and name not in OWN:
-                    shell.__dict__[name] = _rebound(value, live, shell, self._memo)
+                    shell.__dict__[name] = _rebound(value, self._memo)
                     seen[name] = value
         for live, shell, values in self._settings:
             # Past the config's own checks: a broken number of groups is no config that one could build.
@@ -157,10 +155,10 @@ class Twin:
         # error: the first call, and the first while the model trains, watch the live modules.
         before, weights = self._buffers(), [(each, _version(each)) for each in self._parameters()]
         try:
-            with _tripwire(self._live, self._dropped):
+            with _tripwire(self._live, self._layers):
                 output = self._root(*args, **kwargs)
         except (IndexError, KeyError) as error:
-            if not self._dropped:
+            if not self._layers:
                 raise
             raise ScoringError(
                 f"the forward of {type(self._root).__name__} failed without the layers beyond the exit "
@@ -370,20 +368,21 @@ def _shell(
     shell.__dict__ = state
     for name, value in list(state.items()):
         if name not in OWN:
-            state[name] = _rebound(value, module, shell, memo)
+            state[name] = _rebound(value, memo)
     return shell
 
 
-def _rebound(value: Any, live: nn.Module, shell: nn.Module, memo: dict[int, nn.Module]) -> Any:
+def _rebound(value: Any, memo: dict[int, nn.Module]) -> Any:
     # What refers to live modules refers to their shells. A forward patched onto the instance is bound
     # to the live object and would run all its layers; a list of modules would run them in train mode.
-    if isinstance(value, MethodType) and value.__self__ is live:
-        return MethodType(value.__func__, shell)
-    if isinstance(value, functools.partial) and any(each is live for each in value.args):
-        args = [shell if each is live else each for each in value.args]
-        return functools.partial(value.func, *args, **value.keywords)
+    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
+        return MethodType(value.__func__, _shell(value.__self__, memo))
+    if isinstance(value, functools.partial):
+        args = [_rebound(each, memo) for each in value.args]
+        named = {name: _rebound(each, memo) for name, each in value.keywords.items()}
+        return functools.partial(_rebound(value.func, memo), *args, **named)
     if isinstance(inner := getattr(value, "_torchdynamo_orig_callable", None), MethodType):
-        return _rebound(inner, live, shell, memo)  # model.forward = torch.compile(model.forward)
+        return _rebound(inner, memo)  # model.forward = torch.compile(model.forward)
     if isinstance(value, OrderedDict):
         return value.copy()  # hooks
     if isinstance(value, weakref.ref) and isinstance(held := value(), nn.Module):
@@ -391,20 +390,20 @@ def _rebound(value: Any, live: nn.Module, shell: nn.Module, memo: dict[int, nn.M
     if isinstance(value, nn.Module):
         return _shell(value, memo)
     if isinstance(value, (list, tuple)) and any(isinstance(each, nn.Module) for each in value):
-        return type(value)(_rebound(each, live, shell, memo) for each in value)
+        return type(value)(_rebound(each, memo) for each in value)
     if isinstance(value, dict) and any(isinstance(each, nn.Module) for each in value.values()):
-        return {name: _rebound(each, live, shell, memo) for name, each in value.items()}
+        return {name: _rebound(each, memo) for name, each in value.items()}
     return value
 
 
 @contextmanager
-def _tripwire(live: list[nn.Module], dropped: list[nn.Module]) -> Iterator[None]:
+def _tripwire(live: list[nn.Module], layers: list[nn.Module]) -> Iterator[None]:
     thread = threading.get_ident()  # the model may well run in another one
 
     def refuse(module: nn.Module, args: Any) -> None:
-        if threading.get_ident() == thread and (module.training or module in dropped):
+        if threading.get_ident() == thread and (module.training or module in layers):
             raise ScoringError(
-                f"scoring reached a layer beyond the exit, or a module in training mode: a "
+                f"scoring reached a layer beyond the exit, or one that trains: a "
                 f"{type(module).__name__} of the live model itself. Where forward was replaced on the "
                 f"instance by a closure or a lambda, the early exit would silently be the whole "
                 f"model, with its dropout; assign a method (types.MethodType) or subclass the model"
