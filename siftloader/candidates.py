@@ -17,7 +17,13 @@ from typing import Any, TypeAlias, TypeVar, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    default_collate,
+)
 
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.errors import BatchError, StateError
@@ -47,6 +53,14 @@ class Piece:
     rows: int
     after: Callable[[int], Cursor]  # rows used of this piece -> cursor
     fields: Mapping[str, Tensor] = field(default_factory=dict)  # [rows], on the host: who they are
+
+
+@dataclass(frozen=True)
+class Existing:
+    """A loader to be taken as it is; ``sharded`` if it gives each rank its own share already."""
+
+    loader: Iterable[Batch]
+    sharded: bool
 
 
 @final
@@ -311,6 +325,40 @@ class LoaderCandidates:
             f"its own share: every rank would train on the same samples; use a DistributedSampler, "
             f"or SiftingDataLoader.wrap(loader, sharded=True) if it is split already"
         )
+
+
+def candidates_of(
+    dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
+) -> ShardCandidates | LoaderCandidates:
+    """The candidates of a data set and DataLoader arguments, or of a loader that exists."""
+    if isinstance(dataset, Existing):
+        loader = dataset.loader
+        if isinstance(loader, Dataset):
+            raise TypeError(
+                f"wrap takes a loader of batches, {type(loader).__name__} is a data set of samples; "
+                f"use SiftingDataLoader(dataset, batch_size=..., model=...)"
+            )
+        if isinstance(loader, (Mapping, Tensor, str)) or not hasattr(loader, "__iter__"):
+            raise TypeError(
+                f"wrap takes an iterable of batches, got {type(loader).__name__}; call a generator "
+                f"function, put a single batch into a list, use Sifter for one pool at a time"
+            )
+        if args or options:
+            raise TypeError(
+                f"wrap takes a loader as it is; it does not take {sorted(options) or args}"
+            )
+        return LoaderCandidates(loader, dataset.sharded)
+    inner: DataLoader[Any] = DataLoader(
+        dataset, *args, **options
+    )  # torch's errors for its arguments
+    if isinstance(dataset, TokenShards) and options.get("collate_fn") is None:
+        if inner.batch_size is None:
+            raise ValueError(
+                "TokenShards gives samples, so batch_size must be a number; for batches of its own "
+                "use SiftingDataLoader.wrap(shards.batches(n), model=...)"
+            )
+        return ShardCandidates(dataset, inner)
+    return LoaderCandidates(inner)
 
 
 @dataclass(frozen=True)

@@ -16,32 +16,32 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from siftloader.batches import (
     IGNORED,
     Batch,
     cut,
     leaves,
-    merge,
-    merge_labels,
     move,
     rows,
     select,
 )
-from siftloader.candidates import LoaderCandidates, Piece, ShardCandidates
+from siftloader.candidates import Existing, LoaderCandidates, Piece, candidates_of
+from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, StateError
 from siftloader.heads import ExitHead
+from siftloader.labels import Labels
 from siftloader.schedule import Epoch, Keep, Schedule, whole
+from siftloader.scorer import Model, ScoreFunction, Scorer
 from siftloader.scores import ScoreOf, criterion_named
-from siftloader.selection import Selection
+from siftloader.selection import Selection, check_share
 from siftloader.selection_log import SelectionLog
-from siftloader.sifter import Labels, Model, ScoreFunction, Sifter, weighted
+from siftloader.sifter import Sifter, Winners, weighted
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards
 from siftloader.targets import Positions, to_device
@@ -51,29 +51,6 @@ from siftloader.world import World
 STATE_VERSION = 1
 PATIENCE = 100  # batches handed out in eval mode, none ever sifted, before a warning
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class _Existing:
-    loader: Iterable[Batch]
-    sharded: bool
-
-
-@dataclass
-class _Held:
-    """A piece on its way into a pool, its batch on the device."""
-
-    batch: Batch
-    piece: Piece
-    used: int = 0  # rows of the piece that are gone
-
-    @property
-    def rows(self) -> int:
-        return self.piece.rows - self.used
-
-    def take(self, count: int) -> Batch:
-        first, self.used = self.used, self.used + count
-        return self.batch if count == self.piece.rows else cut(self.batch, first, self.used)
 
 
 class _Finished(IterableDataset[Batch]):
@@ -169,7 +146,10 @@ class SiftingDataLoader(DataLoader[Any]):
             shift_labels=shift_labels,
             autocast=autocast,
         )
-        self._source = _candidates(dataset, loader_args, loader_options)
+        for share in self._schedule.shares:
+            if share < 1:
+                check_share(self._sifter.selection, share)
+        self._source = candidates_of(dataset, loader_args, loader_options)
         self._split, self._on_select = pool == "split", on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
         self._gives_back = output_device == "inner"
@@ -197,7 +177,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
         ``sharded`` declares that it gives each rank its own share already; ``options`` are the class's.
         """
-        return cls(_Existing(loader, sharded), model=model, **options)
+        return cls(Existing(loader, sharded), model=model, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         self._check_learned()
@@ -270,8 +250,8 @@ class SiftingDataLoader(DataLoader[Any]):
             "keep": _as_json(self._schedule.keep),
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
-            "precision": self._sifter.precision,
-            "learned": self._sifter.digests(),
+            "precision": self._scorer.precision.name,
+            "learned": self._scorer.digests(),
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -299,7 +279,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
-        self._sifter.precision = state["precision"] or self._sifter.precision
+        self._scorer.precision.name = state["precision"]
         self._learned = dict(state["learned"])
         self._sifter.counts = Stats.from_state(state["stats"])
 
@@ -309,7 +289,7 @@ class SiftingDataLoader(DataLoader[Any]):
         )
 
     def _batches(self, pieces: Iterator[Piece], resumed: bool, turn: int) -> Iterator[Batch]:
-        held: deque[_Held] = deque()
+        held: deque[Drawn] = deque()
         handed = 0
         try:
             while (batch := self._next(pieces, held, turn)) is not None:
@@ -325,119 +305,96 @@ class SiftingDataLoader(DataLoader[Any]):
         if turn == self._turn:
             self._end_epoch(handed, resumed)
 
-    def _next(self, pieces: Iterator[Piece], held: deque[_Held], turn: int) -> Batch | None:
-        self._sifter.unwatch_precision()
+    def _next(self, pieces: Iterator[Piece], held: deque[Drawn], turn: int) -> Batch | None:
+        self._scorer.precision.unwatch()
         found = (self._next_sifted if self._sifts() else self._next_plain)(pieces, held)
         if found is None:
             return None
-        batch, last = found
+        batch, taken = found
         if turn == self._turn:
-            self._cursor = last.piece.after(last.used)
-        counts, training = self._sifter.counts, self._sifter.model.training
-        counts.samples += rows(batch) if last.piece.rows else 0
+            self._cursor = taken.cursor
+        counts, training = self._sifter.counts, self._scorer.model.training
+        counts.samples += rows(batch) if taken.last.rows else 0
         counts.steps += training
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:
             self._warn_of_eval_mode()
         if training and self._schedule.ever_sifts:
-            self._sifter.watch_precision()
-        return self._handed(batch, last)
+            self._scorer.precision.watch(self._scorer.given_model, self._scorer.device)
+        return self._handed(batch, taken.last)
 
     def _next_plain(
-        self, pieces: Iterator[Piece], held: deque[_Held]
-    ) -> tuple[Batch, _Held] | None:
-        one = held.popleft() if held else self._draw(pieces)
-        if one is None:
+        self, pieces: Iterator[Piece], held: deque[Drawn]
+    ) -> tuple[Batch, Taken] | None:
+        if not held and not self._draw(pieces, held):
             return None
-        taken = [(one, one.used, one.used + one.rows)]
-        part = one.take(one.rows)
-        if not self._tested and self._sifter.model.training:
+        taken = take(held, held[0].rows)
+        batch = taken.parts.pop()
+        if not self._tested and self._scorer.model.training:
             # What cannot be scored fails on the first batch, not when the warm-up ends.
-            self._sifter.rate(part, self._labels(taken), self._fields(taken))
+            pool = self._sifter.pool(batch, taken.fields())
+            self._scorer.score(pool, taken.labels(self._scorer.labels_of))
             self._tested = True
         if self._learns():
-            self._sifter.teach(part, self._labels(taken))
+            self._scorer.teach(batch, taken.labels(self._scorer.labels_of))
         if self._split and self._schedule.ever_sifts:
-            part = cut(part, 0, self._kept_of(one.piece.rows))
+            batch = cut(batch, 0, self._kept_of(taken.last.rows))
         if self._sifter.weighs:
-            part = weighted(part, torch.ones(rows(part), device=self._sifter.device), None)
-        return part, one
+            batch = weighted(batch, torch.ones(rows(batch), device=self._scorer.device), None)
+        return batch, taken
 
     def _next_sifted(
-        self, pieces: Iterator[Piece], held: deque[_Held]
-    ) -> tuple[Batch, _Held] | None:
+        self, pieces: Iterator[Piece], held: deque[Drawn]
+    ) -> tuple[Batch, Taken] | None:
         while True:
-            drawn = sum(one.rows for one in held)
-            while not drawn >= (self._pool() or math.inf) and not (self._split and held):
-                one = self._draw(pieces)
-                if one is None:
+            while not (held and self._split) and _rows(held) < (self._pool() or math.inf):
+                if not self._draw(pieces, held):
                     break
-                held.append(one)
-                drawn += one.rows
             if not held:
                 return None
-            pool = self._pool()
+            pool, drawn = self._pool(), _rows(held)
             assert pool is not None and self._batch_size is not None
             if drawn >= self._batch_size:
-                return self._sifted(held, min(drawn, pool), self._batch_size)
+                return self._sifted(take(held, min(drawn, pool)), self._batch_size)
             self._sifter.counts.tail_dropped += drawn  # less than a batch, at the end of the data
             held.clear()
 
-    def _sifted(self, held: deque[_Held], pool: int, keep: int) -> tuple[Batch, _Held]:
-        parts, taken = [], []
-        while pool:
-            one = held[0]
-            first, count = one.used, min(pool, one.rows)
-            parts.append(one.take(count))
-            taken.append((one, first, one.used))
-            pool -= count
-            if not one.rows:
-                held.popleft()
-        candidates = merge(parts, self._pad_id, self._sifter.label_name)
-        del parts
-        labels, fields = self._labels(taken), self._fields(taken)
-        index, scores, weights = self._sifter.winners(candidates, labels, keep, fields)
+    def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
+        candidates = taken.merged(self._pad_id, self._scorer.label_name)
+        labels, fields = taken.labels(self._scorer.labels_of), taken.fields()
+        won = self._sifter.winners(candidates, labels, keep, fields)
         self._tested = True
-        self._report(candidates, labels, fields, scores, index)
-        return weighted(select(candidates, index), weights, index), one
+        self._report(labels, fields, won)
+        return weighted(select(candidates, won.kept), won.weights, won.kept), taken
 
-    def _labels(self, taken: list[tuple[_Held, int, int]]) -> Tensor | None:
-        # Where the inner loader had them: on the host, their positions cost no synchronisation.
-        found = [(self._sifter.labels_of(one.piece.batch), a, b) for one, a, b in taken]
-        return merge_labels([None if each is None else each[a:b] for each, a, b in found])
-
-    def _fields(self, taken: list[tuple[_Held, int, int]]) -> dict[str, Tensor]:
-        known = set.intersection(*(set(one.piece.fields) for one, _, _ in taken))
-        return {
-            name: torch.cat([one.piece.fields[name][a:b] for one, a, b in taken])
-            for name in sorted(known)
-        }
-
-    def _draw(self, pieces: Iterator[Piece]) -> _Held | None:
+    def _draw(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
         piece = next(pieces, None)
         if piece is None:
-            return None
+            return False
         if not piece.rows and self._schedule.ever_sifts:
             rows(piece.batch)  # says what is wrong with it
         if self._inner is None and piece.rows:
             self._set_sizes(piece.rows)
-        return _Held(move(piece.batch, self._sifter.device), piece)
+        held.append(Drawn(move(piece.batch, self._scorer.device), piece))
+        return True
 
-    def _handed(self, batch: Batch, one: _Held) -> Batch:
+    def _handed(self, batch: Batch, piece: Piece) -> Batch:
         if not self._gives_back:
             return batch
-        where = next(leaf.device for leaf in leaves(one.piece.batch) if isinstance(leaf, Tensor))
+        where = next(leaf.device for leaf in leaves(piece.batch) if isinstance(leaf, Tensor))
         return move(batch, where)
 
+    @property
+    def _scorer(self) -> Scorer:
+        return self._sifter.scorer
+
     def _sifts(self) -> bool:
-        return self._schedule.sifts(self._sifter.counts.steps) and self._sifter.model.training
+        return self._schedule.sifts(self._sifter.counts.steps) and self._scorer.model.training
 
     def _learns(self) -> bool:
         # An exit head learns from the warm-up too: it is there to be ready at its end.
-        step, sifter = self._sifter.counts.steps, self._sifter
-        return (
-            sifter.exit_head is not None and sifter.model.training and self._schedule.ahead(step)
-        )
+        learning = self._scorer.exit_head is not None and self._scorer.model.training
+        return learning and self._schedule.ahead(self._sifter.counts.steps)
 
     def _pool(self) -> int | None:
         # P of the coming step, None before the first batch told b.
@@ -445,17 +402,10 @@ class SiftingDataLoader(DataLoader[Any]):
             return self._inner
         return self._schedule.pool(self._sifter.counts.steps, self._batch_size)
 
-    def _report(
-        self,
-        candidates: Batch,
-        labels: Tensor | None,
-        fields: Mapping[str, Tensor],
-        scores: Tensor,
-        index: Tensor,
-    ) -> None:
+    def _report(self, labels: Tensor | None, fields: Mapping[str, Tensor], won: Winners) -> None:
         if self._on_select is None and self._log is None:
             return
-        counts = self._sifter.counts
+        counts, (index, scores, _) = self._sifter.counts, won
         ids = fields.get("id")
         if ids is None:
             ids = torch.arange(counts.candidates - len(scores), counts.candidates)
@@ -479,7 +429,7 @@ class SiftingDataLoader(DataLoader[Any]):
             raise EmptyEpoch(self._nothing())
         if counts.candidates or self._warned or not self._schedule.ever_sifts:
             return
-        if not self._sifter.model.training:
+        if not self._scorer.model.training:
             self._warn_of_eval_mode()
         elif counts.steps < steps:
             self._warned = True
@@ -503,7 +453,7 @@ class SiftingDataLoader(DataLoader[Any]):
             planned = self._plan(self._sifter.counts.steps).batches
         except TypeError:
             return  # known at its end
-        if not planned and self._sifter.model.training:
+        if not planned and self._scorer.model.training:
             raise EmptyEpoch(self._nothing())
 
     def _nothing(self) -> str:
@@ -553,13 +503,13 @@ class SiftingDataLoader(DataLoader[Any]):
 
     @property
     def _pad_id(self) -> int:
-        pad = getattr(getattr(self._sifter.model, "config", None), "pad_token_id", None)
+        pad = getattr(getattr(self._scorer.model, "config", None), "pad_token_id", None)
         return pad if isinstance(pad, int) else 0
 
     def _check_learned(self) -> None:
         # At the first iteration, so that tensors may be loaded before or after the state.
         expected, self._learned = self._learned, None
-        found = self._sifter.digests()
+        found = self._scorer.digests()
         if expected is None:
             return
         for name in {*found, *expected}:
@@ -597,34 +547,5 @@ def _as_json(keep: Keep) -> Any:
     return sorted([*pair] for pair in keep.items()) if isinstance(keep, Mapping) else keep
 
 
-def _candidates(
-    dataset: Any, args: tuple[Any, ...], options: dict[str, Any]
-) -> ShardCandidates | LoaderCandidates:
-    if isinstance(dataset, _Existing):
-        loader = dataset.loader
-        if isinstance(loader, Dataset):
-            raise TypeError(
-                f"wrap takes a loader of batches, {type(loader).__name__} is a data set of samples; "
-                f"use SiftingDataLoader(dataset, batch_size=..., model=...)"
-            )
-        if isinstance(loader, (Mapping, Tensor, str)) or not hasattr(loader, "__iter__"):
-            raise TypeError(
-                f"wrap takes an iterable of batches, got {type(loader).__name__}; call a generator "
-                f"function, put a single batch into a list, use Sifter for one pool at a time"
-            )
-        if args or options:
-            raise TypeError(
-                f"wrap takes a loader as it is; it does not take {sorted(options) or args}"
-            )
-        return LoaderCandidates(loader, dataset.sharded)
-    inner: DataLoader[Any] = DataLoader(
-        dataset, *args, **options
-    )  # torch's errors for its arguments
-    if isinstance(dataset, TokenShards) and options.get("collate_fn") is None:
-        if inner.batch_size is None:
-            raise ValueError(
-                "TokenShards gives samples, so batch_size must be a number; for batches of its own "
-                "use SiftingDataLoader.wrap(shards.batches(n), model=...)"
-            )
-        return ShardCandidates(dataset, inner)
-    return LoaderCandidates(inner)
+def _rows(held: deque[Drawn]) -> int:
+    return sum(one.rows for one in held)

@@ -90,10 +90,14 @@ class Schedule:
         return self.keep_at(step) < 1
 
     @property
+    def shares(self) -> list[float]:
+        """Every keep that this schedule knows."""
+        return [*self.keep.values()] if isinstance(self.keep, Mapping) else [self.keep]
+
+    @property
     def ever_sifts(self) -> bool:
         """Whether any step is."""
-        shares = self.keep.values() if isinstance(self.keep, Mapping) else (self.keep,)
-        return any(share < 1 for share in shares)
+        return min(self.shares) < 1
 
     def ahead(self, step: int) -> bool:
         """Whether there is sifting from this step on, now or later."""

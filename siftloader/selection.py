@@ -60,7 +60,8 @@ class TrimmedTopK:
     TrimmedTopK(drop_top=0.1)    # of 64 candidates the 6 with the highest scores cannot win
 
     ``drop_top`` is a share of all P candidates, rounded to whole rows. Where fewer than ``keep``
-    others have a finite score, the least high of the dropped win before rows of -inf do.
+    others have a finite score, or a short pool at the end of an epoch leaves fewer, the least high of
+    the dropped win before rows of -inf do.
     """
 
     drop_top: float = 0.1
@@ -72,16 +73,17 @@ class TrimmedTopK:
                 f"got {self.drop_top!r}"
             )
 
-    def __call__(self, scores: Tensor, keep: int, pool: Pool | None = None) -> Tensor:
-        """[b]; ValueError where fewer than ``keep`` candidates are left."""
-        count = len(scores)
-        drop = math.floor(self.drop_top * count + 0.5)
-        if count - drop < keep:
+    def check(self, share: float) -> None:
+        """Raise ValueError where a whole pool would leave fewer than ``share`` of it to keep."""
+        if self.drop_top > 1 - share + 1e-9:
             raise ValueError(
-                f"drop_top={self.drop_top} drops {drop} of {count} candidates and leaves "
-                f"{count - drop}, but {keep} are to be kept; choose drop_top below 1 - keep, or "
-                f"more candidates"
+                f"drop_top={self.drop_top} of the candidates leaves too few for keep={share}; choose "
+                f"drop_top of at most 1 - keep"
             )
+
+    def __call__(self, scores: Tensor, keep: int, pool: Pool | None = None) -> Tensor:
+        """[b]; the highest of all are only among them if there is nothing else."""
+        drop = math.floor(self.drop_top * len(scores) + 0.5)
         dropped = torch.zeros_like(scores, dtype=torch.bool)
         dropped = dropped.scatter(0, _descending(scores)[:drop], True)
         return _first(_late(scores, dropped), keep)
@@ -248,6 +250,12 @@ class Gumbel:
     def inclusion(self, scores: Tensor, keep: int, pool: Pool) -> Tensor:
         """[P] float64, the probability that a row is kept, given the threshold of this very draw."""
         return _inclusion(scores.double() / self.temperature, keep, pool, self.seed)
+
+
+def check_share(selection: Selection, share: float) -> None:
+    """Let a selection refuse to keep ``share`` of every pool, at construction rather than later."""
+    if hasattr(selection, "check"):
+        selection.check(share)
 
 
 def samples(selection: Selection) -> TypeGuard[Sampling]:

@@ -404,7 +404,7 @@ def test_a_first_batch_without_labels_decides_nothing():
     empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     assert torch.equal(sifter.score(empty), torch.full((8,), -torch.inf))
     sifter.score(batch)
-    assert sifter._early._capture is True
+    assert sifter.scorer._early._capture is True
 
 
 def test_a_first_batch_of_nans_decides_nothing():
@@ -416,7 +416,7 @@ def test_a_first_batch_of_nans_decides_nothing():
     assert not sifter.score(batch).isfinite().any()
     weight.data.copy_(kept)
     sifter.score(batch)
-    assert sifter._early._capture is True
+    assert sifter.scorer._early._capture is True
 
 
 def test_hidden_positions_that_are_no_label_positions_are_refused():

@@ -144,7 +144,7 @@ def test_soft_labels_score_the_cross_entropy_against_them():
     soft = torch.rand(8, 10).softmax(-1)
     soft[3] = 0  # no label
     found = Sifter(model, exit_layer=2).score({"x": X, "labels": soft})
-    logits = Sifter(model, exit_layer=2)._exit().logits({"x": X})
+    logits = Sifter(model, exit_layer=2).scorer._exit().logits({"x": X})
     expected = -(soft * logits.log_softmax(-1)).sum(-1)
     rows = torch.arange(8) != 3
     assert torch.allclose(found[rows], expected[rows], atol=1e-5) and found[3] == -torch.inf

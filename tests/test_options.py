@@ -148,12 +148,12 @@ def test_draws_repeat_on_resume_and_differ_between_pools():
 
     torch.manual_seed(0)
     loader = fresh()
-    state = loader._sifter.model.state_dict()
+    state = loader._sifter.scorer.model.state_dict()
     expected = [ids(batch) for batch in loader]
     for cut in (1, 3, 5):
         first, second = fresh(), fresh()
-        first._sifter.model.load_state_dict(state)
-        second._sifter.model.load_state_dict(state)
+        first._sifter.scorer.model.load_state_dict(state)
+        second._sifter.scorer.model.load_state_dict(state)
         source = iter(first)
         begun = [ids(next(source)) for _ in range(cut)]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
@@ -294,7 +294,7 @@ def test_scoring_runs_in_the_precision_of_the_loop(given_dtype):
     assert loader.state_dict()["precision"] == "bfloat16"
     other = SiftingDataLoader(dataset, 4, model=model, warmup_steps=0)
     other.load_state_dict(loader.state_dict())
-    assert other._sifter.precision == "bfloat16"
+    assert other._sifter.scorer.precision.name == "bfloat16"
 
 
 def test_nobody_watches_a_loader_that_is_off_or_a_loop_that_never_calls():
@@ -330,7 +330,7 @@ def test_a_compiled_loop_is_neither_broken_nor_recompiled(give):
             compiled(**step)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1, "a hook that comes and goes must not compile anew"
-    assert loader._sifter.precision == ("bfloat16" if give == "compiled" else None)
+    assert loader._sifter.scorer.precision.name == ("bfloat16" if give == "compiled" else None)
     torch._dynamo.reset()
 
 
@@ -427,7 +427,7 @@ def test_an_exit_head_learns_from_the_warm_up_on_and_touches_nothing():
         batch = next(source)
         assert batch["x"].shape == (8, 8)
         digests.append(loader.exit_head.digest())
-        loader._sifter.unwatch_precision()  # it waits for a forward that this loop never makes
+        loader._sifter.scorer.precision.unwatch()  # it waits for a forward that this loop never makes
         traces.add(trace(model))
     assert len(traces) == 1
     assert digests[0] == "" and len(set(digests)) == 9, "a step of the head for every batch"

@@ -186,7 +186,7 @@ def test_rarity_is_the_mean_surprise_of_the_labels_and_needs_no_model():
         for row in batch["labels"].tolist()
     ]
     sifter = Sifter(bert(), criterion=rarity)
-    sifter._exit = absent
+    sifter.scorer._exit = absent
     found = sifter.score(batch)
     rows = torch.arange(8) != 3
     assert torch.allclose(found[rows].double(), torch.tensor(expected)[rows], atol=1e-5)

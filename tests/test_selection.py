@@ -14,7 +14,7 @@ import torch
 from effort import examples
 from hypothesis import given, strategies as st
 
-from siftloader import ScoringError, TopK
+from siftloader import ScoringError, Sifter, SiftingDataLoader, TopK
 from siftloader.pool import Pool
 from siftloader.selection import (
     Gumbel,
@@ -500,10 +500,25 @@ def test_a_share_is_rounded_to_the_nearest_row(drop, count, kept):
     assert TrimmedTopK(drop)(torch.arange(float(count)), 3).tolist() == kept
 
 
-def test_trimming_says_when_too_few_are_left():
-    message = "drop_top=0.5 drops 4 of 8 candidates and leaves 4, but 5 are to be kept"
-    with pytest.raises(ValueError, match=message):
-        TrimmedTopK(0.5)(torch.zeros(8), 5)
+def test_a_share_that_leaves_too_few_is_refused_at_construction():
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+    )
+    with pytest.raises(ValueError, match=r"drop_top=0\.6 .* too few for keep=0\.5"):
+        Sifter(model, exit_layer="full", selection=TrimmedTopK(0.6))
+    with pytest.raises(ValueError, match=r"drop_top=0\.6 .* too few for keep=0\.5"):
+        SiftingDataLoader(
+            [torch.zeros(4)], 1, model=model, exit_layer="full", selection=TrimmedTopK(0.6),
+            keep={0: 0.25, 10: 0.5},
+        )  # fmt: skip
+    Sifter(model, exit_layer="full", selection=TrimmedTopK(0.5))
+
+
+def test_a_short_pool_drops_what_it_can_spare():
+    # The end of an epoch must not end the run.
+    scores = torch.arange(8.0)
+    assert TrimmedTopK(0.5)(scores, 5).tolist() == [0, 1, 2, 3, 4]
+    assert TrimmedTopK(0.5)(scores, 8).tolist() == list(range(8))
 
 
 def test_dropped_rows_win_before_those_that_must_not():

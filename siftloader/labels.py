@@ -1,0 +1,70 @@
+"""Where the labels of a batch are, and how a model reads them.
+
+Letters: P samples, T positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from siftloader.batches import IGNORED, Batch, leaves
+
+
+Labels: TypeAlias = str | Callable[[Batch], Tensor]
+
+
+def find_labels(batch: Batch, name: str) -> Tensor | None:
+    """The field ``name`` of a batch, else the last element of a tuple, None where that is no tensor."""
+    found: Any = None
+    if isinstance(batch, Mapping):
+        found = batch.get(name)
+    elif hasattr(batch, name):
+        found = getattr(batch, name)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[-1]
+    return found if isinstance(found, Tensor) else None
+
+
+def without_padding(labels: Tensor, batch: Batch) -> Tensor:
+    """The labels where the ``attention_mask`` of the batch, if it has one, is not 0; -100 elsewhere."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return labels if mask is None else labels.masked_fill(mask.to(labels.device) == 0, IGNORED)
+
+
+def is_causal(model: nn.Module) -> bool | None:
+    """Whether the label at t + 1 belongs to the prediction at t; None where nothing tells.
+
+    Hugging Face names the loss on the model, or the task in a class it inherits from.
+    """
+    names = [kind.__name__ for kind in type(model).__mro__]
+    loss = getattr(model, "loss_type", None)
+    if isinstance(loss, str) and loss.startswith("For"):
+        names = [loss]
+    if any(name.endswith(("ForCausalLM", "LMHeadModel", "DoubleHeadsModel")) for name in names):
+        return True
+    told = (name for name in names if "ForConditionalGeneration" not in name)
+    return False if any(re.search("For[A-Z]", name) for name in told) else None
+
+
+def skips_padding(model: nn.Module) -> bool:
+    """Whether the model's loss leaves out positions without attention, whatever their labels.
+
+    Replaced-token detection (ELECTRA) labels every position.
+    """
+    return any(
+        kind.__name__.startswith("Electra") and kind.__name__.endswith("ForPreTraining")
+        for kind in type(model).__mro__
+    )
+
+
+def are_inputs(labels: Tensor, batch: Batch) -> bool:
+    """Whether labels [P, T], where there are any, are the ids of the batch themselves."""
+    ids = next((leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)), None)
+    if ids is None or labels.ndim != 2 or ids.shape != labels.shape or ids.is_floating_point():
+        return False
+    wanted = labels != IGNORED
+    return bool(((labels == ids.to(labels.device)) | ~wanted).all()) and bool(wanted.any())

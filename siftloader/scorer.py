@@ -1,0 +1,313 @@
+"""``Scorer``: one score per candidate, by the live model, its own loss, or a function of the loop.
+
+Letters: P candidates, T positions of a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from siftloader.batches import IGNORED, Batch, cut, rows
+from siftloader.errors import ScoringError
+from siftloader.exits import EarlyExit, Task
+from siftloader.heads import ExitHead, ProbeExit
+from siftloader.labels import (
+    Labels,
+    are_inputs,
+    find_labels,
+    is_causal,
+    skips_padding,
+    without_padding,
+)
+from siftloader.pool import Pool
+from siftloader.precision import Precision
+from siftloader.predictions import Predictions
+from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
+from siftloader.stack import unwrap
+from siftloader.taps import Reading, listen
+from siftloader.targets import Positions, Targets
+
+
+Model: TypeAlias = nn.Module | Callable[[], nn.Module]
+ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
+
+
+class Scores(NamedTuple):
+    """Of a pool, all on the device: values [P], -inf where a row must not win; and why."""
+
+    values: Tensor
+    nonfinite: Tensor
+    unlabelled: Tensor
+
+
+@final
+class Scorer:
+    """Score the rows of a pool: what ``Sifter`` does before it selects, and its options for that.
+
+    Nothing of the model is touched: no parameter, buffer, flag, hook or random stream.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        exit_layer: int | str,
+        criterion: ScoreOf | str,
+        positions: Positions | None,
+        exit_head: ExitHead | Literal["probe"] | None,
+        labels: Labels | None,
+        score_fn: ScoreFunction | None,
+        shift_labels: bool | None,
+        autocast: torch.dtype | None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(
+                f"model must be a torch.nn.Module or a function that returns one, "
+                f"got {type(model).__name__}"
+            )
+        if exit_head not in (None, "probe") and not isinstance(exit_head, ExitHead):
+            raise ValueError(f'exit_head must be None, "probe" or an ExitHead, got {exit_head!r}')
+        if exit_head is not None and score_fn is not None:
+            raise ValueError(
+                "score_fn calls the model's own early exit, exit_head replaces it: give one of them"
+            )
+        self.exit_layer = exit_layer
+        self.criterion = criterion_named(criterion)
+        self.positions = positions
+        self.exit_head = ExitHead() if isinstance(exit_head, str) else exit_head
+        self.precision = Precision(autocast)
+        self._labels, self._score_fn, self._shift = labels, score_fn, shift_labels
+        self.attach_model(model)
+
+    def attach_model(self, model: Model) -> None:
+        """Score with this model from now on."""
+        self.precision.unwatch()
+        self._model = model
+        self._early: EarlyExit | ProbeExit | None = None
+        self._task: Task | None = None  # how labels are read; learned from the first pool, as are
+        self._tried = False  # whether scoring works
+        self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
+        # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
+        if isinstance(model, nn.Module) and self._needs_model:
+            self._exit()
+
+    @property
+    def given_model(self) -> nn.Module:
+        """The live model as it was given, wrappers and all."""
+        model = self._model if isinstance(self._model, nn.Module) else self._model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model= returned {type(model).__name__}, need a torch.nn.Module")
+        return model
+
+    @property
+    def model(self) -> nn.Module:
+        """The live model without its compiled and data-parallel wrappers."""
+        return unwrap(self.given_model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model reads its input: the device of its input embedding, else its first parameter."""
+        model = self.model
+        try:
+            embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+            return torch.device(embedding.weight.device)
+        except (AttributeError, NotImplementedError):
+            first = next(model.parameters(), None)
+            return torch.device("cpu") if first is None else first.device
+
+    def digests(self) -> dict[str, str]:
+        """What was learned beside the model, by name: the sha256 of each, for a state to refer to."""
+        named: dict[str, Any] = {f"criterion {n}": e for n, e in enumerate(_terms(self.criterion))}
+        named["exit_head"] = self.exit_head
+        return {name: each.digest() for name, each in named.items() if hasattr(each, "digest")}
+
+    def labels_of(self, batch: Batch) -> Tensor | None:
+        """The labels of a batch as they lie; None where nobody looks at them."""
+        if self._score_fn is not None:
+            return None
+        if callable(self._labels):
+            return self._labels(batch)
+        found = find_labels(batch, self.label_name)
+        if found is not None:
+            return without_padding(found, batch) if skips_padding(self.model) else found
+        if isinstance(self.criterion, Random):
+            return None
+        fields = f" with fields {sorted(batch)}" if isinstance(batch, Mapping) else ""
+        raise ScoringError(
+            f"no labels in a {type(batch).__name__}{fields}: they must be tensors under "
+            f'"{self.label_name}" or last in a tuple; or pass labels= (a key or a function) or '
+            f"score_fn="
+        )
+
+    @property
+    def label_name(self) -> str:
+        """The key under which labels are looked for."""
+        return self._labels if isinstance(self._labels, str) else "labels"
+
+    def teach(self, batch: Batch, labels: Tensor | None) -> None:
+        """Train the exit head on a batch that is not sifted; nothing where there is none."""
+        if isinstance(early := self._exit() if self.exit_head else None, ProbeExit):
+            with torch.no_grad(), self.precision.context(self.device):
+                early.learn(batch, self._targets(batch, labels, self.device))
+
+    def score(self, pool: Pool, labels: Tensor | None, learn: bool = False) -> Scores:
+        """Score the candidates of a pool, on the model's device; ``labels`` best lie on the host.
+
+        With ``learn`` the exit head, if there is one, is trained on them, after it scored them.
+        """
+        device, samples = self.device, rows(pool.batch)
+        with torch.no_grad(), self.precision.context(device):
+            if self._score_fn is not None and self._needs_model:
+                scores, labelled = self._by_function(self._score_fn, pool)
+            else:
+                scores, labelled = self._by_labels(pool, labels, device, learn)
+        if not isinstance(scores, Tensor) or scores.shape != (samples,):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
+        scores = scores.detach().to(device, torch.float32)
+        finite = scores.isfinite()
+        ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
+        return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum())
+
+    def _by_labels(
+        self, pool: Pool, labels: Tensor | None, device: torch.device, learn: bool
+    ) -> tuple[Any, Tensor]:
+        targets = self._targets(pool.batch, labels, device)
+        if self._needs_model and not self._tried:
+            self._try(pool.batch, targets)
+        if self._reading is not None:
+            return self._heard(self._reading, self._own_exit().with_labels, pool)
+
+        def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
+            return self._exit().logits_at(batch, targets)
+
+        scores = self.criterion(Predictions(targets, run, pool))
+        if learn and isinstance(early := self._exit(), ProbeExit):
+            early.learn(
+                pool.batch, targets
+            )  # after the scores: those are of the weights before it
+        return scores, targets.labelled()
+
+    def _targets(self, batch: Batch, labels: Tensor | None, device: torch.device) -> Targets:
+        if labels is None:
+            labels = torch.zeros(rows(batch), dtype=torch.long)
+        task = self._task_of(batch, labels)
+        if task.ignored != IGNORED:
+            labels = labels.masked_fill(labels == task.ignored, IGNORED)
+        return Targets.of(labels, device, bool(task.shift), self.positions)
+
+    def _try(self, candidates: Batch, targets: Targets) -> None:
+        # Once: are there predictions without the labels? Else the model's own loss is listened to.
+        early, samples = self._exit(), targets.samples
+        try:
+            classes = early.classes(candidates, targets.length)
+        except ScoringError as error:
+            if isinstance(early, EarlyExit) and early.takes_labels(candidates):
+                self._reading = Reading.of(early.with_labels, candidates, samples)
+            if self._reading is None:
+                raise error from None
+            self._warn_if_slow()
+        else:
+            labels = targets.labels
+            if not labels.is_floating_point() and labels.numel() and int(labels.max()) >= classes:
+                raise ScoringError(
+                    f"found label {int(labels.max())}, the model predicts {classes} classes (0 to "
+                    f"{classes - 1}); is it the tokenizer that the model was built for?"
+                )
+        self._tried = True
+
+    def _by_function(self, function: ScoreFunction, pool: Pool) -> tuple[Any, Tensor]:
+        def call(batch: Batch) -> Any:
+            return function(self._own_exit(), batch)
+
+        samples = rows(pool.batch)
+        if not self._tried:
+            few = min(2, samples)
+            found, taps = listen(lambda: call(cut(pool.batch, 0, few)))
+            one_each = isinstance(found, Tensor) and found.ndim == 1 and len(found) == few
+            if taps and not one_each:
+                self._reading = Reading.of(call, pool.batch, samples)
+                self._warn_if_slow()
+            self._tried = True
+        if self._reading is not None:
+            return self._heard(self._reading, call, pool)
+        scores = call(pool.batch)
+        if isinstance(scores, Tensor) and scores.ndim == 0:
+            raise ScoringError(
+                "score_fn returned one number for all candidates and did not call cross_entropy, "
+                "where their losses could be heard apart; return one score per candidate, [P]"
+            )
+        return scores, torch.ones(samples, dtype=torch.bool, device=self.device)
+
+    def _warn_if_slow(self) -> None:
+        if self._reading is not None and self._reading.order == "alone":
+            warnings.warn(
+                "the loss of several samples together does not show which position belongs to which "
+                "sample, so they are scored one at a time: right, but slower",
+                stacklevel=2,
+            )
+
+    def _heard(
+        self, reading: Reading, call: Callable[[Batch], Any], pool: Pool
+    ) -> tuple[Tensor, Tensor]:
+        scores, labelled = [], []
+        for part in reading.samples(call, pool.batch, rows(pool.batch)):
+            logits, device = part.logits.flatten(0, 1), part.logits.device
+            targets = Targets.of(part.labels, device, False, self.positions, dense=True)
+
+            def run(
+                batch: Batch, targets: Targets, first: int, logits: Tensor = logits
+            ) -> Iterator[Tensor]:
+                yield logits.index_select(0, targets.positions + first * targets.length)
+
+            early = Predictions(targets, run, pool.part(part.first, part.last))
+            scores.append(self.criterion(early))
+            labelled.append(targets.labelled())
+        return torch.cat(scores), torch.cat(labelled)
+
+    @property
+    def _needs_model(self) -> bool:
+        return self._score_fn is not None or not isinstance(self.criterion, (Random, Rarity))
+
+    def _exit(self) -> EarlyExit | ProbeExit:
+        if self._early is None or not self._early.is_of(self.model):
+            if self.exit_head is None:
+                self._early = EarlyExit(self.model, self.exit_layer)
+            else:
+                self._early = ProbeExit(self.model, self.exit_layer, self.exit_head)
+        return self._early
+
+    def _own_exit(self) -> EarlyExit:
+        early = self._exit()
+        assert isinstance(early, EarlyExit)  # exit heads have no loss to listen to, nor a score_fn
+        return early
+
+    def _task_of(self, candidates: Batch, labels: Tensor) -> Task:
+        if self._task is None:
+            known = is_causal(self.model)
+            task = Task(known)
+            if known is None and self._needs_model:
+                task = self._exit().task(candidates, labels)
+            if self._shift is not None:
+                task = Task(self._shift, task.ignored)
+            if task.shift is None and are_inputs(labels, candidates):
+                raise ScoringError(
+                    "the labels are the inputs themselves, so either this is a causal model whose "
+                    "loss shifts them (pass shift_labels=True) or an unmasked one "
+                    "(shift_labels=False); every score would be wrong otherwise"
+                )
+            self._task = task
+        return self._task
+
+
+def _terms(criterion: ScoreOf) -> Iterator[ScoreOf]:
+    if isinstance(criterion, Weighted):
+        for _, each in criterion.terms:
+            yield from _terms(each)
+    else:
+        yield criterion
