@@ -73,11 +73,14 @@ class Predictions:
                     "pass score_fn= with the loss of your loop"
                 )
             labels = self.labels[done : done + len(logits)]
-            if self._targets.real is not None and not labels.is_floating_point():
-                labels = labels.clamp_min(0)
             wide = logits if logits.dtype == torch.float64 else logits.float()
+            wrong = None
+            if self._targets.real is not None and not labels.is_floating_point():
+                # No label, or a wrong one that nobody waited to look at.
+                wrong, labels = labels < 0, labels.clamp_min(0)
             for value, parts in found.items():
-                parts.append(value(wide, labels))
+                each = _one_each(value(wide, labels), len(logits))
+                parts.append(each if wrong is None else each.masked_fill(wrong, torch.nan))
             done += len(logits)
         none = torch.zeros(0, device=self.device)
         self._known |= {v: torch.cat(parts) if parts else none for v, parts in found.items()}
@@ -118,3 +121,12 @@ class Predictions:
         dense = values.new_zeros(targets.samples * targets.length)
         dense[targets.positions] = values
         return dense.view(targets.samples, targets.length)
+
+
+def _one_each(values: object, count: int) -> Tensor:
+    if isinstance(values, Tensor) and values.shape == (count,):
+        return values if values.is_floating_point() else values.float()
+    found = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    raise ScoringError(
+        f"a function for each(...) must give one number per position, [{count}], got {found}"
+    )

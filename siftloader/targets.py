@@ -41,11 +41,17 @@ class Unigrams:
         self._tables = {torch.device("cpu"): (smooth.sum() / smooth).log().float()}
 
     def __call__(self, labels: Tensor) -> Tensor:
-        """Negative labels count as 0: the caller leaves them out."""
+        """Negative labels count as 0: the caller leaves them out. ScoringError for those above V."""
         if labels.device not in self._tables:
             host = self._tables[torch.device("cpu")]
             self._tables[labels.device] = to_device(host, labels.device)
-        return self._tables[labels.device][labels.clamp_min(0)]
+        table = self._tables[labels.device]
+        if labels.device.type == "cpu" and labels.numel() and labels.max() >= len(table):
+            raise ScoringError(
+                f"found label {int(labels.max())} with counts of {len(table)} ids; are they of the "
+                f"tokenizer that made the labels?"
+            )
+        return table[labels.clamp_min(0)]
 
 
 class Positions(Protocol):

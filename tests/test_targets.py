@@ -11,7 +11,16 @@ from effort import examples
 from hypothesis import given, strategies as st
 from models import VOCAB, bert, candidates, gpt2
 
-from siftloader import EarlyExit, First, Loss, Predictions, ScoringError, Sifter, Stride
+from siftloader import (
+    EarlyExit,
+    First,
+    Loss,
+    Predictions,
+    Rarity,
+    ScoringError,
+    Sifter,
+    Stride,
+)
 from siftloader.targets import Targets, Unigrams
 
 
@@ -377,3 +386,60 @@ def test_labels_that_cannot_be_read_say_why(_name, y, options, text):
 def test_samples_without_any_gap_are_read_alike(y, positions):
     targets = Targets.of(y, HOST, False, positions)
     assert fast(targets) == [scored for scored, _ in slow(y, False, positions)]
+
+
+def test_a_wrong_label_on_a_device_is_a_score_that_is_not_finite(monkeypatch):
+    # On the host it is an error; to look at a GPU's labels would be to wait for it.
+    model, batch = gpt2(), candidates("gpt2")
+    expected = Sifter(model).score(batch)
+    batch["labels"][2, 5] = -1
+    with pytest.raises(ScoringError, match="found label -1"):
+        Sifter(model).score(batch)
+    monkeypatch.setattr(Targets, "of", lambda y, device, shift, p=None: on_device(y, shift, p))
+    sifter = Sifter(model)
+    sifter(batch)
+    scores = sifter.score(batch)
+    rest = torch.arange(8) != 2
+    assert scores[2] == -torch.inf and sifter.stats["nonfinite"] == 1
+    assert torch.allclose(scores[rest], expected[rest], atol=1e-6)
+
+
+def test_values_may_be_true_or_false(monkeypatch):
+    model, batch = gpt2(), candidates("gpt2")
+
+    def missed(early):
+        return early.reduce(early.each(lambda logits, labels: logits.argmax(-1) != labels))
+
+    logits, labels = EarlyExit(model, layer=1).logits(batch), batch["labels"][:, 1:]
+    wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != -100)
+    expected = wrong.sum(1) / (labels != -100).sum(1)
+    found = Sifter(model, criterion=missed).score(batch)
+    assert torch.allclose(found[ROWS], expected[ROWS])
+    monkeypatch.setattr(Targets, "of", lambda y, device, shift, p=None: on_device(y, shift, p))
+    assert torch.allclose(Sifter(model, criterion=missed).score(batch), found)
+
+
+@pytest.mark.parametrize("use", ["control", "criterion"])
+def test_counts_of_another_tokenizer_are_refused(use):
+    model, batch = gpt2(), candidates("gpt2")
+    few = np.ones(50, np.int64)
+    options = {"positions": Stride(2, few)} if use == "control" else {"criterion": Rarity(few)}
+    largest = int(batch["labels"].max())
+    with pytest.raises(ScoringError, match=rf"label {largest}.*counts of 50 ids.*tokenizer"):
+        Sifter(model, **options).score(batch)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda logits, labels: logits.softmax(-1),
+        lambda logits, labels: logits.mean(),
+        lambda logits, labels: logits[1:, 0],
+        lambda logits, labels: 0.5,
+    ],
+    ids=["all classes", "one for all", "one too few", "a number"],
+)
+def test_a_value_is_one_number_per_position(value):
+    model, batch = gpt2(), candidates("gpt2")
+    with pytest.raises(ScoringError, match=r"one number per position, \[152\], got"):
+        Sifter(model, criterion=lambda early: early.reduce(early.each(value))).score(batch)
