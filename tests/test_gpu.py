@@ -6,7 +6,19 @@ import pytest
 import torch
 from models import FAMILIES, candidates, reference_scores
 
-from siftloader import Sifter, SiftingDataLoader
+from siftloader import (
+    Entropy,
+    First,
+    Gumbel,
+    Loss,
+    RankSample,
+    Robust,
+    Sifter,
+    SiftingDataLoader,
+    Stratified,
+    Stride,
+    TrimmedTopK,
+)
 
 
 pytestmark = [
@@ -56,6 +68,49 @@ def test_a_step_of_the_loader_does_not_synchronise(criterion):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert kept["x"].is_cuda and loader.stats["seconds_scoring"] > 0
+
+
+OPTIONS = {
+    "margin": {"criterion": "margin"},
+    "gradient": {"criterion": "grad-norm"},
+    "a sum": {"criterion": Loss() + 0.1 * Entropy()},
+    "ranks": {"selection": RankSample(), "sift_weight": True},
+    "gumbel": {"selection": Gumbel(), "sift_weight": True},
+    "trimmed": {"selection": TrimmedTopK()},
+    "robust": {"selection": Robust()},
+    "strata": {"selection": Stratified(by=lambda batch: batch["labels"] % 2)},
+    "exit head": {"exit_head": "probe"},
+    "log": {"log_selections": "selections.parquet"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_option_synchronises(option, tmp_path, monkeypatch):
+    if option == "log":
+        pytest.importorskip("pyarrow")
+        monkeypatch.chdir(tmp_path)
+    model = FAMILIES["classifier"]().cuda()
+    batch = {name: value.pin_memory() for name, value in candidates("classifier", 32).items()}
+    loader = SiftingDataLoader.wrap([batch] * 12, model=model, warmup_steps=0, **OPTIONS[option])
+    iterator = iter(loader)
+    next(iterator)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            kept = next(iterator)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(kept["x"]) == 32
+
+
+@pytest.mark.parametrize("positions", [Stride(4), First(6)])
+def test_positions_agree_wherever_the_labels_lie(positions):
+    model, batch = FAMILIES["gpt2"]().cuda(), candidates("gpt2")
+    sifter = Sifter(model, exit_layer=2, positions=positions)
+    on_host = sifter.score(batch)
+    on_device = sifter.score({name: value.cuda() for name, value in batch.items()})
+    rows = torch.arange(8) != 3
+    assert torch.allclose(on_device[rows], on_host[rows], atol=1e-4)
 
 
 def test_scoring_leaves_the_cuda_stream_of_random_numbers_alone():
