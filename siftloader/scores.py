@@ -264,7 +264,8 @@ class Residual(Criterion):
 def _hard(early: Predictions, name: str, surprise: Unigrams) -> Tensor:
     if early.labels.is_floating_point():
         raise ScoringError(f"{name} needs labels that are classes, found probabilities")
-    return surprise(early.labels)
+    # Negative: no label, or a wrong one on a device, whose sample must not win by it.
+    return surprise(early.labels).masked_fill(early.labels < 0, torch.nan)
 
 
 @final
