@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import pretrain_bert
 import pretrain_gpt
 from bench_scoring import header
+from demo import others_busy
 
 from siftloader import EarlyExit, First, Rarity, Sifter, Stride, TokenShards
 from siftloader.targets import Unigrams
@@ -67,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     preset = pretrain_gpt.PRESETS[options.preset]
     model = pretrain_gpt.build_gpt(preset, shards).to(device).train()
     print(header(device))
+    if (busy := others_busy()) > 0.2:
+        print(f"Other work keeps {busy:.1f} cores busy: the seconds are too long, shares less so.")
     print(
         f"GPT {preset.layers} x {preset.hidden}, {shards.shard_set.layout.seq_len} tokens, "
         f"{shards.vocab_size:,} ids, batch {options.batch_size} of {2 * options.batch_size}, exit "
