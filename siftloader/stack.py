@@ -89,8 +89,7 @@ def exit_at(root: nn.Module, layer: int | str) -> Exit:
         # Layer i is of group int(i / (N / G)): a share of the groups, even a broken one, keeps that so.
         groups = _length(root, path)
         settings = {"num_hidden_layers": number, "num_hidden_groups": number * groups / layers}
-        kept = int((number - 1) / (layers / groups)) + 1
-        return Exit(number, layers, {path: kept}, {path.rpartition(".")[0]: settings})
+        return Exit(number, layers, {path: groups}, {path.rpartition(".")[0]: settings})
     cuts = {each: math.ceil(number * _length(root, each) / layers) for each in encoders}
     return Exit(number, layers, {path: number, **cuts})
 

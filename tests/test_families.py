@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, LAYERS, SAMPLES, UNLABELLED, cast, logits_in
+from families import FAMILIES, LAYERS, SAMPLES, UNLABELLED, VOCAB, cast, logits_in
 from models import trace
 from torch import Tensor, nn
 
-from siftloader import EarlyExit, Sifter
+from siftloader import EarlyExit, Sifter, twin
 from siftloader.stack import exit_at
 
 
@@ -105,6 +105,25 @@ def test_weights_are_live(name):
     follows()
     model.to(torch.bfloat16)
     follows()
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_both_sides_of_a_translator_run_once_whatever_the_number_of_chunks(name, monkeypatch):
+    model, batch = live(name)
+    whole = Sifter(model, exit_layer=2).score(batch)
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 7 * VOCAB)
+    ran: list[int] = []
+    hooks = [
+        model.get_submodule(path)[0].register_forward_hook(lambda *_, side=side: ran.append(side))
+        for side, path in enumerate(exit_at(model, 2).cuts)
+    ]
+    sifter = Sifter(model, exit_layer=2)
+    assert torch.allclose(sifter.score(batch), whole, atol=1e-5)
+    ran.clear()
+    sifter.score(batch)
+    for hook in hooks:
+        hook.remove()
+    assert sorted(ran) == [0, 1]
 
 
 def test_a_vit_of_timm_is_cut():
