@@ -209,6 +209,16 @@ def _has_two_sides(model: nn.Module, decoder: _Container | None) -> bool:
 
 
 def _stages(model: nn.Module) -> list[str]:
+    for paths in (_in_containers(model), _siblings(model)):
+        if len(paths) >= 2 and _hold_much(model, paths):
+            return paths
+    raise ScoringError(
+        f"no stages found in {type(model).__name__}: neither a stack of equal layers nor several "
+        f"parts of one class that follow each other and hold much of the model"
+    )
+
+
+def _in_containers(model: nn.Module) -> list[str]:
     # The outermost containers of one class of blocks: a single one holds the stages themselves
     # (`encoder.stages`), several are one stage each (`layer1`), or one within each (`stages.0.blocks`).
     outer: list[_Container] = []
@@ -221,19 +231,36 @@ def _stages(model: nn.Module) -> list[str]:
     kinds = max(sizes, key=lambda kinds: sizes[kinds], default=None)
     paths = [each.path for each in outer if each.kinds == kinds]
     if len(paths) == 1:
-        stages = [f"{paths[0]}.{name}" for name in model.get_submodule(paths[0])._modules]
-    else:
-        parts = [path.split(".") for path in paths]
-        shared = next(
-            (n for n, same in enumerate(zip(*parts, strict=False)) if len({*same}) > 1), 0
-        )
-        stages = list(dict.fromkeys(".".join(path[: shared + 1]) for path in parts))
-    if len(stages) < 2:
-        raise ScoringError(
-            f"no stages found in {type(model).__name__}: neither a stack of equal layers nor several "
-            f"parts with blocks of one class that follow each other; name the module to read from"
-        )
-    return stages
+        return [f"{paths[0]}.{name}" for name in model.get_submodule(paths[0])._modules]
+    parts = [path.split(".") for path in paths]
+    shared = next((n for n, same in enumerate(zip(*parts, strict=False)) if len({*same}) > 1), 0)
+    return list(dict.fromkeys(".".join(path[: shared + 1]) for path in parts))
+
+
+def _siblings(model: nn.Module) -> list[str]:
+    # Parts of one class under one parent (timm's RegNet: s1 to s4; the blocks of a MobileNet).
+    groups: dict[tuple[str, type], list[str]] = {}
+    for path, module in model.named_modules():
+        if path and module._modules and type(module) not in {*LISTS, nn.Sequential}:
+            groups.setdefault((path.rpartition(".")[0], type(module)), []).append(path)
+    several = [paths for paths in groups.values() if len(paths) >= 2]
+    return max(several, key=lambda paths: _size(model, paths), default=[])
+
+
+def _size(model: nn.Module, paths: list[str]) -> int:
+    return sum(p.numel() for path in paths for p in model.get_submodule(path).parameters())
+
+
+def _hold_much(model: nn.Module, paths: list[str]) -> bool:
+    # A quarter of what is neither a head nor a table: those may be of any size.
+    outside = sum(
+        parameter.numel()
+        for path, module in model.named_modules()
+        if not isinstance(module, (nn.Linear, nn.Embedding))
+        and not any(f"{path}.".startswith(f"{each}.") for each in paths)
+        for parameter in module.parameters(recurse=False)
+    )
+    return bool(3 * _size(model, paths) > outside)
 
 
 def _shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:

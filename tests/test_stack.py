@@ -64,6 +64,23 @@ class Pyramid(nn.Module):
         return self.classifier(self.features(pixel_values).mean((2, 3)))
 
 
+class Mobile(nn.Module):
+    """Blocks among other parts, in no list of their own; a few of them hold a list of one class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        for number, width in enumerate((8, 8, 16, 32)):
+            block = Residual(width if number < 2 else width // 2, width)
+            if number == 1:
+                block.extra = nn.Sequential(nn.Conv2d(8, 1, 1), nn.Conv2d(1, 8, 1))
+            self.features.append(block)
+        self.classifier = nn.Linear(32, 2000)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.classifier(self.features(pixel_values).mean((2, 3)))
+
+
 def vision(kind: str, **settings: Any) -> nn.Module:
     config = getattr(hf, f"{kind}Config")(num_labels=10, **settings)
     return getattr(hf, f"{kind}ForImageClassification")(config)
@@ -92,6 +109,7 @@ STAGES = {
     "resnet": (lambda: ResNet(2, 2, 2, 2), ["layer1", "layer2", "layer3", "layer4"]),
     "uneven resnet": (lambda: ResNet(2, 1, 1), ["layer1", "layer2", "layer3"]),
     "pyramid": (Pyramid, ["features.1", "features.3", "features.5"]),
+    "mobile": (Mobile, ["features.2", "features.3", "features.4", "features.5"]),
     "hf resnet": (lambda: hf_resnet(2), children("resnet.encoder.stages", 4)),
     "hf resnet of single blocks": (lambda: hf_resnet(1), children("resnet.encoder.stages", 4)),
     "convnext": (
