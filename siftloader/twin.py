@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import traceback
 import warnings
 import weakref
 from collections import OrderedDict
@@ -80,7 +81,8 @@ class Twin:
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
-        self._watched = self._spoiled = False
+        self._watched: set[bool] = set()  # the modes of the model in which a run was watched
+        self._spoiled = False
         heads, trunks = _heads_and_trunks(root, list(where.cuts))
         self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
@@ -149,16 +151,18 @@ class Twin:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the cut forward returns; ScoringError if it reached the live model's layers."""
-        if self._mutated is not None and self._watched:
+        mode = self._live[0].training
+        if mode in self._watched:
             return self._root(*args, **kwargs)
         # A forward bound to the live object would run every layer, and in training mode, without an
-        # error: the first call, and the first while the model trains, watch the live modules.
+        # error: the first call in each mode of the model watches the live modules.
         before, weights = self._buffers(), [(each, _version(each)) for each in self._parameters()]
         try:
             with _tripwire(self._live, self._layers):
                 output = self._root(*args, **kwargs)
         except (IndexError, KeyError) as error:
-            if not self._layers:
+            # Not where an id is beyond the embedding, say: that is the caller's own error.
+            if not traceback.extract_tb(error.__traceback__)[-1].filename.endswith("container.py"):
                 raise
             raise ScoringError(
                 f"the forward of {type(self._root).__name__} failed without the layers beyond the exit "
@@ -171,7 +175,7 @@ class Twin:
                 f"the forward of {type(self._root).__name__} changes the model's weights in evaluation "
                 f"mode, so it cannot be scored, and they are no longer what they were: restore them"
             )
-        self._watched = self._live[0].training
+        self._watched.add(mode)
         if self._mutated is None:
             self._note_mutated(before)
         return output

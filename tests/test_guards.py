@@ -499,3 +499,36 @@ def test_ties_would_be_broken_as_topk_likes():
     assert len(scores.unique()) == 1
     assert scores.topk(4).indices.sort().values.tolist() != [0, 1, 2, 3]
     assert index.tolist() == [0, 1, 2, 3]
+
+
+def test_the_live_modules_are_watched_once_in_each_mode(monkeypatch):
+    model, batch = classifier(), candidates("classifier")
+    watched = []
+    wire = twin._tripwire
+    monkeypatch.setattr(twin, "_tripwire", lambda *args: watched.append(1) or wire(*args))
+    early = EarlyExit(model, 1)
+    for _ in range(3):
+        early.logits(batch), early.logits(batch)
+        model.train(not model.training)
+    assert len(watched) == 2
+
+
+class Numbered(Classifier):
+    """Keeps its layers in two lists and counts for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(LAYERS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for number in range(LAYERS):
+            x = self.after[number](self.blocks[number](x))
+        return self.head(x)
+
+
+def test_a_layer_asked_for_by_number_is_told_from_an_id_beyond_the_embedding():
+    with pytest.raises(ScoringError, match="asks for layers by number"):
+        EarlyExit(Numbered(), 1).logits(candidates("classifier"))
+    with pytest.raises(IndexError, match="out of range in self"):
+        EarlyExit(bert(), 1).logits({"input_ids": torch.full((2, 4), VOCAB)})
