@@ -389,13 +389,14 @@ def table(results: dict[str, Result]) -> str:
     ]
     control = results["random half"]
     for name, each in results.items():
+        own = name == "random half"
         lines.append(
             [
                 name,
                 _percent(each.same_samples),
-                _points(each.same_samples, control.same_samples),
+                "" if own else _points(each.same_samples, control.same_samples),
                 _percent(each.same_time),
-                _points(each.same_time, control.same_time),
+                "" if own else _points(each.same_time, control.same_time),
                 str(each.timed_steps),
                 f"{each.step_ms:.0f}",
             ]
@@ -415,8 +416,6 @@ def _percent(values: list[float]) -> str:
 def _points(values: list[float], control: list[float]) -> str:
     # Seeds are paired: the same weights at first, the same images.
     apart = [100 * (one - other) for one, other in zip(values, control, strict=True)]
-    if not any(apart):
-        return ""
     error = f" ± {statistics.stdev(apart) / math.sqrt(len(apart)):.1f}" if len(apart) > 1 else ""
     return f"{statistics.mean(apart):+.1f}{error}"
 
@@ -465,7 +464,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = compare(study, data, given.steps, given.batch_size, given.seeds, quiet)
         print(table(found), end="\n\n", flush=True)
     print(
-        f"{datetime.date.today()}, {_processor()}, {torch.get_num_threads()} threads, "
+        f"{datetime.date.today()}, {_processor()}, threads: {torch.get_num_threads()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}. Accuracy on held-out images, "
         f"± standard deviation over seeds; - random: paired differences in points, ± standard error."
     )
