@@ -192,6 +192,10 @@ def model_inputs(
             f"none of the batch's fields {sorted(batch)} is a parameter of the model's forward "
             f"({sorted(named)}); rename the fields or pass score_fn="
         )
+    shifted = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if not labels and shifted and "decoder_input_ids" in named and "labels" in batch:
+        # What an encoder-decoder makes of its labels, where the loop leaves that to the model.
+        fields.setdefault("decoder_input_ids", shifted(batch["labels"]))
     # A cache or all hidden states of a scoring pass would be memory for nothing.
     quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
     return (), {**fields, **{k: v for k, v in quiet.items() if k in named and k not in fields}}

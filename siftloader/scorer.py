@@ -206,7 +206,7 @@ class Scorer:
         early, samples = self._exit(), targets.samples
         try:
             classes = early.classes(candidates, targets.length)
-        except ScoringError as error:
+        except (ScoringError, TypeError, ValueError) as error:  # some forwards need their labels
             if isinstance(early, EarlyExit) and early.takes_labels(candidates):
                 self._reading = Reading.of(early.with_labels, candidates, samples)
             if self._reading is None:

@@ -315,3 +315,42 @@ def test_early_exit_gives_what_the_loop_would_see():
     early = EarlyExit(model, layer=1)
     logits, loss = early(rows[:, :-1], rows[:, 1:].contiguous())
     assert logits.shape == (P, T, VOCAB) and loss.ndim == 0
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_encoder_decoder_makes_its_own_decoder_inputs(layer):
+    # As Hugging Face's translation examples call it: nothing but inputs and labels.
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = scaled(transformers.T5ForConditionalGeneration(config), 2.0).train()
+    ids, labels = tokens()[:, :T], tokens(1)[:, :8].clamp_min(1)
+    labels[:, 6:] = -100
+    given = {"input_ids": ids, "labels": labels}
+    explicit = given | {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
+    found = Sifter(model, exit_layer=layer).score(given)
+    assert torch.equal(found, Sifter(model, exit_layer=layer).score(explicit))
+    logits = EarlyExit(model, layer=layer).logits(explicit)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    assert torch.allclose(found, losses.sum(1) / 6, atol=1e-5)
+
+
+def test_a_forward_that_cannot_do_without_labels_is_given_them():
+    class Needs(Trunk):
+        def forward(self, ids, labels):
+            return F.cross_entropy(self.head(self.hidden(ids)).transpose(1, 2), labels)
+
+    model, rows = make(Needs), tokens()
+    found = Sifter(model, exit_layer=2).score({"ids": rows[:, :-1], "labels": rows[:, 1:]})
+    wanted = expected(model, rows[:, :-1], rows[:, 1:], 2, "loss")
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
+
+    class Broken(Trunk):
+        def forward(self, ids, labels=None):
+            raise ValueError("no such thing")
+
+    with pytest.raises(ValueError, match="no such thing"):
+        Sifter(make(Broken)).score({"ids": rows[:, :-1], "labels": rows[:, 1:]})
