@@ -85,6 +85,7 @@ def test_what_is_like_the_held_out_text_is_not_irreducible(
     assert "2 layers of 128" in told["model"] or "4 layers of 128" in told["model"]
     said = capsys.readouterr().out
     assert "each of the 24 held out 1" in said and "200 samples" in said
+    assert "token counts alone" in said and "which is better" in said  # half of the text is random
     if objective == "mlm":
         assert labelled.mean() < 0.99 and not labelled[3]
         assert f"({(~labelled).sum()} had no label: the mean)" in said
@@ -165,6 +166,12 @@ def test_other_masks_each_time_the_held_out_text_comes_round(letters: dict[str, 
     first, second = next(batches), next(batches)
     assert len(first["labels"]) == VAL and (first["labels"] != second["labels"]).any()
     assert set(first["labels"].unique().tolist()) == {-100, EASY}  # of the held-out split alone
+
+
+def test_a_model_worse_than_token_counts_is_called_so() -> None:
+    assert "which is better" in irreducible.verdict(7.15, 6.65)
+    assert "which is better" not in irreducible.verdict(6.2, 6.65)
+    assert "6.650 nats" in irreducible.verdict(6.2, 6.65)
 
 
 def test_a_file_appears_whole_or_not_at_all(

@@ -12,8 +12,10 @@ and what it was made of in its metadata: model, steps, fingerprint of the shards
     shards = TokenShards("shards/demo", with_ids=True)
     loader = SiftingDataLoader(shards, 32, model=model, criterion=Reducible.read("irreducible.parquet"))
 
-A held-out split is small; a model that learned it by heart knows little about other text. The tool prints
-how often each held-out sample was trained on. Preparing with a larger --val-fraction helps more than steps.
+A held-out split is small; a model that learned it by heart knows little about other text (that of
+shards/demo, 98 samples, is too small for more than a try). The tool prints how often each held-out sample
+was trained on, and says so where its losses are worse than token counts alone. Preparing with a larger
+--val-fraction helps more than steps.
 
 Masked language models are scored at the masks of epoch 0, so the loss is that of these masked tokens, an
 estimate for the ones that later epochs mask. A sample that has no masked token there gets the mean loss of
@@ -40,7 +42,7 @@ import pretrain_bert
 import pretrain_gpt
 
 import siftloader
-from siftloader import EarlyExit, Sifter, SiftError, TokenShards, World
+from siftloader import EarlyExit, Rarity, Sifter, SiftError, TokenShards, World
 
 
 EVERYTHING = World()  # whatever launched this: all samples, not those of one rank
@@ -72,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         model, steps, name = load(options.model, shards).to(device), 0, str(options.model)
 
-    ids, losses = score(model, shards, options.batch_size)
+    ids, losses, rarity = score(model, shards, options.batch_size)
     unlabelled = ~np.isfinite(losses)
     if unlabelled.all():
         sys.exit("no sample of the training split has a finite loss; nothing is written")
@@ -90,6 +92,17 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"{options.out}: {len(ids):,} samples, irreducible loss {losses.mean():.3f} nats, "
         f"{np.quantile(losses, 0.05):.3f} to {np.quantile(losses, 0.95):.3f} for nine in ten{without}"
+    )
+    print(verdict(float(losses.mean()), rarity))
+
+
+def verdict(loss: float, rarity: float) -> str:
+    """What a mean irreducible loss is worth, beside the mean surprise under token counts."""
+    if loss < rarity:
+        return f"token counts alone: {rarity:.3f} nats"
+    return (
+        f"token counts alone: {rarity:.3f} nats, which is better: this model tells nothing about what "
+        f"can be learned; hold out more text (--val-fraction) or train otherwise (--steps, --model)"
     )
 
 
@@ -150,20 +163,22 @@ def held_out(folder: Path, seed: int, rows: int) -> Iterator[dict[str, Tensor]]:
 
 def score(
     model: nn.Module, shards: TokenShards, rows: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Ids [N], rising, and mean losses [N] in nats of the whole training split, in eval mode."""
+) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
+    """Ids [N], rising, mean losses [N] of the training split, and its mean unigram surprise, nats."""
     gpu = next(model.parameters()).device.type == "cuda"
     sifter = Sifter(model, exit_layer=full_depth(model), autocast=torch.bfloat16 if gpu else None)
+    counting = Sifter(model, criterion=Rarity(shards.unigrams), exit_layer="full")
     bar = tqdm(total=shards.total, desc="scoring", unit="sample", disable=None, leave=False)
-    ids, losses = [], []
+    ids, losses, rarity = [], [], []
     with bar:
         for batch in shards.read_batches(rows, epoch=0):
             ids.append(batch["id"].numpy())
             losses.append(sifter.score(batch).cpu().numpy())
+            rarity.append(counting.score(batch).cpu().numpy())
             bar.update(len(ids[-1]))
-    found, values = np.concatenate(ids), np.concatenate(losses)
+    found, values, counted = (np.concatenate(parts) for parts in (ids, losses, rarity))
     order = np.argsort(found)
-    return found[order], values[order]
+    return found[order], values[order], float(counted[np.isfinite(counted)].mean())
 
 
 def full_depth(model: nn.Module) -> int | str:
