@@ -67,7 +67,11 @@ def exit_at(root: nn.Module, layer: int | str) -> Exit:
     in the encoder. A path cuts that stack alone. Raises ScoringError where there is nothing to cut.
     """
     if layer == "full":
-        return Exit(1, 1)
+        # Nothing is cut off; the stacks tell trunk from head, so that the head runs at the labels only.
+        try:
+            return Exit(1, 1, {path: _length(root, path) for path in _stacks(root)})
+        except ScoringError:
+            return Exit(1, 1)
     paths, number = None, layer
     if isinstance(layer, str):
         path, _, digits = layer.rpartition(":")

@@ -519,3 +519,18 @@ def test_nothing_warns_on_the_way():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Sifter(bert(), exit_layer=1).score(candidates("bert"))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_full_depth_runs_the_head_at_the_labels_only(family):
+    model, batch = FAMILIES[family](), candidates(family)
+    rows = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, args, out: rows.append(out.shape[:-1].numel()))
+    full = Sifter(model, exit_layer="full")
+    expected = Sifter(model, exit_layer=LAYERS).score(batch)
+    assert torch.equal(full.score(batch), expected)
+    rows.clear()
+    full.score(batch)
+    labels = batch["labels"] if family == "bert" else batch["labels"][:, 1:]
+    assert sum(rows) == (labels != -100).sum()
