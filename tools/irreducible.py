@@ -42,7 +42,7 @@ import pretrain_bert
 import pretrain_gpt
 
 import siftloader
-from siftloader import EarlyExit, Rarity, Sifter, SiftError, TokenShards, World
+from siftloader import Rarity, Sifter, SiftError, TokenShards, World
 
 
 EVERYTHING = World()  # whatever launched this: all samples, not those of one rank
@@ -166,7 +166,7 @@ def score(
 ) -> tuple[NDArray[np.int64], NDArray[np.float32], float]:
     """Ids [N], rising, mean losses [N] of the training split, and its mean unigram surprise, nats."""
     gpu = next(model.parameters()).device.type == "cuda"
-    sifter = Sifter(model, exit_layer=full_depth(model), autocast=torch.bfloat16 if gpu else None)
+    sifter = Sifter(model, exit_layer="full", autocast=torch.bfloat16 if gpu else None)
     counting = Sifter(model, criterion=Rarity(shards.unigrams), exit_layer="full")
     bar = tqdm(total=shards.total, desc="scoring", unit="sample", disable=None, leave=False)
     ids, losses, rarity = [], [], []
@@ -179,16 +179,6 @@ def score(
     found, values, counted = (np.concatenate(parts) for parts in (ids, losses, rarity))
     order = np.argsort(found)
     return found[order], values[order], float(counted[np.isfinite(counted)].mean())
-
-
-def full_depth(model: nn.Module) -> int | str:
-    """The last layer by number, so that the head runs at the masked positions only."""
-    layers = model.config.num_hidden_layers
-    try:
-        EarlyExit(model, layers)
-    except SiftError:
-        return "full"  # a single layer, or none that can be told apart
-    return layers
 
 
 def write(
