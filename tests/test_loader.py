@@ -41,7 +41,7 @@ from siftloader import (
     TokenShards,
     TopK,
 )
-from siftloader.targets import Targets
+from siftloader.targets import Targets, Unigrams
 from siftloader.twin import Twin
 from siftloader.world import World
 
@@ -874,6 +874,7 @@ def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
     # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
     monkeypatch.setattr(Targets, "of", unwatched(Targets.of))
     monkeypatch.setattr(Twin, "run", unwatched(Twin.run))
+    monkeypatch.setattr(Unigrams, "__call__", unwatched(Unigrams.__call__))  # checks on the host only
     with asked:
         next(iterator), next(iterator)
     assert asked.waited == []

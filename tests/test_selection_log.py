@@ -115,7 +115,7 @@ def test_float_ids_are_refused_because_they_merge_samples(tmp_path):
     ("changed", "message"),
     [
         (
-            {"scores": torch.rand(3)},
+            {"scores": torch.zeros(3)},
             r"score: need one per candidate, \[P\], got \[3\] for ids \[4",
         ),
         ({"ids": torch.ones(4, 1).long()}, r"id: need one per candidate"),
