@@ -5,7 +5,9 @@
     probe.learn(batch, targets)                            # one step of the head, none of the model
 
 The head sees detached features of the candidates, all of them and not only the kept ones, so that it
-learns the population. It belongs to one exit of one model. This is the way to stage networks that the
+learns the population. That has a price: what the head finds easy is not trained on, and the head does
+not notice when the model forgets it; with the model's own head the loss would rise. Finish with plain
+steps (``cooldown_steps``), and look at what is kept by class. A head belongs to one exit of one model. This is the way to stage networks that the
 SIFT paper leaves for later.
 
 Letters: P samples, T positions, M positions with a prediction, m those of a chunk, C features, V classes.
@@ -48,14 +50,14 @@ class _Linear(nn.Module):
 class ExitHead:
     """Layer norm and a linear layer on features, trained by siftloader with an AdamW of its own.
 
-    ExitHead(lr=3e-3)                # V is asked of the model
+    ExitHead(lr=3e-2)                # V is asked of the model
     ExitHead(classes=10)             # or given
 
     Computes in float32 whatever the features are. Built, of zeros, from the first features, or from a
     state: nothing is drawn.
     """
 
-    def __init__(self, classes: int | None = None, lr: float = 1e-3) -> None:
+    def __init__(self, classes: int | None = None, lr: float = 1e-2) -> None:
         if classes is not None and (
             isinstance(classes, bool) or not isinstance(classes, int) or classes < 2
         ):
@@ -150,7 +152,7 @@ class ProbeExit:
     """Predict from the features at ``exit_layer`` of a live model with a head trained on the side.
 
     ProbeExit(resnet, 2)                                  # stage 2: layer2
-    ProbeExit(bert, 1, ExitHead(lr=3e-3))                 # a transformer's layer, another head than its own
+    ProbeExit(bert, 1, ExitHead(lr=3e-2))                 # a transformer's layer, another head than its own
 
     ``exit_layer`` is what ``Features`` takes. Used like EarlyExit, and told to ``learn`` after every pool.
     Nothing of the model is touched.
