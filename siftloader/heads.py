@@ -6,7 +6,7 @@
 
 The head sees detached features of the candidates, all of them and not only the kept ones, so that it
 learns the population. That has a price: what the head finds easy is not trained on, and the head does
-not notice when the model forgets it; with the model's own head the loss would rise. Finish with plain
+not notice when the model forgets it; scored by the whole model its loss would rise. Finish with plain
 steps (``cooldown_steps``), and look at what is kept by class. A head belongs to one exit of one model.
 This is the way to stage networks that the SIFT paper leaves for later.
 
