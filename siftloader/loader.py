@@ -300,6 +300,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 del batch
                 yield out.pop()
         finally:
+            self._scorer.precision.unwatch()  # whoever keeps the model keeps no hook of ours
             if hasattr(pieces, "close"):
                 pieces.close()
         if turn == self._turn:
@@ -319,8 +320,9 @@ class SiftingDataLoader(DataLoader[Any]):
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:
             self._warn_of_eval_mode()
-        if training and self._schedule.ever_sifts:
-            self._scorer.precision.watch(self._scorer.given_model, self._scorer.device)
+        precision = self._scorer.precision
+        if training and precision.watches and self._schedule.ahead(counts.steps):
+            precision.watch(self._scorer.given_model, self._scorer.device)
         return self._handed(batch, taken.last)
 
     def _next_plain(

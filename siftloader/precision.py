@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -48,6 +50,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(device.type, dtype, cache_enabled=False)
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is still something to learn, and patience for it."""
+        return self._dtype is None and self._left > 0
+
     def watch(self, model: nn.Module, device: torch.device) -> None:
         """Learn from the next forward of ``model`` in training mode, once.
 
@@ -55,23 +62,42 @@ class Precision:
         graph does not see it: for models compiled in place, or given without the wrapper of
         ``torch.compile`` that the loop calls, the dtype must be given.
         """
-        if self._dtype is not None or not self._left:
-            return
-        self._left -= 1
+        if self.watches:
+            self._left -= 1
+            self._hook = model.register_forward_pre_hook(_Look(self, model, device.type))
 
-        def look(module: nn.Module, args: Any) -> None:
-            # Shells carry copies of hooks.
-            if torch.compiler.is_compiling() or module is not model or not module.training:
-                return
-            if torch.is_autocast_enabled(device.type):
-                self._dtype = torch.get_autocast_dtype(device.type)
-            self._left = 0
-            self.unwatch()
-
-        self._hook = model.register_forward_pre_hook(look)
+    def learn(self, kind: str) -> None:
+        """Learn from the autocast of now for devices of this kind, and watch no longer."""
+        if torch.is_autocast_enabled(kind):
+            self._dtype = torch.get_autocast_dtype(kind)
+        self._left = 0
+        self.unwatch()
 
     def unwatch(self) -> None:
         """Take the hook off, whether or not it saw a forward."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+@final
+class _Look:
+    """The hook that looks. It keeps nobody alive, and its copy in a copied or saved model is blind."""
+
+    def __init__(self, precision: Precision, model: nn.Module, kind: str) -> None:
+        self._precision, self._model = weakref.ref(precision), weakref.ref(model)
+        self._kind = kind
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        # Shells carry copies of hooks.
+        if torch.compiler.is_compiling() or module is not self._model() or not module.training:
+            return
+        if (precision := self._precision()) is not None:
+            precision.learn(self._kind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_blind,)
+
+
+def _blind(module: nn.Module, args: Any) -> None:
+    pass
