@@ -20,12 +20,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from siftloader.batches import IGNORED, Batch, cut, rows
+from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.errors import ScoringError
+from siftloader.labels import with_labels
 from siftloader.stack import exit_at, unwrap
-from siftloader.taps import Reading, listen
+from siftloader.taps import listen
 from siftloader.targets import Targets
 from siftloader.twin import Twin, check_shape, rows_at_a_time
+
+
+# Fields that change predictions, also where a forward takes them as **kwargs.
+HANDED_ON = ("attention_mask", "token_type_ids", "position_ids")
 
 
 class Task(NamedTuple):
@@ -110,27 +115,41 @@ class EarlyExit:
         # The last of a tuple may only go where labels belong, not into an optional mask.
         return not args or _is_label(list(bound.arguments)[-1])
 
-    def task(self, batch: Batch, labels: Tensor) -> Task:
-        """How the model's own loss reads ``labels``, heard from that loss on two samples."""
-        if not self.takes_labels(batch) or labels.ndim != 2 or labels.is_floating_point():
+    def task(self, batch: Batch, name: str, shape: torch.Size) -> Task:
+        """How the model's own loss reads labels of ``shape`` [P, T]: heard on one sample.
+
+        That sample is given labels of our own, zeros and ones at random, so that neither what is marked
+        as ignored nor chance in the data can mislead. ``name`` is the field of the labels.
+        """
+        if len(shape) != 2 or not self.takes_labels(batch):
             return Task()
-        few = min(2, rows(batch))
-        part = cut(batch, 0, few)
-        _, taps = listen(lambda: self.with_labels(part))
-        reading = Reading.of(self.with_labels, part, few)
-        if reading is None or taps[0].labels.is_floating_point():
+        drawn = torch.rand(1, shape[1], generator=torch.Generator().manual_seed(0)) < 0.5
+        device = next((leaf.device for leaf in leaves(batch) if isinstance(leaf, Tensor)), None)
+        one = with_labels(cut(batch, 0, 1), name, drawn.long().to(device))
+        if one is None:
             return Task()
-        samples = reading.samples(self.with_labels, part, few)
-        heard = torch.cat([each.labels.reshape(-1) for each in samples]).cpu()
-        ignored, own = taps[0].ignored, labels[:few].long().cpu()
+        try:
+            _, taps = listen(lambda: self.with_labels(one))
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return (
+                Task()
+            )  # a loss that wants other labels than these; scoring tells if it fails, too
+        if not taps or taps[0].labels.is_floating_point():
+            return Task()
+        heard, ignored, own = (
+            torch.cat([t.labels for t in taps]).cpu(),
+            taps[0].ignored,
+            drawn.long(),
+        )
         own = own.masked_fill(own == ignored, IGNORED)
         later = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
         # Some losses see every position, some only those with a label.
-        for shift, wanted in ((False, own), (True, own[:, 1:]), (True, later)):
-            flat = wanted.reshape(-1)
-            if torch.equal(heard, flat) or torch.equal(heard, flat[flat != IGNORED]):
-                return Task(shift, ignored)
-        return Task(None, ignored)
+        fits = {
+            shift
+            for shift, wanted in ((False, own[0]), (True, own[0, 1:]), (True, later[0]))
+            if torch.equal(heard, wanted) or torch.equal(heard, wanted[wanted != IGNORED])
+        }
+        return Task(fits.pop() if len(fits) == 1 else None, ignored)
 
     def _row_chunks(self, batch: Batch, targets: Targets) -> Iterator[Tensor]:
         # No head to capture: the whole output of as many rows as fit, then the wanted positions.
@@ -187,6 +206,8 @@ def model_inputs(
     fields = {
         k: v for k, v in batch.items() if (labels or "label" not in k) and (any_name or k in named)
     }
+    if _takes_any(model):  # a wrapper that hands on what it does not name
+        fields |= {k: batch[k] for k in HANDED_ON if k in batch}
     if not fields:
         raise ScoringError(
             f"none of the batch's fields {sorted(batch)} is a parameter of the model's forward "
@@ -199,6 +220,11 @@ def model_inputs(
     # A cache or all hidden states of a scoring pass would be memory for nothing.
     quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
     return (), {**fields, **{k: v for k, v in quiet.items() if k in named and k not in fields}}
+
+
+def _takes_any(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _is_label(name: str) -> bool:

@@ -5,8 +5,10 @@ Letters: P samples, T positions.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -61,10 +63,36 @@ def skips_padding(model: nn.Module) -> bool:
     )
 
 
-def are_inputs(labels: Tensor, batch: Batch) -> bool:
-    """Whether labels [P, T], where there are any, are the ids of the batch themselves."""
-    ids = next((leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)), None)
-    if ids is None or labels.ndim != 2 or ids.shape != labels.shape or ids.is_floating_point():
+def with_labels(batch: Batch, name: str, labels: Tensor) -> Batch | None:
+    """The batch with other labels, where ``find_labels`` finds them; None where it finds none."""
+    if find_labels(batch, name) is None:
+        return None
+    if isinstance(batch, MutableMapping):
+        out = copy.copy(batch)
+        out[name] = labels
+        return out
+    if hasattr(batch, "_fields") and hasattr(batch, name):
+        return batch._replace(**{name: labels})
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(batch, **{name: labels})
+    if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        return type(batch)([*batch[:-1], labels])
+    return None
+
+
+def are_inputs(labels: Tensor, batch: Batch, name: str) -> bool:
+    """Whether labels [P, T], where there are any, are the ids of some other field of the batch."""
+    if labels.ndim != 2 or labels.is_floating_point():
         return False
+    if isinstance(batch, Mapping):
+        batch = [value for key, value in batch.items() if key != name]
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        batch = batch[:-1]
     wanted = labels != IGNORED
-    return bool(((labels == ids.to(labels.device)) | ~wanted).all()) and bool(wanted.any())
+    return bool(wanted.any()) and any(
+        isinstance(ids, Tensor)
+        and ids.shape == labels.shape
+        and not ids.is_floating_point()
+        and bool(((labels == ids.to(labels.device)) | ~wanted).all())
+        for ids in leaves(batch)
+    )

@@ -61,6 +61,8 @@ class Predicted(Criterion):
         self._learner.to(early.device)
         with torch.no_grad():
             scores = self._small.scores(self._guesses(batch, samples))
+        if not early.learn:  # somebody only looks
+            return scores
         first, last = self.taught(early.pool.number, samples)
         truth = self.of(early.part(first, last)).detach()
         rows = batch if last - first == samples else cut(batch, first, last)

@@ -6,7 +6,7 @@ chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, TypeAlias, final
 
 import torch
@@ -30,11 +30,18 @@ class Predictions:
     """What a criterion sees: predictions and labels at the targets, and the pool they belong to."""
 
     def __init__(
-        self, targets: Targets, run: Run, pool: Pool | None = None, first: int = 0
+        self,
+        targets: Targets,
+        run: Run,
+        pool: Pool | None = None,
+        first: int = 0,
+        known: Mapping[Value, Tensor] | None = None,
+        learn: bool = True,
     ) -> None:
         self.pool = Pool() if pool is None else pool
+        self.learn = learn  # whether criteria that learn from what they see should
         self._targets, self._run, self._first = targets, run, first
-        self._known: dict[Value, Tensor] = {}
+        self._known: dict[Value, Tensor] = dict(known or {})  # [M] each
 
     @property
     def samples(self) -> int:
@@ -73,14 +80,9 @@ class Predictions:
                     "pass score_fn= with the loss of your loop"
                 )
             labels = self.labels[done : done + len(logits)]
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            wrong = None
-            if self._targets.real is not None and not labels.is_floating_point():
-                # No label, or a wrong one that nobody waited to look at.
-                wrong, labels = labels < 0, labels.clamp_min(0)
+            dense = self._targets.real is not None
             for value, parts in found.items():
-                each = _one_each(value(wide, labels), len(logits))
-                parts.append(each if wrong is None else each.masked_fill(wrong, torch.nan))
+                parts.append(value_of(value, logits, labels, wrong_allowed=dense))
             done += len(logits)
         none = torch.zeros(0, device=self.device)
         self._known |= {v: torch.cat(parts) if parts else none for v, parts in found.items()}
@@ -103,15 +105,20 @@ class Predictions:
             # A sample whose values are not finite must not decide the slope of the others.
             fit = (off + off_value).isfinite().all(1, keepdim=True)
             off, off_value = torch.where(fit, off, 0), torch.where(fit, off_value, 0)
-            slope = (off * off_value).sum() / off.square().sum()
-            means = means + slope.nan_to_num(0) * (targets.correction.means - mean)
+            spread = off.square().sum()
+            # Of a control that does not vary there is nothing but rounding to fit.
+            found = spread > 1e-9 * torch.where(fit, control, 0).square().sum()
+            slope = torch.where(found, (off * off_value).sum() / spread, 0)
+            means = means + slope * (targets.correction.means - mean)
         found = means if reduction == "mean" else means * targets.counts
         return torch.where(targets.counts > 0, found, torch.nan)
 
     def part(self, first: int, last: int) -> Predictions:
         """Of the samples ``first`` to ``last`` alone."""
         targets, pool = self._targets.part(first, last), self.pool.part(first, last)
-        return Predictions(targets, self._run, pool, self._first + first)
+        begin, end = self._targets.starts[first], self._targets.starts[last]
+        known = {value: found[begin:end] for value, found in self._known.items()}
+        return Predictions(targets, self._run, pool, self._first + first, known, self.learn)
 
     def _per_row(self, values: Tensor) -> Tensor:
         # Dense [P, T]: index_put without repeats is deterministic on a GPU, index_add is not.
@@ -121,6 +128,18 @@ class Predictions:
         dense = values.new_zeros(targets.samples * targets.length)
         dense[targets.positions] = values
         return dense.view(targets.samples, targets.length)
+
+
+def value_of(value: Value, logits: Tensor, labels: Tensor, wrong_allowed: bool) -> Tensor:
+    """``value`` of logits [m, V], as float32 where they are less, and labels [m] (or [m, V]): [m].
+
+    ``wrong_allowed`` says that labels may be negative, unlabelled ones among them: those get NaN.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    if not wrong_allowed or labels.is_floating_point():
+        return _one_each(value(wide, labels), len(logits))
+    found = _one_each(value(wide, labels.clamp_min(0)), len(logits))
+    return found.masked_fill(labels < 0, torch.nan)
 
 
 def _one_each(values: object, count: int) -> Tensor:

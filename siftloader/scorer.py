@@ -16,6 +16,7 @@ from siftloader.batches import IGNORED, Batch, cut, rows
 from siftloader.errors import ScoringError
 from siftloader.exits import EarlyExit, Task
 from siftloader.heads import ExitHead, ProbeExit
+from siftloader.heard import hear
 from siftloader.labels import (
     Labels,
     are_inputs,
@@ -30,7 +31,7 @@ from siftloader.predictions import Predictions
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
-from siftloader.targets import Positions, Targets
+from siftloader.targets import Positions, Targets, check_soft, to_device
 
 
 Model: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -145,6 +146,25 @@ class Scorer:
         )
 
     @property
+    def by_function(self) -> bool:
+        """Whether a function of the loop scores, or the loss in it."""
+        return self._score_fn is not None
+
+    @property
+    def ignored(self) -> int:
+        """The label that stands for none, as the model's own loss has it where it was heard."""
+        return IGNORED if self._task is None else self._task.ignored
+
+    @property
+    def reading_state(self) -> list[Any] | None:
+        """How labels are read, [shift, ignored], once that is known: a restart must read them alike."""
+        return None if self._task is None else list(self._task)
+
+    @reading_state.setter
+    def reading_state(self, state: list[Any] | None) -> None:
+        self._task = None if state is None else Task(*state)
+
+    @property
     def label_name(self) -> str:
         """The key under which labels are looked for."""
         return self._labels if isinstance(self._labels, str) else "labels"
@@ -163,7 +183,9 @@ class Scorer:
         device, samples = self.device, rows(pool.batch)
         with torch.no_grad(), self.precision.context(device):
             if self._score_fn is not None and self._needs_model:
-                scores, labelled = self._by_function(self._score_fn, pool)
+                scores, labelled = self._by_function(self._score_fn, pool, learn)
+            elif isinstance(self.criterion, Random):
+                scores, labelled = self._at_random(pool, labels, device)
             else:
                 scores, labelled = self._by_labels(pool, labels, device, learn)
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
@@ -174,30 +196,41 @@ class Scorer:
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
         return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum())
 
+    def _at_random(
+        self, pool: Pool, labels: Tensor | None, device: torch.device
+    ) -> tuple[Any, Tensor]:
+        # Whatever the labels are: of those only a row that has none is told apart.
+        everyone = torch.zeros(rows(pool.batch), dtype=torch.long)
+        targets = Targets.of(everyone, device, False)
+        labelled = torch.ones_like(everyone, dtype=torch.bool)
+        if labels is not None and not labels.is_floating_point():
+            labelled = (labels.reshape(len(everyone), -1) != IGNORED).any(1)
+        return self.criterion(Predictions(targets, _nothing, pool)), to_device(labelled, device)
+
     def _by_labels(
         self, pool: Pool, labels: Tensor | None, device: torch.device, learn: bool
     ) -> tuple[Any, Tensor]:
+        assert labels is not None  # only a random criterion does without
         targets = self._targets(pool.batch, labels, device)
         if self._needs_model and not self._tried:
             self._try(pool.batch, targets)
         if self._reading is not None:
-            return self._heard(self._reading, self._own_exit().with_labels, pool)
+            return self._heard(self._reading, self._own_exit().with_labels, pool, learn)
 
         def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
             return self._exit().logits_at(batch, targets)
 
-        scores = self.criterion(Predictions(targets, run, pool))
-        if learn and isinstance(early := self._exit(), ProbeExit):
-            early.learn(
-                pool.batch, targets
-            )  # after the scores: those are of the weights before it
+        scores = self.criterion(Predictions(targets, run, pool, learn=learn))
+        if isinstance(probe := self._early, ProbeExit):
+            if learn:  # after the scores: those are of the weights before it
+                probe.learn(pool.batch, targets)
+            probe.forget()
         return scores, targets.labelled()
 
     def _targets(self, batch: Batch, labels: Tensor | None, device: torch.device) -> Targets:
-        if labels is None:
-            labels = torch.zeros(rows(batch), dtype=torch.long)
+        assert labels is not None
         task = self._task_of(batch, labels)
-        if task.ignored != IGNORED:
+        if task.ignored != IGNORED and not labels.is_floating_point():
             labels = labels.masked_fill(labels == task.ignored, IGNORED)
         return Targets.of(labels, device, bool(task.shift), self.positions)
 
@@ -207,21 +240,24 @@ class Scorer:
         try:
             classes = early.classes(candidates, targets.length)
         except (ScoringError, TypeError, ValueError) as error:  # some forwards need their labels
-            if isinstance(early, EarlyExit) and early.takes_labels(candidates):
-                self._reading = Reading.of(early.with_labels, candidates, samples)
+            if not isinstance(early, EarlyExit) or not early.takes_labels(candidates):
+                raise
+            single = targets.length == 1
+            self._reading = Reading.of(early.with_labels, candidates, samples, single)
             if self._reading is None:
-                raise error from None
-            self._warn_if_slow()
+                if isinstance(error, TypeError):
+                    raise ScoringError(
+                        f"the model cannot be run without labels ({error}), and with them it computes "
+                        f"no cross_entropy that could be heard; pass score_fn= with one score per "
+                        f"candidate"
+                    ) from error
+                raise
+            self._warn()
         else:
-            labels = targets.labels
-            if not labels.is_floating_point() and labels.numel() and int(labels.max()) >= classes:
-                raise ScoringError(
-                    f"found label {int(labels.max())}, the model predicts {classes} classes (0 to "
-                    f"{classes - 1}); is it the tokenizer that the model was built for?"
-                )
+            _check_classes(targets.labels, classes)
         self._tried = True
 
-    def _by_function(self, function: ScoreFunction, pool: Pool) -> tuple[Any, Tensor]:
+    def _by_function(self, function: ScoreFunction, pool: Pool, learn: bool) -> tuple[Any, Tensor]:
         def call(batch: Batch) -> Any:
             return function(self._own_exit(), batch)
 
@@ -232,10 +268,10 @@ class Scorer:
             one_each = isinstance(found, Tensor) and found.ndim == 1 and len(found) == few
             if taps and not one_each:
                 self._reading = Reading.of(call, pool.batch, samples)
-                self._warn_if_slow()
+                self._warn()
             self._tried = True
         if self._reading is not None:
-            return self._heard(self._reading, call, pool)
+            return self._heard(self._reading, call, pool, learn)
         scores = call(pool.batch)
         if isinstance(scores, Tensor) and scores.ndim == 0:
             raise ScoringError(
@@ -244,31 +280,28 @@ class Scorer:
             )
         return scores, torch.ones(samples, dtype=torch.bool, device=self.device)
 
-    def _warn_if_slow(self) -> None:
-        if self._reading is not None and self._reading.order == "alone":
+    def _warn(self) -> None:
+        assert self._reading is not None
+        if self._reading.order == "alone":
             warnings.warn(
                 "the loss of several samples together does not show which position belongs to which "
                 "sample, so they are scored one at a time: right, but slower",
                 stacklevel=2,
             )
+        if self._reading.differs:
+            warnings.warn(
+                "the loss of a sample is not the mean of the cross-entropy that is heard of it: a mask, "
+                "a weight or a further term is not part of the scores; mark what must not count as "
+                "-100, or return one score per candidate from score_fn",
+                stacklevel=2,
+            )
 
     def _heard(
-        self, reading: Reading, call: Callable[[Batch], Any], pool: Pool
-    ) -> tuple[Tensor, Tensor]:
-        scores, labelled = [], []
-        for part in reading.samples(call, pool.batch, rows(pool.batch)):
-            logits, device = part.logits.flatten(0, 1), part.logits.device
-            targets = Targets.of(part.labels, device, False, self.positions, dense=True)
-
-            def run(
-                batch: Batch, targets: Targets, first: int, logits: Tensor = logits
-            ) -> Iterator[Tensor]:
-                yield logits.index_select(0, targets.positions + first * targets.length)
-
-            early = Predictions(targets, run, pool.part(part.first, part.last))
-            scores.append(self.criterion(early))
-            labelled.append(targets.labelled())
-        return torch.cat(scores), torch.cat(labelled)
+        self, reading: Reading, call: Callable[[Batch], Any], pool: Pool, learn: bool
+    ) -> tuple[Any, Tensor]:
+        values = tuple(getattr(self.criterion, "values", ()))
+        early, labelled = hear(reading, call, pool, self.positions, values, learn)
+        return self.criterion(early), labelled
 
     @property
     def _needs_model(self) -> bool:
@@ -289,13 +322,13 @@ class Scorer:
 
     def _task_of(self, candidates: Batch, labels: Tensor) -> Task:
         if self._task is None:
-            known = is_causal(self.model)
-            task = Task(known)
-            if known is None and self._needs_model:
-                task = self._exit().task(candidates, labels)
-            if self._shift is not None:
-                task = Task(self._shift, task.ignored)
-            if task.shift is None and are_inputs(labels, candidates):
+            # The model's own loss is asked first: the names of classes are not always right.
+            task = Task()
+            if self._needs_model and not callable(self._labels):
+                task = self._exit().task(candidates, self.label_name, labels.shape)
+            shift = is_causal(self.model) if task.shift is None else task.shift
+            task = Task(shift if self._shift is None else self._shift, task.ignored)
+            if task.shift is None and are_inputs(labels, candidates, self.label_name):
                 raise ScoringError(
                     "the labels are the inputs themselves, so either this is a causal model whose "
                     "loss shifts them (pass shift_labels=True) or an unmasked one "
@@ -303,6 +336,24 @@ class Scorer:
                 )
             self._task = task
         return self._task
+
+
+def _check_classes(labels: Tensor, classes: int) -> None:
+    if labels.is_floating_point():
+        check_soft(labels)
+        if labels.shape[1] != classes:
+            raise ScoringError(
+                f"the labels are probabilities of {labels.shape[1]} classes, the model predicts {classes}"
+            )
+    elif labels.numel() and int(labels.max()) >= classes:
+        raise ScoringError(
+            f"found label {int(labels.max())}, the model predicts {classes} classes (0 to "
+            f"{classes - 1}); is it the tokenizer that the model was built for?"
+        )
+
+
+def _nothing(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
+    return iter(())
 
 
 def _terms(criterion: ScoreOf) -> Iterator[ScoreOf]:

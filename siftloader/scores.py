@@ -51,6 +51,11 @@ class Criterion:
     def __add__(self, other: ScoreOf) -> Weighted:
         return Weighted(((1.0, self), (1.0, other)))
 
+    def __radd__(self, other: object) -> Weighted:
+        if other == 0:  # where sum() begins
+            return Weighted(((1.0, self),))
+        return NotImplemented
+
     def __sub__(self, other: ScoreOf) -> Weighted:
         return Weighted(((1.0, self), (-1.0, other)))
 

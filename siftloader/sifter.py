@@ -157,7 +157,7 @@ class Sifter:
 
     @property
     def _is_random(self) -> bool:
-        return isinstance(self.scorer.criterion, Random)
+        return isinstance(self.scorer.criterion, Random) and not self.scorer.by_function
 
     def _weights_of(self, scores: Tensor, keep: int, pool: Pool) -> Tensor:
         # A random criterion makes any selection a draw: all that can win do so alike.

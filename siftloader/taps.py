@@ -11,7 +11,7 @@ Letters: P samples, T positions, V vocabulary (or classes), n positions of one c
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -92,32 +92,47 @@ class Reading:
 
     order: Literal["whole", "parts", "alone"]
     width: int  # logits of a sample
-    more: int = (
-        0  # positions of a sample beyond the length of the batch: -1 where labels are shifted
-    )
+    # Positions of a sample beyond the length of the batch, -1 where labels are shifted; None where a
+    # sample has one prediction.
+    more: int | None = 0
+    differs: bool = False  # whether the caller's own number is not the mean of the losses heard
 
     @classmethod
-    def of(cls, call: Callable[[Batch], Any], batch: Batch, samples: int) -> Reading | None:
-        """Compare the losses of two samples together with those of each; None if there are none."""
+    def of(
+        cls, call: Callable[[Batch], Any], batch: Batch, samples: int, single: bool | None = None
+    ) -> Reading | None:
+        """Compare the losses of two samples together with those of each; None if there are none.
+
+        ``single`` says whether a sample has one label, where that is known.
+        """
         few = min(2, samples)
-        alone = [listen(lambda at=at: call(cut(batch, at, at + 1)))[1] for at in range(few)]  # type: ignore[misc]
+        found = [listen(lambda at=at: call(cut(batch, at, at + 1))) for at in range(few)]  # type: ignore[misc]
+        alone = [taps for _, taps in found]
         if not all(alone):
             return None
+        differs = any(_differs(result, taps) for result, taps in found)
         rows = [_together([tap.logits for tap in taps], 1, "whole")[0] for taps in alone]
-        width, more = max(row.numel() for row in rows), len(rows[0]) - _length(batch)
+        labels = [_together([tap.labels for tap in taps], 1, "whole")[0] for taps in alone]
+        width, length = max(1, *(row.numel() for row in rows)), len(rows[0])
+        one = length == 1 and single is not False
+        more = None if one else length - _length(batch)
         # Fewer positions than there are: a loss that drops the unlabelled ones, other numbers each time.
-        if len(rows[0]) > 1 and more not in (0, -1):
-            return cls("alone", width)
+        if more not in (None, 0, -1) or any(len(row) != length for row in rows):
+            return cls("alone", width, 0, differs)
         _, both = listen(lambda: call(cut(batch, 0, few)))
         orders: tuple[Literal["whole", "parts"], ...] = ("whole", "parts")
         for order in orders:
-            found = _together([tap.logits for tap in both], few, order)
-            if found is not None and all(
-                one.shape == row.shape and torch.allclose(one, row, rtol=1e-2, atol=1e-2)
-                for one, row in zip(found, rows, strict=True)
+            logits = _together([tap.logits for tap in both], few, order)
+            wanted = _together([tap.labels for tap in both], few, order)
+            # Labels too: a head of zeros predicts the same everywhere.
+            if logits is not None and all(
+                one.shape == row.shape
+                and torch.allclose(one, row, rtol=1e-2, atol=1e-2)
+                and torch.equal(label, own)
+                for one, row, label, own in zip(logits, rows, wanted, labels, strict=True)
             ):
-                return cls(order, width, more)
-        return cls("alone", width)
+                return cls(order, width, more, differs)
+        return cls("alone", width, 0, differs)
 
     def samples(
         self, call: Callable[[Batch], Any], batch: Batch, samples: int
@@ -129,8 +144,12 @@ class Reading:
             part = batch if last - first == samples else cut(batch, first, last)
             _, taps = listen(lambda part=part: call(part))  # type: ignore[misc]
             seen, rows = sum(len(tap.labels) for tap in taps), last - first
-            if rows > 1 and seen != rows * (_length(batch) + self.more):
+            each = 1 if self.more is None else _length(batch) + self.more
+            if rows > 1 and seen != rows * each:
                 yield from Reading("alone", self.width)._rows(call, batch, first, last)
+            elif not taps:  # nothing to predict, no loss
+                nothing = torch.zeros(rows, 0, 2)
+                yield SampleTaps(first, last, nothing, nothing[..., 0].long())
             else:
                 order = "whole" if self.order == "alone" else self.order
                 yield SampleTaps(
@@ -145,6 +164,28 @@ class Reading:
     ) -> Iterator[SampleTaps]:
         for found in self.samples(call, cut(batch, first, last), last - first):
             yield found._replace(first=found.first + first, last=found.last + first)
+
+
+def _differs(result: Any, taps: list[Tap]) -> bool:
+    # The one number a loop or model returns for a sample, beside the mean of what was heard.
+    if isinstance(result, Mapping):
+        result = result.get("loss")
+    result = getattr(result, "loss", result)
+    parts = result if isinstance(result, (tuple, list)) else [result]
+    own = next((each for each in parts if isinstance(each, Tensor) and each.numel() == 1), None)
+    if own is None or any(tap.labels.is_floating_point() for tap in taps):
+        return False
+    logits, labels = (
+        torch.cat([tap.logits for tap in taps]),
+        torch.cat([tap.labels for tap in taps]),
+    )
+    each = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+    count = (labels != IGNORED).sum()
+    alike = [
+        (own.float() - heard).abs() <= 0.01 * heard.abs() + 1e-3
+        for heard in (each.sum() / count, each.sum())
+    ]
+    return bool(count > 0) and not any(alike)
 
 
 def _length(batch: Batch) -> int:

@@ -262,12 +262,26 @@ class Targets:
                 f"labels {labels.dtype} {tuple(labels.shape)} must be probabilities of shape [P, V] or "
                 f"[P, T, V], unshifted and without positions=; for anything else pass score_fn="
             )
+        if labels.device.type == "cpu":
+            check_soft(labels)
         samples, length = labels.shape[0], labels.shape[1] if labels.ndim == 3 else 1
         labels = to_device(labels.reshape(samples * length, -1), device)
         real = labels.sum(1) > 0
         flat = torch.arange(samples * length, device=device)
         starts = list(range(0, (samples + 1) * length, length))
         return cls(flat, labels, starts, length, real.view(samples, length).sum(1), real)
+
+
+def check_soft(labels: Tensor) -> None:
+    """Raise ScoringError unless floating labels [..., V] are probabilities, or all 0 where there are none."""
+    sums = labels.float().sum(-1)
+    fine = (((sums - 1).abs() < 0.02) | (sums == 0)) & (labels >= 0).all(-1)
+    if not bool(fine.all()):
+        raise ScoringError(
+            f"floating labels {tuple(labels.shape)} are read as probabilities, but rows like "
+            f"{labels[~fine][0].tolist()[:4]} are none; for several labels at once or numbers to predict "
+            f"pass score_fn= with the loss of your loop"
+        )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

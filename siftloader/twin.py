@@ -7,8 +7,8 @@
 A twin is a tree of new module shells for everything the model's own ``forward`` reaches. A shell shares
 its live module's parameters and buffers by reference, has its own ``training=False``, its own children
 and a copy of the hooks (which do run: sharded models live by them), and the layer stacks keep their first
-layers only. No weight is copied, no random number drawn, and the live model may run elsewhere
-meanwhile.
+layers only. No weight is copied, and the live model may run elsewhere meanwhile. Building a twin draws no
+random number; where the model's forward does, even in eval mode, the streams are put back after it.
 
 Letters: P samples, T positions, H hidden size, V vocabulary, M wanted positions.
 """
@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
+import random
 import threading
 import traceback
 import warnings
@@ -25,8 +27,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, cast
+from typing import Any, cast, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +42,9 @@ CHUNK_ELEMENTS = 1 << 26
 # What a shell has for itself; everything else in a module's __dict__ is taken over as it is. The hooks are
 # copied: a hook that a library installs on a shell must not fire on the live module.
 OWN = {"_modules", "_buffers", "training", "_compiled_call_impl"}
+# What a forward may write into without replacing it. A shell gets copies at every refresh.
+CONTAINERS = {list, dict, set}
+SHARED = OWN | {"_parameters", "_non_persistent_buffers_set"}  # but of torch's own
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -81,8 +87,9 @@ class Twin:
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
-        self._watched: set[bool] = set()  # the modes of the model in which a run was watched
+        self._watched: set[tuple[Any, ...]] = set()  # the kinds of calls of which one was watched
         self._spoiled = False
+        self._draws = False  # whether the forward was seen to draw random numbers
         heads, trunks = _heads_and_trunks(root, list(where.cuts))
         self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
@@ -97,10 +104,20 @@ class Twin:
         return self._memo.get(id(live))
 
     def refresh(self) -> None:
-        """Take over plain attributes that changed on the live modules, and their buffers of now."""
+        """Take over plain attributes that changed on the live modules, and their buffers of now.
+
+        Of lists, dicts and sets the shells get shallow copies: what a forward collects there (the losses
+        of a router) is not for the loop.
+        """
+        lent: dict[int, Any] = {}  # modules that share a list share its copy, too
         for (live, shell), seen in zip(self._shells, self._seen, strict=True):
             for name, value in live.__dict__.items():
-                if value is not seen.get(name, shell) and name not in OWN:
+                if type(value) in CONTAINERS and name not in SHARED:
+                    if id(value) not in lent:
+                        bound = _rebound(value, self._memo)
+                        lent[id(value)] = value.copy() if bound is value else bound
+                    shell.__dict__[name], seen[name] = lent[id(value)], value
+                elif value is not seen.get(name, shell) and name not in OWN:
                     shell.__dict__[name] = _rebound(value, self._memo)
                     seen[name] = value
         for live, shell, values in self._settings:
@@ -145,17 +162,39 @@ class Twin:
         found = (each for _, shell in self._shells for each in shell._parameters.values())
         return [each for each in found if each is not None]
 
+    def _cuda_devices(self) -> list[torch.device]:
+        return [each for each in {p.device for p in self._parameters()} if each.type == "cuda"]
+
     def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The logits in what the cut forward returns, [P, T, V] or [P, C]."""
         return logits_of(self.run(args, kwargs))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the cut forward returns; ScoringError if it reached the live model's layers."""
-        mode = self._live[0].training
-        if mode in self._watched:
+        """What the cut forward returns; ScoringError if it reached the live model's layers.
+
+        The random streams of the training loop are afterwards what they were.
+        """
+        # A model may do other things in another mode, and where it is given its labels.
+        kind = (self._live[0].training, *kwargs)
+        watched = kind in self._watched
+        if watched and not self._draws:
             return self._root(*args, **kwargs)
+        streams = _Streams(self._cuda_devices())
+        try:
+            return self._root(*args, **kwargs) if watched else self._watch(kind, args, kwargs)
+        finally:
+            if streams.put_back() and not self._draws:
+                self._draws = True
+                warnings.warn(
+                    f"the forward of {type(self._root).__name__} draws random numbers in evaluation "
+                    f"mode too (noise, or dropout without training=self.training), so its scores are "
+                    f"random; the random streams of the training loop are put back after each run",
+                    stacklevel=2,
+                )
+
+    def _watch(self, kind: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A forward bound to the live object would run every layer, and in training mode, without an
-        # error: the first call in each mode of the model watches the live modules.
+        # error: the first call of each kind watches the live modules.
         before, weights = self._buffers(), [(each, _version(each)) for each in self._parameters()]
         try:
             with _tripwire(self._live, self._layers):
@@ -175,7 +214,7 @@ class Twin:
                 f"the forward of {type(self._root).__name__} changes the model's weights in evaluation "
                 f"mode, so it cannot be scored, and they are no longer what they were: restore them"
             )
-        self._watched.add(mode)
+        self._watched.add(kind)
         if self._mutated is None:
             self._note_mutated(before)
         return output
@@ -250,6 +289,34 @@ class Twin:
             head.positions = None
             for trunk in self._trunks.values():
                 trunk.forget()
+
+
+@final
+class _Streams:
+    """The global random streams of this moment: torch's, those of CUDA devices, random's and NumPy's.
+
+    All states lie on the host, those of CUDA devices too.
+    """
+
+    def __init__(self, devices: list[torch.device]) -> None:
+        self._devices = devices
+        self._torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        self._python = random.getstate()
+        # A dict around an array: only as bytes it can be compared.
+        self._numpy = pickle.dumps(np.random.get_state(legacy=False))
+
+    def put_back(self) -> bool:
+        """Set them to what they were; whether one of them had moved."""
+        now = _Streams(self._devices)
+        torches = all(map(torch.equal, self._torch, now._torch))
+        if torches and self._python == now._python and self._numpy == now._numpy:
+            return False
+        torch.set_rng_state(self._torch[0])
+        for state, device in zip(self._torch[1:], self._devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(self._python)
+        np.random.set_state(pickle.loads(self._numpy))
+        return True
 
 
 def _version(tensor: Tensor) -> int:

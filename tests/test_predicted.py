@@ -190,7 +190,7 @@ def test_rows_without_labels_are_left_out_and_the_model_is_not_touched():
     before, true = trace(model), Sifter(model, criterion="loss").score(batch)
     for number in range(200):
         sift.pools = number
-        scores = sift.score(batch)
+        scores = sift.winners(batch, batch["labels"], 4).scores
     assert scores[3] == -torch.inf and scores.isfinite().sum() == 7
     assert ranks_agree(scores, true) > 0.9
     assert trace(model) == before
@@ -209,7 +209,8 @@ def test_the_inputs_are_those_that_its_forward_names():
             seen.append(input_ids.shape)
             return self.embed(input_ids).mean((1, 2))
 
-    scores = Sifter(model, criterion=Predicted(Small(), Entropy()), shift_labels=True).score(batch)
+    sift = Sifter(model, criterion=Predicted(Small(), Entropy()), shift_labels=True)
+    scores = sift.winners(batch, batch["labels"], 4).scores
     assert scores.shape == (8,) and seen == [(8, 24), (2, 24)]
 
 
@@ -292,7 +293,7 @@ def test_it_follows_what_the_early_exit_says_of_a_real_model():
         hard = torch.rand(32, generator=draw) < 0.5
         labels[hard] = torch.randint(0, 10, (int(hard.sum()),), generator=draw)
         sift.pools = number
-        scores = sift.score({"x": easy[at], "labels": labels})
+        scores = sift.winners({"x": easy[at], "labels": labels}, labels, 16).scores
         kept.append(hard[scores.topk(16).indices].float().mean())
     assert torch.stack(kept[:20]).mean() < 0.75
     assert torch.stack(kept[-80:]).mean() > 0.75  # a random half keeps 0.5
