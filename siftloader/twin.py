@@ -114,8 +114,7 @@ class Twin:
             for name, value in live.__dict__.items():
                 if type(value) in CONTAINERS and name not in SHARED:
                     if id(value) not in lent:
-                        bound = _rebound(value, self._memo)
-                        lent[id(value)] = value.copy() if bound is value else bound
+                        lent[id(value)] = _rebound(value.copy(), self._memo)
                     shell.__dict__[name], seen[name] = lent[id(value)], value
                 elif value is not seen.get(name, shell) and name not in OWN:
                     shell.__dict__[name] = _rebound(value, self._memo)
@@ -181,16 +180,18 @@ class Twin:
             return self._root(*args, **kwargs)
         streams = _Streams(self._cuda_devices())
         try:
-            return self._root(*args, **kwargs) if watched else self._watch(kind, args, kwargs)
+            output = self._root(*args, **kwargs) if watched else self._watch(kind, args, kwargs)
         finally:
-            if streams.put_back() and not self._draws:
-                self._draws = True
-                warnings.warn(
-                    f"the forward of {type(self._root).__name__} draws random numbers in evaluation "
-                    f"mode too (noise, or dropout without training=self.training), so its scores are "
-                    f"random; the random streams of the training loop are put back after each run",
-                    stacklevel=2,
-                )
+            drew = streams.put_back()
+        if drew and not self._draws:
+            self._draws = True
+            warnings.warn(
+                f"the forward of {type(self._root).__name__} draws random numbers in evaluation mode "
+                f"too (noise, or dropout without training=self.training), so its scores are random; "
+                f"the random streams of the training loop are put back after each run",
+                stacklevel=2,
+            )
+        return output
 
     def _watch(self, kind: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A forward bound to the live object would run every layer, and in training mode, without an
@@ -295,7 +296,7 @@ class Twin:
 class _Streams:
     """The global random streams of this moment: torch's, those of CUDA devices, random's and NumPy's.
 
-    All states lie on the host, those of CUDA devices too.
+    All states lie on the host, those of CUDA devices too. Other threads draw from the same streams.
     """
 
     def __init__(self, devices: list[torch.device]) -> None:
@@ -303,7 +304,7 @@ class _Streams:
         self._torch = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         self._python = random.getstate()
         # A dict around an array: only as bytes it can be compared.
-        self._numpy = pickle.dumps(np.random.get_state(legacy=False))
+        self._numpy = pickle.dumps(np.random.get_state(legacy=False))  # noqa: NPY002
 
     def put_back(self) -> bool:
         """Set them to what they were; whether one of them had moved."""
@@ -315,7 +316,7 @@ class _Streams:
         for state, device in zip(self._torch[1:], self._devices, strict=True):
             torch.cuda.set_rng_state(state, device)
         random.setstate(self._python)
-        np.random.set_state(pickle.loads(self._numpy))
+        np.random.set_state(pickle.loads(self._numpy))  # noqa: NPY002
         return True
 
 

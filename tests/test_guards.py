@@ -6,13 +6,18 @@ scores are right or the model is refused.
 
 from __future__ import annotations
 
+import random
+import warnings
 import weakref
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES as TABLE, cast, logits_in
@@ -29,6 +34,7 @@ from models import (
     truncated,
 )
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from siftloader import (
     EarlyExit,
@@ -48,6 +54,10 @@ def switch_off_tripwire(patch: pytest.MonkeyPatch) -> None:
 
 def switch_off_rebinding(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(twin, "_rebound", lambda value, memo: value)
+
+
+def leave_streams_where_they_are(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(twin._Streams, "put_back", lambda self: False)
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +122,7 @@ def test_a_live_module_in_training_mode_would_drop_out_of_the_score(monkeypatch)
     own = model.blocks[0].drop
     model.embed.forward = lambda x: own(type(own).forward(own, nn.Linear.forward(model.embed, x)))
     with monkeypatch.context() as patch:
-        switch_off_tripwire(patch)
+        switch_off_tripwire(patch), leave_streams_where_they_are(patch)
         early, state = EarlyExit(model, 1), torch.get_rng_state()
         assert not torch.equal(early.logits(batch), early.logits(batch))
         assert not torch.equal(torch.get_rng_state(), state)
@@ -135,7 +145,9 @@ class Busy(Classifier):
 
 def test_a_model_at_work_in_another_thread_would_trip(monkeypatch):
     model, batch = Busy().train(), candidates("classifier")
-    model.found, model.live = [], lambda x: model(x)
+    model.found, model.live = deque(), lambda x: model(x)
+    for block in model.blocks:
+        block.drop.p = 0.0  # that thread would draw from the same streams
     with monkeypatch.context() as patch:
         patch.setattr(twin, "threading", SimpleNamespace(get_ident=lambda: 0))
         EarlyExit(model, 1).logits(batch["x"])
@@ -350,6 +362,7 @@ def test_training_mode_would_enter_scores_and_running_means(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(twin, "_shell", in_the_live_mode)
         patch.setattr(twin.Twin, "_lend_buffers", lambda self: None)
+        leave_streams_where_they_are(patch)
         sifter, state = Sifter(model, labels="labels"), torch.get_rng_state()
         assert not torch.equal(sifter.score(batch), sifter.score(batch))
         assert model.batch_norm.num_batches_tracked > 0
@@ -385,7 +398,219 @@ def test_weights_changed_by_a_forward_would_stay_changed(monkeypatch):
             sifter.score(batch)
 
 
+# Random streams that a forward draws from in evaluation mode too
+
+
+DRAWS = {
+    "dropout without training=": lambda x: nn.functional.dropout(x, 0.1),
+    "noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "random": lambda x: x + random.random(),
+    "numpy": lambda x: x + float(np.random.rand()),  # noqa: NPY002
+}
+
+
+class Noisy(Classifier):
+    """Draws whatever mode it is in."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().forward(x) + self.draw(torch.ones(4)).sum()
+
+
+def drawn() -> list[float]:
+    """The next numbers of every stream; they are drawn."""
+    return [*torch.rand(2).tolist(), random.random(), float(np.random.rand())]  # noqa: NPY002
+
+
+def begin() -> None:
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+
+
+READERS = {
+    "a sifter": lambda model: Sifter(model, labels="labels").score,
+    "all logits": lambda model: EarlyExit(model, 1).logits,
+    "a forward": lambda model: (lambda early: lambda batch: early(batch["x"]))(
+        EarlyExit(model, 1)
+    ),
+    "an exit head": lambda model: Sifter(model, exit_head="probe").score,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("kind", DRAWS)
+def test_a_forward_that_draws_would_move_the_streams_of_the_loop(kind, reader, monkeypatch):
+    model, batch = Noisy(DRAWS[kind]).train(), candidates("classifier")
+    begin()
+    expected = drawn()
+    with monkeypatch.context() as patch:
+        leave_streams_where_they_are(patch)
+        begin()
+        READERS[reader](model)(batch)
+        assert drawn() != expected
+    begin()
+    read = READERS[reader](model)
+    with pytest.warns(UserWarning, match="draws random numbers in evaluation mode"):
+        read(batch)
+    assert drawn() == expected
+    with warnings.catch_warnings():  # as errors: it was said once
+        for _ in range(3):
+            model.train(not model.training)
+            begin()
+            read(batch)
+            assert drawn() == expected
+
+
+@pytest.mark.filterwarnings("ignore:the forward of Noisy draws", "ignore:the epoch ended inside")
+def test_a_warm_up_of_a_model_that_draws_would_not_be_the_plain_training(monkeypatch):
+    rows = [{"x": row, "labels": torch.tensor(0)} for row in torch.eye(8)]
+
+    def seen(**sifting: Any) -> list[float]:
+        begin()
+        model = Noisy(DRAWS["noise"]).train()
+        begin()
+        kind = SiftingDataLoader if sifting else DataLoader
+        sifting = {**sifting, "model": model} if sifting else {}
+        return [model(batch["x"]).sum().item() for batch in kind(rows, 2, shuffle=True, **sifting)]
+
+    warming = {"exit_layer": 2, "exit_head": "probe", "warmup_steps": 100}  # a head that learns
+    with monkeypatch.context() as patch:
+        leave_streams_where_they_are(patch)
+        assert seen(**warming) != seen()
+    assert seen(**warming) == seen()
+
+
+class Failing(Noisy):
+    """Draws, and fails without its labels."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        super().forward(x)
+        raise TypeError("labels are needed")
+
+
+def test_a_forward_that_draws_and_fails_moves_no_stream():
+    early = EarlyExit(Failing(DRAWS["noise"]), 1)
+    begin()
+    expected = drawn()
+    begin()
+    with pytest.raises(TypeError, match="are needed"):
+        early.logits(candidates("classifier"))
+    assert drawn() == expected
+
+
+class NoisyLoss(Noisy):
+    """Draws only where it is given its labels, as models do that mask for themselves."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return Classifier.forward(self, x) if labels is None else super().forward(x)
+
+
+def test_a_forward_that_draws_for_its_labels_only_is_found_out():
+    model, batch = NoisyLoss(DRAWS["noise"]), candidates("classifier")
+    early = EarlyExit(model, 1)
+    early(batch["x"])
+    begin()
+    expected = drawn()
+    begin()
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        early(batch["x"], labels=batch["labels"])
+    assert drawn() == expected
+
+
+@pytest.mark.filterwarnings("ignore:the forward of GPT2LMHeadModel draws")
+def test_all_chunks_of_a_head_see_the_same_draw(monkeypatch):
+    model, batch = gpt2().train(), candidates("gpt2")
+    model.transformer.wte.register_forward_hook(lambda module, args, out: out + torch.rand(()))
+    begin()
+    expected = drawn()
+    begin()
+    right = Sifter(model).score(batch)
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 5 * VOCAB)
+    sifter = Sifter(model)
+    for _ in range(2):
+        assert torch.allclose(sifter.score(batch), right)
+    assert drawn() == expected
+
+
+def test_a_model_that_does_not_draw_pays_once(monkeypatch):
+    taken = []
+    streams = twin._Streams
+    monkeypatch.setattr(twin, "_Streams", lambda *args: taken.append(args) or streams(*args))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", None)  # nobody asks: the model is on the host
+    early, batch = EarlyExit(classifier().train(), 1), candidates("classifier")
+    early.logits(batch)
+    assert taken.pop() == ([],) and taken
+    taken.clear()
+    for _ in range(3):
+        early.logits(batch)
+    assert not taken
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_stream_of_the_device_is_put_back():
+    device = torch.device("cuda", 0)
+    batch = {name: value.to(device) for name, value in candidates("classifier").items()}
+    early = EarlyExit(Noisy(lambda x: torch.randn(1, device=device)).to(device), 1)
+    state = torch.cuda.get_rng_state(device)
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        early.logits(batch)
+    early.logits(batch)
+    assert torch.equal(torch.cuda.get_rng_state(device), state)
+
+
 # What a forward leaves behind
+
+
+class Experts(Classifier):
+    """Collects losses beside its output, in containers that its layers share with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux, self.latest, self.kinds = [], {}, set()
+        for block in self.blocks:
+            block.aux = self.aux
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            block.aux.append(x.square().mean())
+            self.latest[number] = x
+            self.kinds.add(number)
+        return super().forward(x) + len(self.aux)
+
+
+def test_what_a_forward_collects_would_be_found_by_the_loop(monkeypatch):
+    model, batch = Experts().train(), candidates("classifier")
+    with monkeypatch.context() as patch:
+        patch.setattr(twin, "CONTAINERS", set())
+        EarlyExit(model, 1).logits(batch)
+        assert len(model.aux) == len(model.latest) == len(model.kinds) == 1, (
+            "the loop adds them up"
+        )
+    model = Experts().train()
+    kept = model.aux, model.latest, model.kinds
+    right = cut("classifier", model, 1, batch)
+    early = EarlyExit(model, 1)
+    for _ in range(2):
+        # Its layers still share one list with it, and every scoring begins with the live one of now.
+        assert close(early.logits(batch), right + 1)
+    assert kept == ([], {}, set())
+    assert model.aux is kept[0] and model.latest is kept[1] and model.kinds is kept[2]
+    model.aux.append(torch.zeros(()))  # in place
+    assert close(early.logits(batch), right + 2) and len(model.aux) == 1
+    model.aux = model.blocks[0].aux = []  # another object
+    assert close(early.logits(batch), right + 1) and model.aux == []
+
+
+def test_parameters_replaced_in_place_are_still_seen():
+    model, batch = classifier().eval(), candidates("classifier")
+    early = EarlyExit(model, LAYERS)
+    before = early.logits(batch)
+    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+    assert not close(early.logits(batch), before)
+    assert close(early.logits(batch), whole(model, {"x": batch["x"]}))
 
 
 def test_hooks_that_capture_hidden_states_would_pile_up(monkeypatch):
