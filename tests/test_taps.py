@@ -355,3 +355,252 @@ def test_a_forward_that_cannot_do_without_labels_is_given_them():
 
     with pytest.raises(ValueError, match="no such thing"):
         Sifter(make(Broken)).score({"ids": rows[:, :-1], "labels": rows[:, 1:]})
+
+
+# The model's own loss is believed, not its name
+
+
+SIDES = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "decoder_ffn_dim": 32, "max_position_embeddings": 64, "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}  # fmt: skip
+NAMED = {  # some shift, some do not, whatever they are called
+    "BartForCausalLM": ("BartConfig", SIDES),
+    "PegasusForCausalLM": ("PegasusConfig", SIDES),
+    "TrOCRForCausalLM": ("TrOCRConfig", SIDES),
+    "BartForConditionalGeneration": ("BartConfig", SIDES),
+    "MarianMTModel": ("MarianConfig", SIDES),
+    "XLMWithLMHeadModel": (
+        "XLMConfig",
+        {"vocab_size": VOCAB, "emb_dim": 32, "n_layers": 2, "n_heads": 2, "pad_index": 2},
+    ),
+    "XLNetLMHeadModel": (
+        "XLNetConfig",
+        {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32},
+    ),
+    "GPT2LMHeadModel": (
+        "GPT2Config",
+        {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64,
+         "bos_token_id": 1, "eos_token_id": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMED)
+def test_labels_are_read_as_the_models_own_loss_reads_them(name):
+    import transformers
+
+    config, options = NAMED[name]
+    model = getattr(transformers, name)(getattr(transformers, config)(**options))
+    model = scaled(model, 4.0).train()
+    ids = tokens()[:, :T].clamp_min(5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    found = Sifter(model, exit_layer="full").score(batch)
+    model.eval()
+    with torch.no_grad():
+        own = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(P)]
+    assert torch.allclose(found, torch.stack(own), rtol=1e-4, atol=1e-4)
+
+
+def test_the_data_cannot_mislead_about_the_shift():
+    class Drops(Trunk):  # shifts, then drops what is ignored
+        def forward(self, ids, labels=None):
+            logits = self.head(self.hidden(ids))
+            if labels is None:
+                return logits
+            logits, wanted = logits[:, :-1], labels[:, 1:]
+            real = wanted != -100
+            return logits, F.cross_entropy(logits[real], wanted[real])
+
+    model, ids = make(Drops), tokens()[:, :-1]
+    labels = ids.clone()
+    labels[:, :4] = -100  # prompts: shifted or not, as many labels are left
+    later = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    wanted = expected(model, ids, later, 2, "loss")
+    first = Sifter(model, exit_layer=2)
+    assert torch.allclose(first.score({"ids": ids, "labels": labels}).double(), wanted, atol=2e-5)
+    none = Sifter(model, exit_layer=2)  # and so where the first rows have none at all
+    empty = labels.clone()
+    empty[:2] = -100
+    found = none.score({"ids": ids, "labels": empty}).double()
+    assert torch.allclose(found[2:], wanted[2:], atol=2e-5) and (found[:2] == -torch.inf).all()
+    assert none.scorer.reading_state == first.scorer.reading_state == [True, -100]
+
+
+def test_a_head_of_zeros_does_not_hide_which_position_is_whose():
+    class Slices(Parts):
+        def forward(self, ids, labels=None):
+            if labels is None:
+                return {"loss": torch.zeros(())}
+            pairs = zip(self.hidden(ids).chunk(4, 1), labels.chunk(4, 1), strict=True)
+            losses = [F.cross_entropy(self.head(a).flatten(0, 1), b.flatten()) for a, b in pairs]
+            return {"loss": torch.stack(losses).mean()}
+
+    model, rows = make(Slices), tokens()
+    batch = {"ids": rows[:, :-1], "labels": rows[:, 1:].contiguous()}
+    trained = model.head.weight.detach().clone()
+    model.head.weight.data.zero_()
+    sifter = Sifter(model, exit_layer=2)
+    sifter.score(batch)  # at first every layout looks alike
+    model.head.weight.data.copy_(trained)
+    wanted = expected(model, batch["ids"], batch["labels"], 2, "loss")
+    assert torch.allclose(sifter.score(batch).double(), wanted, atol=2e-5)
+
+
+def test_one_label_in_each_of_the_first_rows_does_not_mislead():
+    model, ids = make(Sparse), tokens()[:, :-1]
+    labels = torch.full_like(ids, -100)
+    for row, count in enumerate([1, 1, 0, 2, 1, 1]):  # as many labels as rows
+        labels[row, 2 : 2 + count] = ids[row, 2 : 2 + count]
+    sifter = Sifter(model, exit_layer=2)
+    with pytest.warns(UserWarning, match="one at a time"):
+        found = sifter.score({"ids": ids, "labels": labels})
+    later = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    some = torch.tensor([0, 1, 3, 4, 5])
+    wanted = expected(model, ids[some], later[some], 2, "loss")
+    assert torch.allclose(found[some].double(), wanted, atol=2e-5)
+    assert found[2] == -torch.inf
+
+
+def test_criteria_see_the_whole_pool_however_few_rows_fit(monkeypatch):
+    from siftloader import Loss, Random, twin
+
+    def standing(early):  # relative to the pool
+        loss = early.reduce(early.each(lambda x, y: F.cross_entropy(x, y, reduction="none")))
+        return (loss - loss.mean()) / loss.std()
+
+    model, rows = make(OnlyLoss), tokens()
+    batch = {"ids": rows[:, :-1], "labels": rows[:, :-1].clone()}
+    counts = torch.arange(VOCAB).numpy() * 10
+    kinds = [
+        {"criterion": standing},
+        {"criterion": 0.0 * Loss() + Random()},
+        {"positions": Stride(4, control=counts)},
+    ]
+    whole = [Sifter(model, exit_layer=2, **kind).score(batch) for kind in kinds]
+    monkeypatch.setattr(twin, "CHUNK_ELEMENTS", T * VOCAB)
+    for kind, expected_scores in zip(kinds, whole, strict=True):
+        found = Sifter(model, exit_layer=2, **kind).score(batch)
+        assert torch.allclose(found, expected_scores, atol=1e-5) and len(set(found.tolist())) == P
+
+
+def test_a_mask_over_the_loss_is_told():
+    model, batch = make(Trunk), tokens()
+
+    def masked(model, batch):
+        logits = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
+        return loss[:, 3:].mean()
+
+    with pytest.warns(UserWarning, match="a mask, a weight or a further term"):
+        Sifter(model, score_fn=masked).score(batch)
+
+
+def test_floats_that_are_no_probabilities_are_refused():
+    model, ids = make(Trunk), tokens()[:, 0]
+    for labels in (torch.ones(P, VOCAB), torch.randn(P, 2), torch.full((P, VOCAB), -1.0)):
+        with pytest.raises(ScoringError, match="score_fn="):
+            Sifter(model).score({"ids": ids, "labels": labels})
+    one = torch.nn.functional.one_hot(torch.zeros(P).long(), 5).float()
+    with pytest.raises(ScoringError, match="5 classes, the model predicts 10"):
+        from models import candidates, classifier
+
+        Sifter(classifier()).score({"x": candidates("classifier")["x"][:P], "labels": one})
+
+
+def test_a_wrapper_hands_on_what_it_does_not_name():
+    from models import bert, candidates
+
+    inner, batch = bert(), candidates("bert")
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, **kwargs):
+            return self.inner(input_ids, **kwargs)
+
+    found = Sifter(Wrapper().train(), exit_layer=2).score(batch)
+    assert torch.allclose(found, Sifter(inner, exit_layer=2).score(batch), atol=1e-5)
+
+
+def test_any_field_but_the_labels_may_be_the_inputs():
+    model, ids = make(Trunk), tokens()[:, :-1]
+    masked = ids.masked_fill(torch.arange(T) % 3 > 0, -100)
+    batch = {"labels": masked, "ids": ids.masked_fill(masked != -100, 4)}
+    assert Sifter(model).score(batch).isfinite().all()  # labels that stand first
+    for copies in ({"mask": torch.ones_like(ids), "ids": ids, "labels": ids},):
+        with pytest.raises(ScoringError, match="shift_labels=True"):
+            Sifter(model).score(copies)
+
+
+def test_the_control_needs_no_labels_that_one_could_score():
+    model, ids = make(Trunk), tokens()[:, :-1]
+    for labels in (torch.randn(P), torch.randn(P, 3), torch.zeros(P, 4, 4).long(), ids):
+        scores = Sifter(model, criterion="random").score({"ids": ids, "labels": labels})
+        assert scores.isfinite().all() and len(set(scores.tolist())) == P
+    none = ids.clone()
+    none[2] = -100
+    assert Sifter(model, criterion="random").score({"ids": ids, "labels": none})[2] == -torch.inf
+    with pytest.raises(ValueError, match="RankSample, Gumbel"):  # the function scores, not chance
+        Sifter(model, criterion="random", sift_weight=True, score_fn=lambda early, b: b["x"])
+
+
+def test_looking_at_scores_teaches_nothing():
+    from siftloader import ExitHead, Predicted
+
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.line = nn.Linear(T, 1)
+
+        def forward(self, ids):
+            return self.line(ids.float())
+
+    model, rows = make(Trunk), tokens()
+    pair = {"ids": rows[:, :-1], "labels": rows[:, 1:]}
+    predicted = Predicted(Small())
+    sifter, before = Sifter(model, criterion=predicted), predicted.digest()
+    assert torch.equal(sifter.score(pair), sifter.score(pair)) and predicted.digest() == before
+    sifter(pair)
+    assert predicted.digest() != before
+    probe = Sifter(model, exit_layer=2, exit_head=ExitHead())
+    probe.score(pair)
+    assert probe.exit_head.digest() == ExitHead().digest() or not probe.scorer._early._seen
+    assert probe.scorer._early._seen is None, "a pool must not live on"
+    assert sum([Entropy(), Entropy()]).values == Entropy().values
+
+
+def test_a_loss_that_drops_positions_is_noticed_when_it_first_does():
+    model, ids = make(Sparse), tokens()[:, :-1]
+    sifter = Sifter(model, exit_layer=2)
+    sifter.score({"ids": ids, "labels": ids})  # all labelled: as if it dropped nothing
+    assert sifter.scorer._reading.order == "whole"
+    labels = ids.clone()
+    labels[0, 3:6] = labels[1, 2:4] = labels[4, :9] = -100
+    found = sifter.score({"ids": ids, "labels": labels})
+    later = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.allclose(found.double(), expected(model, ids, later, 2, "loss"), atol=2e-5)
+
+
+def test_padding_may_be_the_ignored_label():
+    class Pads(Trunk):
+        def forward(self, ids, labels=None):
+            logits = self.head(self.hidden(ids))
+            if labels is None:
+                return logits
+            return logits, F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=0)
+
+    model, rows = make(Pads), tokens().clamp_min(1)
+    labels = rows[:, 1:].clone()
+    labels[1, 7:] = labels[4, 3:] = 0
+    sifter = Sifter(model, exit_layer=2)
+    found = sifter.score({"ids": rows[:, :-1], "labels": labels})
+    assert sifter.scorer.reading_state == [False, 0] and sifter.scorer.ignored == 0
+    marked = labels.masked_fill(labels == 0, -100)
+    wanted = expected(model, rows[:, :-1], marked, 2, "loss")
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
