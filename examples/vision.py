@@ -236,7 +236,7 @@ class Study:
     arms: dict[str, dict[str, Any]]
 
 
-RANDOM = {"criterion": "random", "exit_layer": "full"}
+RANDOM = {"criterion": "random"}
 
 
 def studies(arguments: argparse.Namespace) -> list[Study]:
