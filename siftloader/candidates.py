@@ -181,8 +181,13 @@ class LoaderCandidates:
 
     def next_start(self) -> Cursor:
         """Where the next epoch begins, for a state taken between epochs: what it draws from is as now."""
-        state = _inner(self._snapshot())
-        return {"batches": 0, "offset": 0, **state, **self._order(), **self._identity()}
+        return {
+            "batches": 0,
+            "offset": 0,
+            **self._snapshot(),
+            **self._order(),
+            **self._identity(),
+        }
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is.
@@ -193,8 +198,7 @@ class LoaderCandidates:
         fixed = {**self._order(), **self._identity()}
         if not cursor:
             source = iter(self.loader)
-            before = self._snapshot()
-            start = {"batches": 0, "offset": 0, **_inner(before), **fixed}
+            start = {"batches": 0, "offset": 0, **self._snapshot(), **fixed}
             return start, self._pieces(source, 0, 0, fixed)
         number, offset = cursor["batches"], cursor["offset"]
         holder = self._stateful()
@@ -267,9 +271,10 @@ class LoaderCandidates:
                 return holder
         return None
 
-    def _snapshot(self) -> Any:
+    def _snapshot(self) -> Cursor:
+        # A copy, of now: what a holder gives out may be what it goes on to change.
         holder = self._stateful()
-        return None if holder is None else holder.state_dict()
+        return {} if holder is None else {"inner": encoded(holder.state_dict())}
 
     def _identity(self) -> Cursor:
         # What can be told of the data and its order without reading it.
@@ -378,25 +383,20 @@ class _Place:
     offset: int  # rows of this batch that were used before the piece began
     rows: int
     fixed: Cursor
-    before: Any  # state of the inner loader
-    after: Any
+    before: Cursor  # state of the inner loader
+    after: Cursor
 
     def __call__(self, used: int) -> Cursor:
         done = self.offset + used == self.rows
-        state = self.after if done else self.before
         return {
             "batches": self.number + done,
             "offset": 0 if done else self.offset + used,
-            **_inner(state),
+            **(self.after if done else self.before),
             **self.fixed,
         }
 
 
 _END = object()
-
-
-def _inner(state: Any) -> Cursor:
-    return {} if state is None else {"inner": encoded(state)}
 
 
 def _own_fields(batch: Batch, count: int) -> dict[str, Tensor]:

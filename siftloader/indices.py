@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
@@ -30,6 +31,11 @@ from siftloader.errors import StateError
 
 REPEATING = {SequentialSampler, DistributedSampler, BatchSampler}  # nothing drawn from a stream
 DRAWING = {RandomSampler, SubsetRandomSampler, WeightedRandomSampler}  # from torch's generators
+PLAIN = {bool, int, float, str, type(None)}  # what JSON gives back as it was
+TAGGED = [
+    *({tag} for tag in ("bytes", "tuple", "dict")),
+    *({tag, "dtype", "shape"} for tag in ("tensor", "array", "scalar")),
+]
 
 
 def is_indexed(loader: Any) -> bool:
@@ -115,35 +121,55 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def encoded(state: Any) -> Any:
-    """A state with its tensors and bytes as text, so that JSON takes it."""
+    """A copy of a state that JSON takes and ``decoded`` turns back into what it was.
+
+    Tensors, arrays, bytes and tuples become tagged dicts, as does a dict that JSON would change or that
+    looks like a tagged one. Anything else that JSON does not know stays as it is.
+    """
     if isinstance(state, torch.Tensor):
+        data = state.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         kind = str(state.dtype).removeprefix("torch.")
-        return {
-            "tensor": _text(state.numpy().tobytes()),
-            "dtype": kind,
-            "shape": list(state.shape),
-        }
+        return {"tensor": _text(data.tobytes()), "dtype": kind, "shape": list(state.shape)}
+    if isinstance(state, (np.ndarray, np.generic)) and state.dtype.kind not in "OV":
+        tag = "array" if isinstance(state, np.ndarray) else "scalar"
+        return {tag: _text(state.tobytes()), "dtype": state.dtype.str, "shape": list(state.shape)}
     if isinstance(state, bytes):
         return {"bytes": _text(state)}
     if isinstance(state, dict):
+        if state.keys() in TAGGED or not all(isinstance(name, str) for name in state):
+            return {"dict": [[encoded(name), encoded(value)] for name, value in state.items()]}
         return {name: encoded(value) for name, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [encoded(value) for value in state]
-    return state
+    if isinstance(state, list):
+        # The generators of Python and numpy hold 600 numbers, and this runs for every inner batch.
+        return [*state] if {*map(type, state)} <= PLAIN else [encoded(value) for value in state]
+    return {"tuple": encoded([*state])} if isinstance(state, tuple) else state
 
 
 def decoded(state: Any) -> Any:
-    """The state that ``encoded`` was given; tuples come back as lists."""
-    if isinstance(state, dict) and state.keys() == {"tensor", "dtype", "shape"}:
-        data = bytearray(base64.b64decode(state["tensor"]))
-        kind = getattr(torch, state["dtype"])
-        flat = torch.frombuffer(data, dtype=kind) if data else torch.empty(0, dtype=kind)
-        return flat.reshape(state["shape"])
-    if isinstance(state, dict) and state.keys() == {"bytes"}:
-        return base64.b64decode(state["bytes"])
-    if isinstance(state, dict):
+    """The state that ``encoded`` was given, sharing nothing with it; named tuples are tuples."""
+    if isinstance(state, list):
+        return [decoded(value) for value in state]
+    if not isinstance(state, dict):
+        return state
+    if state.keys() not in TAGGED:
         return {name: decoded(value) for name, value in state.items()}
-    return [decoded(value) for value in state] if isinstance(state, list) else state
+    tag = next(name for name in state if name not in ("dtype", "shape"))
+    value = state[tag]
+    if tag == "tuple":
+        return tuple(decoded(value))
+    if tag == "dict":
+        return {decoded(name): decoded(each) for name, each in value}
+    data = base64.b64decode(value)
+    if tag == "bytes":
+        return data
+    if tag == "tensor":
+        kind = getattr(torch, state["dtype"])
+        flat = (
+            torch.frombuffer(bytearray(data), dtype=kind) if data else torch.empty(0, dtype=kind)
+        )
+        return flat.reshape(state["shape"])
+    array: Any = np.ndarray(state["shape"], state["dtype"], bytearray(data))
+    return array if tag == "array" else array[()]
 
 
 def _text(data: bytes) -> str:

@@ -11,6 +11,7 @@ Letters: b rows the loop receives, P rows of a pool, T positions of a row, V voc
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -243,7 +244,7 @@ class SiftingDataLoader(DataLoader[Any]):
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
-            "epoch_step": self._epoch_step,
+            "epoch_step": self._epoch_step if self._cursor else self._sifter.counts.steps,
             "cursor": cursor,
             "batch_size": self._batch_size,
             "inner": self._inner,
@@ -251,7 +252,8 @@ class SiftingDataLoader(DataLoader[Any]):
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
             "precision": self._scorer.precision.name,
-            "learned": self._scorer.digests(),
+            "reading": self._scorer.reading_state,
+            "learned": self._scorer.digests() if self._learned is None else self._learned,
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -280,6 +282,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
         self._scorer.precision.name = state["precision"]
+        self._scorer.reading_state = state["reading"]
         self._learned = dict(state["learned"])
         self._sifter.counts = Stats.from_state(state["stats"])
 
@@ -330,9 +333,11 @@ class SiftingDataLoader(DataLoader[Any]):
     ) -> tuple[Batch, Taken] | None:
         if not held and not self._draw(pieces, held):
             return None
-        taken = take(held, held[0].rows)
+        count = held[0].rows
+        taken = take(held, count)
         batch = taken.parts.pop()
-        if not self._tested and self._scorer.model.training:
+        steps = self._sifter.counts.steps
+        if not self._tested and self._scorer.model.training and self._schedule.ahead(steps):
             # What cannot be scored fails on the first batch, not when the warm-up ends.
             pool = self._sifter.pool(batch, taken.fields())
             self._scorer.score(pool, taken.labels(self._scorer.labels_of))
@@ -340,7 +345,7 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._learns():
             self._scorer.teach(batch, taken.labels(self._scorer.labels_of))
         if self._split and self._schedule.ever_sifts:
-            batch = cut(batch, 0, self._kept_of(taken.last.rows))
+            batch = cut(batch, 0, self._kept_of(count))
         if self._sifter.weighs:
             batch = weighted(batch, torch.ones(rows(batch), device=self._scorer.device), None)
         return batch, taken
@@ -362,12 +367,18 @@ class SiftingDataLoader(DataLoader[Any]):
             held.clear()
 
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
-        candidates = taken.merged(self._pad_id, self._scorer.label_name)
-        labels, fields = taken.labels(self._scorer.labels_of), taken.fields()
-        won = self._sifter.winners(candidates, labels, keep, fields)
-        self._tested = True
-        self._report(labels, fields, won)
-        return weighted(select(candidates, won.kept), won.weights, won.kept), taken
+        counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
+        try:
+            candidates = taken.merged(self._pad_id, self._scorer.label_name)
+            labels, fields = taken.labels(self._scorer.labels_of), taken.fields()
+            won = self._sifter.winners(candidates, labels, keep, fields)
+            self._tested = True
+            self._report(labels, fields, won)
+            return weighted(select(candidates, won.kept), won.weights, won.kept), taken
+        except BaseException:
+            # Not handed out, so a restart draws and counts them again, under the same number.
+            self._sifter.counts, self._sifter.pools = counts, pools
+            raise
 
     def _draw(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
         piece = next(pieces, None)
@@ -383,8 +394,9 @@ class SiftingDataLoader(DataLoader[Any]):
     def _handed(self, batch: Batch, piece: Piece) -> Batch:
         if not self._gives_back:
             return batch
-        where = next(leaf.device for leaf in leaves(piece.batch) if isinstance(leaf, Tensor))
-        return move(batch, where)
+        tensors = (leaf for leaf in leaves(piece.batch) if isinstance(leaf, Tensor))
+        first = next(tensors, None)
+        return move(batch, "cpu" if first is None else first.device)
 
     @property
     def _scorer(self) -> Scorer:
@@ -510,10 +522,9 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _check_learned(self) -> None:
         # At the first iteration, so that tensors may be loaded before or after the state.
-        expected, self._learned = self._learned, None
-        found = self._scorer.digests()
-        if expected is None:
+        if (expected := self._learned) is None:
             return
+        found = self._scorer.digests()
         for name in {*found, *expected}:
             if found.get(name) != expected.get(name):
                 owner = "loader.exit_head" if name == "exit_head" else "the criterion"
@@ -521,6 +532,7 @@ class SiftingDataLoader(DataLoader[Any]):
                     f"the state was saved beside other tensors of {owner}: load them too, with "
                     f"load_state_dict(), or begin without the state"
                 )
+        self._learned = None
 
     def _check_topology(self, state: Mapping[str, Any]) -> None:
         ranks = World.detect().ranks

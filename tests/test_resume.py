@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from effort import examples
+from hypothesis import given, strategies as st
 from models import classifier
 from test_loader import DEMO, Rows, Stateful, ids, make, planted
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    IterableDataset,
     RandomSampler,
     Sampler,
     WeightedRandomSampler,
     default_collate,
 )
 
-from siftloader import SiftingDataLoader, StateError, TokenShards
+from siftloader import RankSample, SiftingDataLoader, StateError, TokenShards
+from siftloader.indices import decoded, encoded
 
 
 def wrap(loader, **options) -> SiftingDataLoader:
@@ -267,3 +274,256 @@ def test_of_two_iterators_the_newest_moves_the_state():
     list(older)
     assert loader.state_dict()["cursor"] == state["cursor"]
     assert loader.state_dict()["epoch"] == state["epoch"] == 1
+
+
+@pytest.mark.parametrize("kind", ["map", "shards"])
+def test_the_length_after_a_restart_between_epochs_is_the_coming_epochs(kind):
+    def fresh() -> SiftingDataLoader:
+        if kind == "map":
+            return make(Rows(40), 4, warmup_steps=10)
+        shards = TokenShards(DEMO)
+        return SiftingDataLoader(
+            shards, 256, model=classifier(), criterion="rarity", warmup_steps=len(shards) // 256
+        )
+
+    loader = fresh()
+    warm = len(loader)
+    list(loader)
+    resumed = fresh()
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert len(resumed) == len(loader) < warm
+    again = fresh()
+    again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+    assert len(again) == len(loader) == len(list(loader))
+
+
+def test_a_restart_in_the_cool_down_scores_nothing():
+    def unscorable(early, batch):
+        raise AssertionError("nothing is to be scored")
+
+    def fresh(score_fn) -> SiftingDataLoader:
+        return make(Rows(64), 4, score_fn=score_fn, total_steps=4, cooldown_steps=2)
+
+    loader = fresh(planted)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    resumed = fresh(unscorable)
+    resumed.load_state_dict(loader.state_dict())
+    assert [ids(batch) for batch in resumed] == [ids(batch) for batch in iterator]
+
+
+@pytest.mark.filterwarnings("ignore:resuming by drawing")
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=3, max_size=9),
+    sifted=st.integers(1, 3),
+    keep=st.sampled_from([0.25, 0.5, 0.75]),
+)
+@examples(40)
+def test_split_pools_at_the_border_to_plain_survive_a_restart(sizes, sifted, keep):
+    inner, start = [], 0
+    for size in [4, *sizes]:
+        x = torch.arange(start, start + size).float()[:, None].expand(-1, 8)
+        inner.append({"x": x, "labels": torch.zeros(size, dtype=torch.long)})
+        start += size
+
+    def fresh() -> SiftingDataLoader:
+        return wrap(
+            inner,
+            pool="split",
+            keep=keep,
+            warmup_steps=0,
+            total_steps=9,
+            cooldown_steps=9 - sifted,
+        )
+
+    straight = [ids(batch) for batch in fresh()]
+    for cut in range(1, len(straight)):
+        loader = fresh()
+        iterator = iter(loader)
+        found = [ids(next(iterator)) for _ in range(cut)]
+        resumed = fresh()
+        resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+        assert found + [ids(batch) for batch in resumed] == straight, cut
+
+
+class Told(IterableDataset):
+    """Row i is i; what it remembers is of many types, and changes in its place."""
+
+    def __init__(self) -> None:
+        self.random, self.numpy = random.Random(0), np.random.RandomState(0)
+        self.state = {"at": 0, "pair": (0, (1, "two")), 3: {"tuple": [4]}, "blob": b"\x00"}
+
+    def __iter__(self):
+        while self.state["at"] < 64:
+            noise = self.random.random() + self.numpy.rand()
+            number = self.state["at"]
+            self.state["at"] += 1
+            self.state["pair"] = (number, (1, "two"))
+            yield {"x": torch.full((8,), float(number)), "noise": noise, "labels": torch.tensor(0)}
+        self.state["at"] = 0
+
+    def state_dict(self):
+        self.state["random"], self.state["numpy"] = self.random.getstate(), self.numpy.get_state()
+        self.state["scalar"] = np.int64(self.state["at"])
+        return self.state
+
+    def load_state_dict(self, state):
+        assert isinstance(state["scalar"], np.int64) and state["scalar"] == state["at"]
+        assert isinstance(state["pair"], tuple) and isinstance(state["pair"][1], tuple)
+        assert state[3] == {"tuple": [4]} and state["blob"] == b"\x00"
+        self.random.setstate(state["random"])
+        self.numpy.set_state(state["numpy"])
+        self.state = state
+
+
+@pytest.mark.parametrize("cut", [1, 2, 5])
+def test_states_of_other_types_that_change_in_their_place_come_back_as_they_were(cut):
+    def fresh() -> SiftingDataLoader:
+        return make(Told(), 4, keep=2 / 3, warmup_steps=1, drop_last=True)
+
+    def seen(batch):
+        return ids(batch), batch["noise"].tolist()
+
+    straight = [seen(batch) for batch in fresh()]
+    loader = fresh()
+    iterator = iter(loader)
+    found = [seen(next(iterator)) for _ in range(cut)]
+    state = loader.state_dict()
+    text = json.dumps(state)
+    next(iterator)
+    assert json.dumps(state) == text, "a state does not move on with its loader"
+    resumed = fresh()
+    resumed.load_state_dict(json.loads(text))
+    assert found + [seen(batch) for batch in resumed] == straight
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.binary()
+)
+KEYS = st.one_of(
+    st.text(max_size=3), st.integers(), st.sampled_from(["tuple", "bytes", "dict", "dtype"])
+)
+
+
+@given(
+    st.recursive(
+        LEAVES,
+        lambda inner: st.one_of(
+            st.lists(inner, max_size=4),
+            st.lists(inner, max_size=4).map(tuple),
+            st.dictionaries(KEYS, inner, max_size=4),
+        ),
+        max_leaves=12,
+    )
+)
+@examples(200)
+def test_any_nest_of_builtins_survives_json(state):
+    assert repr(decoded(json.loads(json.dumps(encoded(state))))) == repr(state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.arange(6).view(2, 3),
+        torch.tensor(1.5, dtype=torch.bfloat16),
+        torch.zeros(0, 3),
+        torch.arange(6).view(2, 3).T,
+        np.arange(6, dtype=np.uint32).reshape(2, 3).T,
+        np.array(2.5, dtype=">f4"),
+        np.array(["a", "bcd"]),
+        np.zeros((0, 2), dtype=np.bool_),
+        np.float32(0.1),
+    ],
+    ids=repr,
+)
+def test_arrays_and_tensors_survive_json(state):
+    found = decoded(json.loads(json.dumps(encoded([state]))))[0]
+    assert type(found) is type(state)
+    assert (found.dtype, found.shape) == (state.dtype, state.shape)
+    assert found.tolist() == state.tolist()
+
+
+def test_a_state_saved_again_before_the_head_is_loaded_still_asks_for_it():
+    model = classifier()
+
+    def fresh() -> SiftingDataLoader:
+        return make(Rows(64), 4, model=model, score_fn=None, exit_head="probe")
+
+    loader = fresh()
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    state, head = loader.state_dict(), loader.exit_head.state_dict()
+    between = fresh()
+    between.load_state_dict(state)
+    again = between.state_dict()
+    assert again["learned"] == state["learned"] != fresh().state_dict()["learned"]
+    resumed = fresh()
+    resumed.load_state_dict(again)
+    for _ in range(2):  # asking twice does not help
+        with pytest.raises(StateError, match=r"other tensors of loader\.exit_head"):
+            iter(resumed)
+    resumed.exit_head.load_state_dict(head)
+    assert [ids(batch) for batch in resumed] == [ids(batch) for batch in iterator]
+
+
+@pytest.mark.parametrize("settings", [{"criterion": "random"}, {"selection": RankSample()}])
+def test_a_pool_whose_report_fails_is_drawn_again_as_if_for_the_first_time(settings):
+    model = classifier()
+
+    def fresh(on_select=None) -> SiftingDataLoader:
+        options = {"model": model, "score_fn": None, "on_select": on_select}
+        return make(Rows(64), 4, **options | settings)
+
+    seen = []
+
+    def failing(*args):
+        seen.append(args)
+        if len(seen) == 3:
+            raise RuntimeError("of the callback")
+
+    straight = [ids(batch) for batch in fresh()]
+    loader = fresh(failing)
+    found = []
+    with pytest.raises(RuntimeError, match="of the callback"):
+        for batch in loader:
+            found.append(ids(batch))  # noqa: PERF401 - those before the error count
+    state = loader.state_dict()
+    assert (state["pools"], state["stats"]["candidates"], state["stats"]["kept"]) == (2, 16, 8)
+    resumed = fresh()
+    resumed.load_state_dict(state)
+    assert found + [ids(batch) for batch in resumed] == straight
+
+
+def test_how_labels_are_read_is_part_of_the_state():
+    class Shifting(nn.Module):
+        """Its own loss shifts the labels, which no name tells."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(16, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.head = nn.Linear(8, 16)
+
+        def forward(self, input_ids, labels=None):
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = x + layer(x)
+            logits = self.head(x)
+            if labels is None:
+                return {"logits": logits}
+            lost = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            )
+            return {"logits": logits, "loss": lost}
+
+    model = Shifting().train()
+    inner = [{"input_ids": x, "labels": x} for x in torch.randint(0, 16, (8, 4, 6))]
+    loader = SiftingDataLoader.wrap(inner, model=model, warmup_steps=0)
+    assert loader.state_dict()["reading"] is None
+    next(iter(loader))
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["reading"] == loader._scorer.reading_state is not None
+    resumed = SiftingDataLoader.wrap(inner, model=model, warmup_steps=0)
+    resumed.load_state_dict(state)
+    assert resumed._scorer.reading_state == loader._scorer.reading_state
