@@ -604,13 +604,30 @@ def test_what_a_forward_collects_would_be_found_by_the_loop(monkeypatch):
     assert close(early.logits(batch), right + 1) and model.aux == []
 
 
-def test_parameters_replaced_in_place_are_still_seen():
+def test_an_attribute_that_was_a_list_for_a_while_is_what_it_is_now():
+    model, batch = classifier(), candidates("classifier")
+    early, shown = EarlyExit(model, 1), []
+    model.norm.register_forward_hook(lambda module, args, out: shown.append(module.mark))
+    for model.norm.mark in (None, [1], None):
+        early.logits(batch)
+    assert shown == [None, [1], None]
+
+
+def test_parameters_gathered_in_the_middle_of_a_forward_are_seen():
     model, batch = classifier().eval(), candidates("classifier")
-    early = EarlyExit(model, LAYERS)
-    before = early.logits(batch)
-    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
-    assert not close(early.logits(batch), before)
-    assert close(early.logits(batch), whole(model, {"x": batch["x"]}))
+    shard, full = torch.zeros_like(model.head.weight), model.head.weight.detach()
+    right = cut("classifier", model, 1, batch)
+
+    def hold(weight: Tensor) -> None:
+        model.head._parameters["weight"] = nn.Parameter(weight)
+
+    # As sharded models do: on the live modules, which is all that their hooks know.
+    model.blocks[0].register_forward_hook(lambda module, args, out: hold(full))
+    model.register_forward_hook(lambda module, args, out: hold(shard))
+    hold(shard)
+    for _ in range(2):
+        assert close(EarlyExit(model, 1).logits(batch), right)
+    assert not model.head.weight.any()
 
 
 def test_hooks_that_capture_hidden_states_would_pile_up(monkeypatch):
