@@ -101,11 +101,13 @@ def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return _map(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
-def merge(batches: Sequence[Batch], pad_id: int = 0, label: str = "labels") -> Batch:
+def merge(
+    batches: Sequence[Batch], pad_id: int = 0, label: str = "labels", ignored: int = IGNORED
+) -> Batch:
     """One batch of all rows, in order; leaves that are no fields come from the last batch.
 
     Rows of different lengths are padded on the right to the longest: ids with ``pad_id``, the field
-    ``label`` and any other whose name says label with -100, everything else with 0. That needs an
+    ``label`` and any other whose name says label with ``ignored``, everything else with 0. That needs an
     ``attention_mask`` in the batch, or the padding would be read as text: BatchError otherwise, and
     where batches differ in structure.
     """
@@ -123,21 +125,23 @@ def merge(batches: Sequence[Batch], pad_id: int = 0, label: str = "labels") -> B
     masked = isinstance(batches[0], Mapping) and "attention_mask" in batches[0]
     merged = iter(
         [
-            _concatenate(list(column), counts, name, masked, _padding(name, pad_id, label))
+            _concatenate(
+                list(column), counts, name, masked, _padding(name, pad_id, label, ignored)
+            )
             for name, column in zip(names[0], zip(*flat, strict=True), strict=True)
         ]
     )
     return _map(batches[-1], lambda _: next(merged), counts[-1])
 
 
-def _padding(name: str, pad_id: int, label: str) -> int:
+def _padding(name: str, pad_id: int, label: str, ignored: int) -> int:
     if "label" in name or name == label:
-        return IGNORED
+        return ignored
     return pad_id if name == "input_ids" else 0
 
 
 def merge_labels(labels: Sequence[Tensor | None]) -> Tensor | None:
-    """The labels of merged rows, [P] or [P, T], padded as ``merge`` pads the rows; None if unknown."""
+    """The labels of merged rows, [P] or [P, T], padded with -100; None if unknown."""
     found = [each for each in labels if each is not None]
     if not found or len(found) == 1:
         return found[0] if found else None

@@ -43,6 +43,7 @@ from siftloader.world import World
 Item = TypeVar("Item")
 Cursor: TypeAlias = dict[str, Any]  # JSON-able; {} is the start of an epoch
 PREFETCH = 4  # batches read ahead of the loop
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 @dataclass(frozen=True)
@@ -401,8 +402,13 @@ _END = object()
 
 def _own_fields(batch: Batch, count: int) -> dict[str, Tensor]:
     # What a data set says of its samples, kept where it lies: a look at it costs no synchronisation.
+    # Anything but whole numbers under these names is something else, and the user's own.
     found = {name: batch.get(name) for name in ("id", "source") if isinstance(batch, Mapping)}
-    return {k: v for k, v in found.items() if isinstance(v, Tensor) and v.shape == (count,)}
+    return {
+        name: each
+        for name, each in found.items()
+        if isinstance(each, Tensor) and each.shape == (count,) and each.dtype in WHOLE
+    }
 
 
 def _rows_or_none(batch: Batch) -> int:

@@ -2,7 +2,7 @@
 
     held = deque([Drawn(move(piece.batch, device), piece), ...])
     taken = take(held, 64)                     # the next 64 rows; what is left of a batch stays held
-    taken.merged(pad_id), taken.labels(of), taken.fields(), taken.cursor
+    taken.merged(pad_id, "labels"), taken.labels(of), taken.fields(), taken.cursor
 
 Letters: P rows of a pool.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from siftloader.batches import Batch, cut, merge, merge_labels
+from siftloader.batches import IGNORED, Batch, cut, leaves, merge, merge_labels
 from siftloader.candidates import Cursor, Piece
 
 
@@ -52,10 +52,24 @@ class Taken:
         piece, _, used = self.slices[-1]
         return piece.after(used)
 
-    def merged(self, pad_id: int, label: str) -> Batch:
-        """One batch of all of them; the parts are let go of."""
+    @property
+    def first(self) -> Taken:
+        """Those of the first piece alone."""
+        return Taken(self.parts[:1], self.slices[:1])
+
+    @property
+    def ragged(self) -> bool:
+        """Whether there is something to pad when they are merged."""
+        shapes = [
+            [leaf.shape[1:] for leaf in leaves(part) if isinstance(leaf, Tensor)]
+            for part in self.parts
+        ]
+        return any(each != shapes[0] for each in shapes)
+
+    def merged(self, pad_id: int, label: str, ignored: int = IGNORED) -> Batch:
+        """One batch of all of them, labels padded with ``ignored``; the parts are let go of."""
         parts, self.parts = self.parts, []
-        return merge(parts, pad_id, label)
+        return merge(parts, pad_id, label, ignored)
 
     def labels(self, of: Callable[[Batch], Tensor | None]) -> Tensor | None:
         """Their labels where the inner loader had them: on the host, they cost no synchronisation."""

@@ -335,13 +335,10 @@ class SiftingDataLoader(DataLoader[Any]):
             return None
         count = held[0].rows
         taken = take(held, count)
-        batch = taken.parts.pop()
         steps = self._sifter.counts.steps
         if not self._tested and self._scorer.model.training and self._schedule.ahead(steps):
-            # What cannot be scored fails on the first batch, not when the warm-up ends.
-            pool = self._sifter.pool(batch, taken.fields())
-            self._scorer.score(pool, taken.labels(self._scorer.labels_of))
-            self._tested = True
+            self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
+        batch = taken.parts.pop()
         if self._learns():
             self._scorer.teach(batch, taken.labels(self._scorer.labels_of))
         if self._split and self._schedule.ever_sifts:
@@ -369,8 +366,13 @@ class SiftingDataLoader(DataLoader[Any]):
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
-            candidates = taken.merged(self._pad_id, self._scorer.label_name)
-            labels, fields = taken.labels(self._scorer.labels_of), taken.fields()
+            if not self._tested and taken.ragged:
+                self._test(
+                    taken.first
+                )  # the model's mark for no label is known before it is needed
+            scorer = self._scorer
+            candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
+            labels, fields = taken.labels(scorer.labels_of), taken.fields()
             won = self._sifter.winners(candidates, labels, keep, fields)
             self._tested = True
             self._report(labels, fields, won)
@@ -379,6 +381,11 @@ class SiftingDataLoader(DataLoader[Any]):
             # Not handed out, so a restart draws and counts them again, under the same number.
             self._sifter.counts, self._sifter.pools = counts, pools
             raise
+
+    def _test(self, taken: Taken) -> None:
+        pool = self._sifter.pool(taken.parts[0], taken.fields())
+        self._scorer.score(pool, taken.labels(self._scorer.labels_of))
+        self._tested = True
 
     def _draw(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
         piece = next(pieces, None)
@@ -430,7 +437,8 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._log is not None:
             labelled = None
             if labels is not None and not labels.is_floating_point():
-                labelled = (labels.view(len(scores), -1) != IGNORED).sum(1)
+                counted = (labels != IGNORED) & (labels != self._scorer.ignored)
+                labelled = counted.reshape(len(scores), -1).sum(1)
             pool, source = self._sifter.pools - 1, fields.get("source")
             self._log.add(counts.steps, pool, ids, scores, index, labelled, source)
 

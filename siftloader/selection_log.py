@@ -47,7 +47,7 @@ class SelectionLog:
 
     Columns: ``step`` int64, ``rank`` int32, ``pool`` int64, ``position`` int32 (place in the pool), ``id``
     int64, ``score`` float32, ``kept`` bool, ``labels`` int32 (labelled positions, -1 unknown), ``source``
-    int32 (-1 unknown). About 7 bytes a row in a data set of a million samples.
+    int32 (-1 unknown, or no such number). About 7 bytes a row in a data set of a million samples.
 
     A part is written once ``part_rows`` rows are there, once the last one is ``flush_seconds`` old, by
     ``flush()``, and when the log or the interpreter ends; a kill loses what came after the last part.
@@ -145,7 +145,7 @@ class _Pending:
             "score": (scores, torch.float32),
             "kept": (kept, torch.bool if kept.dtype == torch.bool else torch.int64),
             "labels": (labels, torch.int32),
-            "source": (sources, torch.int32),
+            "source": (sources, torch.int64),  # which of them fit is looked at on the host
         }
         host: dict[str, Tensor] = {}
         devices = set()
@@ -187,8 +187,13 @@ class _Pending:
             "score": self.host["score"].numpy().copy(),
             "kept": kept.copy(),
             "labels": self.host["labels"].numpy().copy() if "labels" in self.host else unknown,
-            "source": self.host["source"].numpy().copy() if "source" in self.host else unknown,
+            "source": _fitting(self.host["source"].numpy()) if "source" in self.host else unknown,
         }
+
+
+def _fitting(sources: NDArray[np.int64]) -> NDArray[np.int32]:
+    known = sources == sources.astype(np.int32)
+    return np.where(known, sources, -1).astype(np.int32)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

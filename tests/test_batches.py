@@ -118,6 +118,16 @@ def test_labels_by_any_name_are_padded_with_what_losses_skip():
     assert merge([batch(1), batch(2)], label="targets")["targets"].tolist() == [[1, -100], [1, 1]]
 
 
+def test_labels_are_padded_with_the_mark_that_the_models_loss_skips():
+    def batch(length: int) -> dict[str, torch.Tensor]:
+        ones = torch.ones(1, length, dtype=torch.long)
+        return {"input_ids": ones, "attention_mask": ones, "labels": ones, "my_label": ones}
+
+    merged = merge([batch(1), batch(2)], pad_id=9, ignored=-1)
+    assert merged["labels"].tolist() == merged["my_label"].tolist() == [[1, -1], [1, 1]]
+    assert merged["input_ids"].tolist() == [[1, 9], [1, 1]]
+
+
 def test_padding_without_a_mask_is_refused():
     with pytest.raises(BatchError, match="attention_mask"):
         merge([{"x": torch.ones(2, 3)}, {"x": torch.ones(2, 4)}])

@@ -244,6 +244,53 @@ def test_rows_of_different_padded_length_share_a_pool():
     assert torch.allclose(Sifter(model).score(batch).sort().values, expected, atol=1e-6)
 
 
+class Tagger(nn.Module):
+    """A loss of its own that skips -1, and dies of any other label it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 16)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        logits = self.head(x)
+        if labels is None:
+            return {"logits": logits}
+        flat = logits.flatten(0, 1), labels.flatten()
+        return {"logits": logits, "loss": nn.functional.cross_entropy(*flat, ignore_index=-1)}
+
+
+@pytest.mark.parametrize("lengths", [(6, 6, 4, 5), (6, 9, 5, 8)], ids=["first alike", "ragged"])
+@pytest.mark.parametrize("warmup", [0, 1])
+def test_padded_labels_carry_the_mark_of_the_models_own_loss(lengths, warmup, tmp_path):
+    def batch(length: int) -> dict[str, Tensor]:
+        words = torch.randint(0, 16, (4, length))
+        return {
+            "input_ids": words,
+            "attention_mask": torch.ones_like(words),
+            "labels": torch.where(torch.arange(length) < 2, words, -1),
+        }
+
+    model = Tagger().train()
+    loader = SiftingDataLoader.wrap(
+        [batch(length) for length in (lengths[0],) * warmup + lengths],
+        model=model,
+        warmup_steps=warmup,
+        shift_labels=False,
+        log_selections=tmp_path,
+    )
+    handed = list(loader)
+    assert len(handed) == warmup + 2
+    for each in handed:
+        assert ((each["labels"] >= 0).sum(1) == 2).all() and each["labels"].min() == -1
+        model(**each)["loss"].backward()
+    assert logged(tmp_path, "labels") == [2] * 16
+
+
 def test_a_reused_buffer_is_not_mistaken_for_two_draws():
     buffer = {"x": torch.zeros(4, 8), "labels": torch.zeros(4, dtype=torch.long)}
 
@@ -874,7 +921,9 @@ def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
     # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
     monkeypatch.setattr(Targets, "of", unwatched(Targets.of))
     monkeypatch.setattr(Twin, "run", unwatched(Twin.run))
-    monkeypatch.setattr(Unigrams, "__call__", unwatched(Unigrams.__call__))  # checks on the host only
+    monkeypatch.setattr(
+        Unigrams, "__call__", unwatched(Unigrams.__call__)
+    )  # checks on the host only
     with asked:
         next(iterator), next(iterator)
     assert asked.waited == []
@@ -1063,6 +1112,64 @@ def test_on_select_sees_every_pool():
     for (numbers, scores, kept), batch in zip(seen, handed, strict=True):
         assert numbers[kept].tolist() == ids(batch)
         assert torch.equal(scores, (numbers % 7).float())
+
+
+def logged(folder, column: str) -> list:
+    tables = pytest.importorskip("pyarrow.parquet")
+    return tables.read_table(folder)[column].to_pylist()
+
+
+OWN_FIELDS = {
+    "int64 id": ("id", torch.arange(16) * 3, True),
+    "int16 id": ("id", torch.arange(16).short() * 3, True),
+    "float id": ("id", torch.arange(16) / 2, False),
+    "bool id": ("id", torch.arange(16) > 8, False),
+    "two ids a row": ("id", torch.arange(32).view(16, 2), False),
+    "names": ("id", [f"n{i}" for i in range(16)], False),
+    "int64 source": ("source", torch.arange(16) % 3, True),
+    "float source": ("source", torch.rand(16), False),
+    "complex source": ("source", torch.complex(torch.rand(16), torch.rand(16)), False),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_FIELDS)
+def test_fields_of_ones_own_under_known_names_harm_nobody(kind, tmp_path):
+    field, values, known = OWN_FIELDS[kind]
+    batch = {"x": torch.rand(16, 8), "labels": torch.zeros(16).long(), field: values}
+    seen = []
+    loader = SiftingDataLoader.wrap(
+        [select_rows(batch, 0, 8), select_rows(batch, 8, 16)],
+        model=classifier(),
+        warmup_steps=0,
+        on_select=lambda numbers, scores, kept: seen.extend(numbers.tolist()),
+        log_selections=tmp_path,
+    )
+    (handed,) = list(loader)
+    assert len(handed[field]) == 8
+    unknown = list(range(16)) if field == "id" else [-1] * 16
+    found = logged(tmp_path, field)
+    assert found == (values.tolist() if known else unknown)
+    assert field == "source" or seen == found
+
+
+def test_a_source_that_the_log_has_no_room_for_is_unknown(tmp_path):
+    sources = torch.tensor([0, 2**31 - 1, 2**31, 2**40, -(2**40), 5, -1, 7])
+    batch = {"x": torch.rand(8, 8), "labels": torch.zeros(8).long(), "source": sources}
+    options = {"warmup_steps": 0, "pool": "split", "log_selections": tmp_path}
+    list(SiftingDataLoader.wrap([batch], model=classifier(), **options))
+    assert logged(tmp_path, "source") == [0, 2**31 - 1, -1, -1, -1, 5, -1, 7]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_batch_without_tensors_is_given_back_as_it_was(keep):
+    batch = {"x": np.arange(32.0).reshape(4, 8)}
+    settings = {"output_device": "inner", "pool": "split", "criterion": "random"}
+    loader = SiftingDataLoader.wrap(
+        [batch] * 2, model=classifier(), keep=keep, warmup_steps=0, **settings
+    )
+    handed = list(loader)
+    assert [type(each["x"]) for each in handed] == [np.ndarray] * 2
+    assert [len(each["x"]) for each in handed] == [4 * keep] * 2
 
 
 def test_stats_are_a_plain_dict_that_any_logger_takes():

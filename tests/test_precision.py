@@ -190,3 +190,11 @@ def test_a_hook_whose_loader_is_gone_does_nothing():
     model = classifier()
     Precision().watch(model, CPU)
     in_bfloat16(model)
+
+
+def test_a_module_that_shares_the_models_hooks_is_not_the_model():
+    model = classifier()
+    precision = Precision()
+    precision.watch(model, CPU)
+    in_bfloat16(copy.copy(model))
+    assert precision.name is None and hooks(model) == 1
