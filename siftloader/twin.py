@@ -24,7 +24,7 @@ import traceback
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast, final
@@ -461,11 +461,16 @@ def _rebound(value: Any, memo: dict[int, nn.Module]) -> Any:
         return weakref.ref(_shell(held, memo))
     if isinstance(value, nn.Module):
         return _shell(value, memo)
-    if isinstance(value, (list, tuple)) and any(isinstance(each, nn.Module) for each in value):
+    if isinstance(value, (list, tuple)) and _any_module(value):
         return type(value)(_rebound(each, memo) for each in value)
-    if isinstance(value, dict) and any(isinstance(each, nn.Module) for each in value.values()):
+    if isinstance(value, dict) and _any_module(value.values()):
         return {name: _rebound(each, memo) for name, each in value.items()}
     return value
+
+
+def _any_module(values: Iterable[Any]) -> bool:
+    # By the types, of which there are few: this runs at every refresh, and a vocabulary is a dict, too.
+    return any(issubclass(each, nn.Module) for each in {*map(type, values)})
 
 
 @contextmanager
