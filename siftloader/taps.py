@@ -117,7 +117,7 @@ class Reading:
         one = length == 1 and single is not False
         more = None if one else length - _length(batch)
         # Fewer positions than there are: a loss that drops the unlabelled ones, other numbers each time.
-        if more not in (None, 0, -1) or any(len(row) != length for row in rows):
+        if more not in (None, 0, -1):
             return cls("alone", width, 0, differs)
         _, both = listen(lambda: call(cut(batch, 0, few)))
         orders: tuple[Literal["whole", "parts"], ...] = ("whole", "parts")

@@ -501,7 +501,8 @@ def test_a_mask_over_the_loss_is_told():
 
 def test_floats_that_are_no_probabilities_are_refused():
     model, ids = make(Trunk), tokens()[:, 0]
-    for labels in (torch.ones(P, VOCAB), torch.randn(P, 2), torch.full((P, VOCAB), -1.0)):
+    negative = torch.tensor([[2.0, -1.0]]).expand(P, 2)  # which adds up to 1
+    for labels in (torch.ones(P, VOCAB), torch.randn(P, 2), negative):
         with pytest.raises(ScoringError, match="score_fn="):
             Sifter(model).score({"ids": ids, "labels": labels})
     one = torch.nn.functional.one_hot(torch.zeros(P).long(), 5).float()
@@ -604,3 +605,50 @@ def test_padding_may_be_the_ignored_label():
     marked = labels.masked_fill(labels == 0, -100)
     wanted = expected(model, rows[:, :-1], marked, 2, "loss")
     assert torch.allclose(found.double(), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["logits", "heard", "heard in chunks"])
+def test_a_part_of_the_predictions_is_that_part(kind, monkeypatch):
+    from siftloader import twin
+    from siftloader.scores import token_loss
+
+    model, rows = make(Trunk if kind == "logits" else OnlyLoss), tokens()
+    if kind == "heard in chunks":
+        monkeypatch.setattr(twin, "CHUNK_ELEMENTS", 2 * T * VOCAB)
+    batch = {"ids": rows[:, :-1], "labels": rows[:, 1:]}
+    seen = []
+
+    def criterion(early):
+        def other(logits, labels):  # nobody knows of it ahead
+            return token_loss(2 * logits, labels)
+
+        for value in (token_loss, other):
+            whole, part = early.reduce(early.each(value)), early.part(2, 5)
+            seen.append((whole[2:5], part.reduce(part.each(value))))
+            fresh = early.part(1, 4)  # not asked for before
+            seen.append((whole[1:4], fresh.reduce(fresh.each(value))))
+        return whole
+
+    criterion.values = (token_loss,)
+    Sifter(model, exit_layer=2, criterion=criterion).score(batch)
+    assert len(seen) == 4
+    assert all(torch.allclose(part, whole, atol=1e-5) for whole, part in seen)
+
+
+def test_padding_that_is_labelled_does_not_count_where_the_loss_leaves_it_out():
+    import transformers
+
+    config = transformers.ElectraConfig(
+        vocab_size=VOCAB, hidden_size=32, embedding_size=16, num_hidden_layers=2,
+        num_attention_heads=4, intermediate_size=32,
+    )  # fmt: skip
+    model = scaled(transformers.ElectraForPreTraining(config), 4.0).train()
+    ids = tokens()[:, :T]
+    mask = torch.ones_like(ids)
+    mask[1, -5:] = mask[4, -2:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids % 2}  # padding, too
+    found = Sifter(model, exit_layer="full").score(batch)
+    model.eval()
+    with torch.no_grad():
+        own = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(P)]
+    assert torch.allclose(found, torch.stack(own), atol=1e-5)
