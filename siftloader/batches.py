@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
@@ -40,7 +39,7 @@ def rows(batch: Batch) -> int:
             f"no tensor with a sample dimension in a batch of type {type(batch).__name__}; a batch "
             f"needs at least one tensor whose first dimension counts the samples"
         )
-    return Counter(sizes).most_common(1)[0][0]
+    return max(dict.fromkeys(sizes), key=sizes.count)
 
 
 def _sizes(batch: Batch, inside: bool, depth: int = 0) -> Iterator[int]:
@@ -79,8 +78,13 @@ def cut(batch: Batch, start: int, stop: int) -> Batch:
 
 
 def move(batch: Batch, device: torch.device | str) -> Batch:
-    """The same batch with its tensors on ``device``, copied without waiting where that is safe."""
+    """The batch with its tensors on ``device``, copied without waiting where that is safe.
+
+    The very same batch where they all are there.
+    """
     target = torch.device(device)
+    if all(leaf.device == target for leaf in leaves(batch) if isinstance(leaf, Tensor)):
+        return batch
     # Device to host must wait: nobody could tell when the host may read.
     asynchronous = target.type != "cpu"
     return _map_tensors(batch, lambda tensor: tensor.to(target, non_blocking=asynchronous))
@@ -205,6 +209,8 @@ def _take(leaf: Any, index: Tensor) -> Any:
 def _children(batch: Batch, count: int | None = None) -> Sequence[Any] | None:
     # The parts of a container, None for a leaf. A list without any tensor is a leaf, and so is one of
     # ``count`` entries that do not all hold ``count`` rows: one entry per sample.
+    if _is_array(batch):
+        return None  # the rule, so asked first
     if isinstance(batch, Mapping):
         return list(batch.values())
     if isinstance(batch, (tuple, list)):

@@ -252,9 +252,10 @@ class LoaderCandidates:
     def _pieces(
         self, source: Iterator[Batch], number: int, offset: int, fixed: Cursor
     ) -> Iterator[Piece]:
-        before = self._snapshot()
+        look: Callable[[], Cursor] = dict if self._stateful() is None else self._snapshot
+        before = look()
         while (batch := next(source, _END)) is not _END:
-            after = self._snapshot()
+            after = look()
             batch = batch if self._fresh else clone(batch)
             count = _rows_or_none(batch)
             if offset < count or not count:

@@ -311,14 +311,16 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _next(self, pieces: Iterator[Piece], held: deque[Drawn], turn: int) -> Batch | None:
         self._scorer.precision.unwatch()
-        found = (self._next_sifted if self._sifts() else self._next_plain)(pieces, held)
+        counts, training = self._sifter.counts, self._scorer.model.training
+        if training and self._schedule.sifts(counts.steps):
+            found = self._next_sifted(pieces, held)
+        else:
+            found = self._next_plain(pieces, held, training)
         if found is None:
             return None
         batch, taken = found
         if turn == self._turn:
             self._cursor = taken.cursor
-        counts, training = self._sifter.counts, self._scorer.model.training
-        counts.samples += rows(batch) if taken.last.rows else 0
         counts.steps += training
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:
@@ -329,22 +331,24 @@ class SiftingDataLoader(DataLoader[Any]):
         return self._handed(batch, taken.last)
 
     def _next_plain(
-        self, pieces: Iterator[Piece], held: deque[Drawn]
+        self, pieces: Iterator[Piece], held: deque[Drawn], training: bool
     ) -> tuple[Batch, Taken] | None:
         if not held and not self._draw(pieces, held):
             return None
-        count = held[0].rows
+        count, counts = held[0].rows, self._sifter.counts
         taken = take(held, count)
-        steps = self._sifter.counts.steps
-        if not self._tested and self._scorer.model.training and self._schedule.ahead(steps):
-            self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
+        if training and self._schedule.ahead(counts.steps):
+            if not self._tested:
+                self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
+            if self._scorer.exit_head is not None:  # it is to be ready when the warm-up ends
+                self._scorer.teach(taken.parts[0], taken.labels(self._scorer.labels_of))
         batch = taken.parts.pop()
-        if self._learns():
-            self._scorer.teach(batch, taken.labels(self._scorer.labels_of))
         if self._split and self._schedule.ever_sifts:
-            batch = cut(batch, 0, self._kept_of(count))
+            count = self._kept_of(count)
+            batch = cut(batch, 0, count)
         if self._sifter.weighs:
             batch = weighted(batch, torch.ones(rows(batch), device=self._scorer.device), None)
+        counts.samples += count
         return batch, taken
 
     def _next_sifted(
@@ -366,16 +370,15 @@ class SiftingDataLoader(DataLoader[Any]):
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
-            if not self._tested and taken.ragged:
-                self._test(
-                    taken.first
-                )  # the model's mark for no label is known before it is needed
+            if not self._tested and taken.ragged:  # they are padded with the mark that it hears
+                self._test(taken.first)
             scorer = self._scorer
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
             labels, fields = taken.labels(scorer.labels_of), taken.fields()
             won = self._sifter.winners(candidates, labels, keep, fields)
             self._tested = True
             self._report(labels, fields, won)
+            self._sifter.counts.samples += keep
             return weighted(select(candidates, won.kept), won.weights, won.kept), taken
         except BaseException:
             # Not handed out, so a restart draws and counts them again, under the same number.
@@ -411,11 +414,6 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _sifts(self) -> bool:
         return self._schedule.sifts(self._sifter.counts.steps) and self._scorer.model.training
-
-    def _learns(self) -> bool:
-        # An exit head learns from the warm-up too: it is there to be ready at its end.
-        learning = self._scorer.exit_head is not None and self._scorer.model.training
-        return learning and self._schedule.ahead(self._sifter.counts.steps)
 
     def _pool(self) -> int | None:
         # P of the coming step, None before the first batch told b.
