@@ -82,6 +82,11 @@ class ShardCandidates:
         self._hidden = {"id"} if not shards.with_ids else set()
         self._hidden |= {"source"} if not shards.with_source else set()
 
+    @property
+    def ids(self) -> str:
+        """What the ids of the pieces count: the samples of these shards."""
+        return self.shards.fingerprint
+
     def epoch_rows(self, size: int) -> int:
         """Rows this rank draws in a whole epoch."""
         total = self.shards.rows()
@@ -168,6 +173,11 @@ class LoaderCandidates:
             if isinstance(size := getattr(holder, "batch_size", None), int):
                 return size
         return None
+
+    @property
+    def ids(self) -> str:
+        """What the ids of the pieces count: whatever a field of the batch counts."""
+        return "batch"
 
     def epoch_rows(self, size: int) -> int | None:
         """Rows of a whole epoch in batches of ``size``, None where nobody can tell."""

@@ -17,6 +17,7 @@ from siftloader.errors import SiftError
 from siftloader.prepare import Preparation, Summary, prepare
 from siftloader.selection_report import (
     drift,
+    ids_of,
     plot_drift,
     read_log,
     report as selections,
@@ -332,6 +333,7 @@ def _inspect_selections(arguments: argparse.Namespace) -> int:
     if dataset is None:
         notes.append("texts and the names of sources: add --shards, the folder the run read from")
     else:
+        _check_ids(ids_of(arguments.log), dataset)
         if table["source"].to_numpy().max() < 0:
             sources = sources_of(dataset, table["id"].to_numpy())
         texts, note = _texts(dataset, arguments.tokenizer)
@@ -344,6 +346,20 @@ def _inspect_selections(arguments: argparse.Namespace) -> int:
     if notes:
         print("\n" + "\n".join(notes))
     return 0
+
+
+def _check_ids(ids: str, dataset: ShardSet) -> None:
+    if ids in ("", "batch", dataset.fingerprint):
+        return
+    if ids == "candidates":
+        raise SiftError(
+            "the ids of this log only number the candidates, because the data set gave none: they name "
+            "no samples of any shards; leave out --shards"
+        )
+    raise SiftError(
+        f"the log is of shards with fingerprint {ids}, {dataset.folder} has {dataset.fingerprint}; give "
+        f"the folder that the run read from"
+    )
 
 
 def _texts(

@@ -425,9 +425,11 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._on_select is None and self._log is None:
             return
         counts, (index, scores, _) = self._sifter.counts, won
-        ids = fields.get("id")
+        ids, numbered = fields.get("id"), "candidates"
         if ids is None:
             ids = torch.arange(counts.candidates - len(scores), counts.candidates)
+        else:
+            numbered = self._source.ids
         if self._on_select is not None:
             kept = torch.zeros_like(scores, dtype=torch.bool)
             kept[index] = True
@@ -438,6 +440,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 counted = (labels != IGNORED) & (labels != self._scorer.ignored)
                 labelled = counted.reshape(len(scores), -1).sum(1)
             pool, source = self._sifter.pools - 1, fields.get("source")
+            self._log.ids = numbered
             self._log.add(counts.steps, pool, ids, scores, index, labelled, source)
 
     def _end_epoch(self, handed: int, resumed: bool) -> None:

@@ -68,6 +68,15 @@ def read_log(path: str | os.PathLike[str]) -> Table:
     return _latest(whole)
 
 
+def ids_of(path: str | os.PathLike[str]) -> str:
+    """What the ids of a log count, as its latest part says; "" where it does not."""
+    _, parquet = _pyarrow()
+    part = _parts(Path(path))[-1]
+    with _damage(part):
+        found = (parquet.read_schema(part).metadata or {}).get(b"siftloader.ids", b"")
+    return str(found.decode())
+
+
 def _parts(folder: Path) -> list[Path]:
     # Rank by rank, and of each the latest last: what is repeated comes later.
     if folder.is_file():

@@ -271,6 +271,34 @@ def test_every_pool_is_logged_and_readable_at_each_checkpoint(tmp_path):
         assert {rows["step"][n] for n in at} == {pool + 1}
 
 
+def test_a_log_says_what_its_ids_count(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    from siftloader.cli import main
+    from siftloader.selection_report import ids_of
+
+    shards = TokenShards(DEMO)
+    kinds = {
+        shards.fingerprint: SiftingDataLoader(
+            shards, 8, model=_reader(), criterion="random", warmup_steps=0,
+            log_selections=tmp_path / shards.fingerprint,
+        ),
+        "batch": SiftingDataLoader.wrap(
+            [{"x": torch.zeros(16, 8), "labels": torch.zeros(16).long(), "id": torch.arange(16)}],
+            model=classifier(), warmup_steps=0, pool="split", log_selections=tmp_path / "batch",
+        ),
+        "candidates": make(Rows(32), batch_size=8, log_selections=tmp_path / "candidates"),
+    }  # fmt: skip
+    for name, loader in kinds.items():
+        next(iter(loader))
+        loader.state_dict()
+        assert ids_of(tmp_path / name) == name
+    shown = ["inspect-selections", str(tmp_path / shards.fingerprint), "--shards", DEMO]
+    assert main(shown) == 0
+    capsys.readouterr()
+    shown[1] = str(tmp_path / "candidates")
+    assert main(shown) == 1 and "only number the candidates" in capsys.readouterr().err
+
+
 # Autocast that the loop owns
 
 
