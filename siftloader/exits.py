@@ -13,8 +13,9 @@ layer, N layers.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.errors import ScoringError
 from siftloader.labels import with_labels
 from siftloader.stack import exit_at, unwrap
-from siftloader.taps import listen
+from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
 from siftloader.twin import Twin, check_shape, rows_at_a_time
 
@@ -113,43 +114,33 @@ class EarlyExit:
         except TypeError:
             return False
         # The last of a tuple may only go where labels belong, not into an optional mask.
-        return not args or _is_label(list(bound.arguments)[-1])
+        return _is_label(list(bound.arguments)[-1]) if args else any(map(_is_label, kwargs))
 
-    def task(self, batch: Batch, name: str, shape: torch.Size) -> Task:
-        """How the model's own loss reads labels of ``shape`` [P, T]: heard on one sample.
+    def task(self, batch: Batch, name: str, labels: Tensor) -> Task:
+        """How the model's own loss reads ``labels`` [P] or [P, T]: heard on one sample.
 
         That sample is given labels of our own, zeros and ones at random, so that neither what is marked
         as ignored nor chance in the data can mislead. ``name`` is the field of the labels.
         """
-        if len(shape) != 2 or not self.takes_labels(batch):
+        # Some models decide by the first labels they see what their task is: never by ours for others.
+        if labels.ndim not in (1, 2) or labels.is_floating_point() or not self.takes_labels(batch):
             return Task()
-        drawn = torch.rand(1, shape[1], generator=torch.Generator().manual_seed(0)) < 0.5
+        length = labels.shape[1] if labels.ndim == 2 else 1
+        drawn = torch.rand(1, length, generator=torch.Generator().manual_seed(0)) < 0.5
         device = next((leaf.device for leaf in leaves(batch) if isinstance(leaf, Tensor)), None)
-        one = with_labels(cut(batch, 0, 1), name, drawn.long().to(device))
-        if one is None:
-            return Task()
+        given = drawn.view(1, *labels.shape[1:]).to(device, labels.dtype)
         try:
-            _, taps = listen(lambda: self.with_labels(one))
-        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            one = with_labels(_unpadded(cut(batch, 0, 1)), name, given)
+            taps = [] if one is None else listen(lambda: self.with_labels(one))[1]
+        except Exception:
             return (
                 Task()
             )  # a loss that wants other labels than these; scoring tells if it fails, too
-        if not taps or taps[0].labels.is_floating_point():
-            return Task()
-        heard, ignored, own = (
-            torch.cat([t.labels for t in taps]).cpu(),
-            taps[0].ignored,
-            drawn.long(),
-        )
-        own = own.masked_fill(own == ignored, IGNORED)
-        later = torch.nn.functional.pad(own[:, 1:], (0, 1), value=IGNORED)
-        # Some losses see every position, some only those with a label.
-        fits = {
-            shift
-            for shift, wanted in ((False, own[0]), (True, own[0, 1:]), (True, later[0]))
-            if torch.equal(heard, wanted) or torch.equal(heard, wanted[wanted != IGNORED])
-        }
-        return Task(fits.pop() if len(fits) == 1 else None, ignored)
+        # One loss in several calls, or several losses, of which one is enough.
+        for heard in ([taps] if taps else []) + [[tap] for tap in taps]:
+            if (found := _heard_task(heard, drawn.long())) is not None:
+                return found
+        return Task(None, taps[0].ignored if taps else IGNORED)
 
     def _row_chunks(self, batch: Batch, targets: Targets) -> Iterator[Tensor]:
         # No head to capture: the whole output of as many rows as fit, then the wanted positions.
@@ -181,6 +172,33 @@ class EarlyExit:
             self._capture = None
         self._twin.refresh()
         return self._twin
+
+
+def _heard_task(taps: list[Tap], own: Tensor) -> Task | None:
+    # Some losses see every position, some only those with a label; some mark padding 0 or 1 themselves.
+    if any(tap.labels.is_floating_point() for tap in taps):
+        return None
+    heard = torch.cat([tap.labels for tap in taps]).cpu()
+    for ignored in (taps[0].ignored, 0, 1):
+        marked = own.masked_fill(own == ignored, IGNORED)
+        later = torch.nn.functional.pad(marked[:, 1:], (0, 1), value=IGNORED)
+        fits = {
+            shift
+            for shift, wanted in ((False, marked[0]), (True, marked[0, 1:]), (True, later[0]))
+            if torch.equal(heard, wanted) or torch.equal(heard, wanted[wanted != IGNORED])
+        }
+        if len(fits) == 1:
+            return Task(fits.pop(), ignored)
+    return None
+
+
+def _unpadded(batch: Batch) -> Batch:
+    mask = batch.get("attention_mask") if isinstance(batch, MutableMapping) else None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return batch
+    out = copy.copy(batch)
+    out["attention_mask"] = torch.ones_like(mask)
+    return out
 
 
 def model_inputs(

@@ -209,9 +209,9 @@ class ProbeExit:
                 ) from error
         return self.head.classes
 
-    def task(self, batch: Batch, name: str, shape: torch.Size) -> Task:
-        """How the model's own loss reads labels of ``shape``."""
-        return self._whole.task(batch, name, shape)
+    def task(self, batch: Batch, name: str, labels: Tensor) -> Task:
+        """How the model's own loss reads ``labels``."""
+        return self._whole.task(batch, name, labels)
 
     def takes_labels(self, batch: Batch) -> bool:
         """No: this exit has no loss of its own that one could listen to."""

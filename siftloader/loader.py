@@ -535,8 +535,14 @@ class SiftingDataLoader(DataLoader[Any]):
             return
         found = self._scorer.digests()
         for name in {*found, *expected}:
-            if found.get(name) != expected.get(name):
-                owner = "loader.exit_head" if name == "exit_head" else "the criterion"
+            owner = "loader.exit_head" if name == "exit_head" else "the criterion"
+            if name not in found or name not in expected:
+                here, there = ("without", "with") if name in found else ("with", "without")
+                raise StateError(
+                    f"the state was saved {here} something learned in {owner}, this loader is {there} "
+                    f"it; build the loader it was saved with, or begin without the state"
+                )
+            if found[name] != expected[name]:
                 raise StateError(
                     f"the state was saved beside other tensors of {owner}: load them too, with "
                     f"load_state_dict(), or begin without the state"

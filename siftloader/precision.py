@@ -24,7 +24,7 @@ class Precision:
     """
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self._dtype = dtype
+        self._dtype = self._given = dtype
         self._left = WATCHES
         self._hook: RemovableHandle | None = None
 
@@ -35,7 +35,7 @@ class Precision:
 
     @name.setter
     def name(self, name: str | None) -> None:
-        if name is not None:
+        if name is not None and self._given is None:  # an option weighs more than a saved state
             self._dtype = getattr(torch, name)
 
     def context(self, device: torch.device) -> AbstractContextManager[Any]:

@@ -38,6 +38,7 @@ class Predicted(Criterion):
     [P, 1]. Every pool the true criterion is computed for a ``teach``-th of the rows, each time for the
     next ones, and ``model`` takes one AdamW step on the squared error. It stays in eval mode: dropout
     would draw from the training loop's random stream. Do not share its weights with the training model.
+    To resume, save its ``state_dict()`` beside the loader's, and load both.
     """
 
     def __init__(

@@ -92,6 +92,8 @@ class Scorer:
         self._early: EarlyExit | ProbeExit | None = None
         self._task: Task | None = None  # how labels are read; learned from the first pool, as are
         self._tried = False  # whether scoring works
+        self._heard_shift: bool | None = None
+        self._listens: bool | None = None  # to the model's loss, though it gives logits
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
         if isinstance(model, nn.Module) and self._needs_model:
@@ -157,12 +159,18 @@ class Scorer:
 
     @property
     def reading_state(self) -> list[Any] | None:
-        """How labels are read, [shift, ignored], once that is known: a restart must read them alike."""
-        return None if self._task is None else list(self._task)
+        """[shift, ignored, whether the model's loss is listened to], once known.
+
+        A restart must read labels alike, whatever its first pool would tell.
+        """
+        return None if self._task is None else [*self._task, self._listens]
 
     @reading_state.setter
     def reading_state(self, state: list[Any] | None) -> None:
-        self._task = None if state is None else Task(*state)
+        given = self._shift  # an option weighs more than what an earlier run learned
+        if state is not None:
+            shift, ignored, self._listens = state
+            self._task = Task(shift if given is None else given, ignored)
 
     @property
     def label_name(self) -> str:
@@ -204,7 +212,8 @@ class Scorer:
         targets = Targets.of(everyone, device, False)
         labelled = torch.ones_like(everyone, dtype=torch.bool)
         if labels is not None and not labels.is_floating_point():
-            labelled = (labels.reshape(len(everyone), -1) != IGNORED).any(1)
+            real = (labels != IGNORED) & (labels != self.ignored)
+            labelled = real.reshape(len(everyone), -1).any(1)
         return self.criterion(Predictions(targets, _nothing, pool)), to_device(labelled, device)
 
     def _by_labels(
@@ -255,7 +264,42 @@ class Scorer:
             self._warn()
         else:
             _check_classes(targets.labels, classes)
+            if self._listens is not False:
+                self._reading = self._stricter(candidates, targets)
+                self._listens = self._reading is not None
         self._tried = True
+
+    def _stricter(self, candidates: Batch, targets: Targets) -> Reading | None:
+        # A loss may leave out what is labelled (padding, say): then it is listened to after all.
+        early = self._exit()
+        if self._shift is not None and self._heard_shift not in (None, self._shift):
+            return None  # the caller knows better
+        if targets.length == 1 or targets.labels.is_floating_point() or callable(self._labels):
+            return None
+        if not isinstance(early, EarlyExit) or not early.takes_labels(candidates):
+            return None
+        try:
+            reading = Reading.of(early.with_labels, candidates, targets.samples, single=False)
+            if reading is None or self._listens:
+                return reading
+            parts = reading.samples(early.with_labels, candidates, targets.samples)
+            heard = torch.cat([(part.labels != IGNORED).sum(1) for part in parts])
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return None  # a loss that does not run like this; the predictions do
+        if skips_padding(self.model) or not int(heard.sum()):
+            return None
+        times = max(
+            1, round(int(heard.sum()) / max(1, int(targets.counts.sum())))
+        )  # several heads
+        if torch.equal(heard, times * targets.counts):
+            return None
+        warnings.warn(
+            "the model's own loss leaves out positions that are labelled (padding, or a mark of its "
+            "own), so it is listened to while it is computed: right, but its head runs everywhere; mark "
+            "them as -100 to spare that",
+            stacklevel=2,
+        )
+        return reading
 
     def _by_function(self, function: ScoreFunction, pool: Pool, learn: bool) -> tuple[Any, Tensor]:
         def call(batch: Batch) -> Any:
@@ -296,6 +340,17 @@ class Scorer:
                 stacklevel=2,
             )
 
+    def _warn_of_unheard(self, task: Task, candidates: Batch, labels: Tensor) -> None:
+        early = self._early
+        if task.shift is not None or labels.ndim != 2 or labels.is_floating_point():
+            return
+        if isinstance(early, EarlyExit) and early.takes_labels(candidates):
+            warnings.warn(
+                "how the model's own loss reads its labels could not be heard; each is taken for that "
+                "of the prediction at its place (pass shift_labels=True if the loss shifts them)",
+                stacklevel=2,
+            )
+
     def _heard(
         self, reading: Reading, call: Callable[[Batch], Any], pool: Pool, learn: bool
     ) -> tuple[Any, Tensor]:
@@ -325,9 +380,11 @@ class Scorer:
             # The model's own loss is asked first: the names of classes are not always right.
             task = Task()
             if self._needs_model and not callable(self._labels):
-                task = self._exit().task(candidates, self.label_name, labels.shape)
+                task = self._exit().task(candidates, self.label_name, labels)
+            self._heard_shift = task.shift
             shift = is_causal(self.model) if task.shift is None else task.shift
             task = Task(shift if self._shift is None else self._shift, task.ignored)
+            self._warn_of_unheard(task, candidates, labels)
             if task.shift is None and are_inputs(labels, candidates, self.label_name):
                 raise ScoringError(
                     "the labels are the inputs themselves, so either this is a causal model whose "

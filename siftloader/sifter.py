@@ -163,7 +163,7 @@ class Sifter:
         # A random criterion makes any selection a draw: all that can win do so alike.
         if self._is_random and not samples(self.selection):
             can_win = scores.isfinite()
-            return can_win * (keep / can_win.sum()).clamp_min(1)
+            return torch.where(can_win, (keep / can_win.sum().clamp_min(1)).clamp_min(1), 0.0)
         return weights(self.selection, scores, keep, pool)
 
 

@@ -73,13 +73,16 @@ def _tap(input: Tensor, target: Tensor, ignore_index: int, **_: Any) -> Tap:  # 
 
 
 def listen(call: Callable[[], Any]) -> tuple[Any, list[Tap]]:
-    """What ``call`` returns, and the losses it computed that are like the first one."""
+    """What ``call`` returns, and the losses of its main task: the one with the most labels."""
     with _Listening() as mode:
         result = call()
-    # A second loss with another number of classes is another task (BERT's next sentence).
-    return result, [
-        tap for tap in mode.taps if tap.logits.shape[1] == mode.taps[0].logits.shape[1]
-    ]
+    # Losses with other numbers of classes are other tasks (BERT's next sentence, a domain head).
+    labelled: dict[int, int] = {}
+    for tap in mode.taps:
+        classes = tap.logits.shape[1]
+        labelled[classes] = labelled.get(classes, 0) + len(tap.labels)
+    main = max(labelled, key=lambda classes: (labelled[classes], classes), default=0)
+    return result, [tap for tap in mode.taps if tap.logits.shape[1] == main]
 
 
 @dataclass(frozen=True)

@@ -280,7 +280,7 @@ def check_soft(labels: Tensor) -> None:
         raise ScoringError(
             f"floating labels {tuple(labels.shape)} are read as probabilities, but rows like "
             f"{labels[~fine][0].tolist()[:4]} are none; for several labels at once or numbers to predict "
-            f"pass score_fn= with the loss of your loop"
+            f"pass score_fn= with one loss per candidate, [P]"
         )
 
 

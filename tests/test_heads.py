@@ -644,7 +644,7 @@ def test_a_transformer_may_have_one_too(family, make):
     assert losses[-1] < 0.7 * losses[0]
     assert probe.classes(batch, targets.length) == VOCAB
     if family == "gpt2":
-        assert probe.task(batch, "labels", batch["labels"].shape).shift is True
+        assert probe.task(batch, "labels", batch["labels"]).shift is True
     assert trace(model) == before
 
 

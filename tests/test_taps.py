@@ -353,7 +353,10 @@ def test_a_forward_that_cannot_do_without_labels_is_given_them():
         def forward(self, ids, labels=None):
             raise ValueError("no such thing")
 
-    with pytest.raises(ValueError, match="no such thing"):
+    with (
+        pytest.warns(UserWarning, match="could not be heard"),
+        pytest.raises(ValueError, match="no such thing"),
+    ):
         Sifter(make(Broken)).score({"ids": rows[:, :-1], "labels": rows[:, 1:]})
 
 
@@ -427,7 +430,7 @@ def test_the_data_cannot_mislead_about_the_shift():
     empty[:2] = -100
     found = none.score({"ids": ids, "labels": empty}).double()
     assert torch.allclose(found[2:], wanted[2:], atol=2e-5) and (found[:2] == -torch.inf).all()
-    assert none.scorer.reading_state == first.scorer.reading_state == [True, -100]
+    assert none.scorer.reading_state == first.scorer.reading_state == [True, -100, False]
 
 
 def test_a_head_of_zeros_does_not_hide_which_position_is_whose():
@@ -601,7 +604,7 @@ def test_padding_may_be_the_ignored_label():
     labels[1, 7:] = labels[4, 3:] = 0
     sifter = Sifter(model, exit_layer=2)
     found = sifter.score({"ids": rows[:, :-1], "labels": labels})
-    assert sifter.scorer.reading_state == [False, 0] and sifter.scorer.ignored == 0
+    assert sifter.scorer.reading_state == [False, 0, False] and sifter.scorer.ignored == 0
     marked = labels.masked_fill(labels == 0, -100)
     wanted = expected(model, rows[:, :-1], marked, 2, "loss")
     assert torch.allclose(found.double(), wanted, atol=2e-5)
@@ -656,3 +659,112 @@ def test_padding_that_is_labelled_does_not_count_where_the_loss_leaves_it_out():
     with torch.no_grad():
         own = [model(**{k: v[i : i + 1] for k, v in batch.items()}).loss for i in range(P)]
     assert torch.allclose(found, torch.stack(own), atol=1e-5)
+
+
+class PadsItself(Trunk):
+    """Shifts, and marks padding in its own loss: by an id, or by the mask."""
+
+    pad: int | None = 0
+
+    def forward(self, ids, attention_mask=None, labels=None):
+        logits = self.head(self.hidden(ids))
+        if labels is None:
+            return logits
+        labels = (
+            labels.masked_fill(attention_mask == 0, -100)
+            if self.pad is None
+            else labels.masked_fill(labels == self.pad, -100)
+        )
+        return logits, F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+
+
+@pytest.mark.filterwarnings("ignore:the model's own loss leaves out")
+@pytest.mark.parametrize("pad", [0, 1, 7, None])
+@pytest.mark.parametrize("first_row_padded", [True, False])
+def test_padding_that_the_model_marks_itself_does_not_count(pad, first_row_padded):
+    model, ids = make(PadsItself), tokens()[:, :-1].clamp_min(8)
+    model.pad = pad
+    mask = torch.ones_like(ids)
+    for row, length in ((0 if first_row_padded else 1, 7), (4, 3)):
+        mask[row, length:] = 0
+        ids[row, length:] = 2 if pad is None else pad
+    batch = {"ids": ids, "attention_mask": mask, "labels": ids.clone()}
+    sifter = Sifter(model, exit_layer=2)
+    found = sifter.score(batch)
+    marked = ids.masked_fill(mask == 0, -100)
+    later = torch.nn.functional.pad(marked[:, 1:], (0, 1), value=-100)
+    assert torch.allclose(found.double(), expected(model, ids, later, 2, "loss"), atol=2e-5)
+    again = Sifter(model, exit_layer=2)  # a restart whose first pool has no padding
+    again.scorer.reading_state = sifter.scorer.reading_state
+    again.score({"ids": ids[2:4], "attention_mask": mask[2:4], "labels": ids[2:4]})
+    assert torch.allclose(again.score(batch), found, atol=1e-5)
+
+
+def test_another_task_in_the_same_forward_does_not_mislead():
+    class TwoTasks(Trunk):
+        def __init__(self, layers=LAYERS):
+            super().__init__(layers)
+            self.domain = nn.Linear(WIDTH, 3)
+
+        def forward(self, ids, labels=None):
+            x = self.hidden(ids)
+            logits = self.head(x)
+            if labels is None:
+                return logits
+            side = F.cross_entropy(self.domain(x[:, 0]), ids[:, 0] % 3)
+            wanted = labels[:, 1:]
+            return logits, side + F.cross_entropy(
+                logits[:, :-1].transpose(1, 2), wanted, ignore_index=0
+            )
+
+    model, ids = make(TwoTasks), tokens()[:, :-1].clamp_min(1)
+    ids[1, 6:] = 0
+    found = Sifter(model, exit_layer=2).score({"ids": ids, "labels": ids})
+    later = torch.nn.functional.pad(ids.masked_fill(ids == 0, -100)[:, 1:], (0, 1), value=-100)
+    plain = Trunk(2)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        logits = plain.double().eval()(ids)
+    losses = F.cross_entropy(logits.transpose(1, 2), later, reduction="none")
+    wanted = losses.sum(1) / (later != -100).sum(1)
+    assert torch.allclose(found.double(), wanted, atol=2e-5)
+
+
+def test_options_weigh_more_than_what_an_earlier_run_learned():
+    model, ids = make(Trunk), tokens()[:, :-1]
+    first = Sifter(model, shift_labels=False, autocast=torch.bfloat16)
+    first.score({"ids": ids, "labels": ids})
+    second = Sifter(model, shift_labels=True, autocast=torch.float16)
+    second.scorer.reading_state = first.scorer.reading_state
+    second.scorer.precision.name = first.scorer.precision.name
+    assert second.scorer.reading_state[0] is True
+    assert second.scorer.precision.name == "float16"
+
+
+def test_classes_of_samples_may_have_a_mark_of_their_own():
+    class Marks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x, labels=None):
+            for layer in self.layers:
+                x = layer(x)
+            logits = self.head(x)
+            return (
+                logits
+                if labels is None
+                else (logits, F.cross_entropy(logits, labels, ignore_index=-1))
+            )
+
+    batch = {"x": torch.randn(P, 8), "labels": torch.tensor([1, -1, 2, 3, -1, 0])}
+    found = Sifter(Marks().train()).score(batch)
+    assert (found == -torch.inf).tolist() == [False, True, False, False, True, False]
+
+
+def test_a_random_pool_without_any_label_has_no_weight():
+    ids = tokens()[:, :-1]
+    sift = Sifter(make(Trunk), criterion="random", sift_weight=True)
+    kept = sift({"ids": ids, "labels": torch.full_like(ids, -100)})
+    assert (kept["sift_weight"] == 0).all()
