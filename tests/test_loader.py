@@ -886,6 +886,16 @@ class Asked(TorchDispatchMode):
         super().__init__()
         self.on, self.waited = True, []
 
+    def unwatched(self, call):
+        def run(*args):
+            self.on = False
+            try:
+                return call(*args)
+            finally:
+                self.on = True
+
+        return run
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.on and func.overloadpacket.__name__ in self.WAITING:
             self.waited.append(func)
@@ -907,22 +917,12 @@ def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
     next(iterator)  # the first pool is compared with the slow path
     asked = Asked()
 
-    def unwatched(call):
-        def run(*args):
-            asked.on = False
-            try:
-                return call(*args)
-            finally:
-                asked.on = True
-
-        return run
-
     # Labelled positions are found where the labels are, on the host; and what the model's own forward
     # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
-    monkeypatch.setattr(Targets, "of", unwatched(Targets.of))
-    monkeypatch.setattr(Twin, "run", unwatched(Twin.run))
+    monkeypatch.setattr(Targets, "of", asked.unwatched(Targets.of))
+    monkeypatch.setattr(Twin, "run", asked.unwatched(Twin.run))
     monkeypatch.setattr(
-        Unigrams, "__call__", unwatched(Unigrams.__call__)
+        Unigrams, "__call__", asked.unwatched(Unigrams.__call__)
     )  # checks on the host only
     with asked:
         next(iterator), next(iterator)

@@ -570,21 +570,13 @@ def test_no_option_asks_the_device_for_anything(option, monkeypatch):
     next(source)  # the first pool is compared with the slow path
     asked = Asked()
 
-    def unwatched(call):
-        def run(*args):
-            asked.on = False
-            try:
-                return call(*args)
-            finally:
-                asked.on = True
-
-        return run
-
-    monkeypatch.setattr(Targets, "of", unwatched(Targets.of))  # on the host, where the labels are
     monkeypatch.setattr(
-        Unigrams, "__call__", unwatched(Unigrams.__call__)
+        Targets, "of", asked.unwatched(Targets.of)
+    )  # on the host, where the labels are
+    monkeypatch.setattr(
+        Unigrams, "__call__", asked.unwatched(Unigrams.__call__)
     )  # checks on the host only
-    monkeypatch.setattr(twin.Twin, "run", unwatched(twin.Twin.run))
+    monkeypatch.setattr(twin.Twin, "run", asked.unwatched(twin.Twin.run))
     with asked:
         next(source), next(source)
     assert asked.waited == []
