@@ -212,8 +212,7 @@ class Scorer:
         targets = Targets.of(everyone, device, False)
         labelled = torch.ones_like(everyone, dtype=torch.bool)
         if labels is not None and not labels.is_floating_point():
-            real = (labels != IGNORED) & (labels != self.ignored)
-            labelled = real.reshape(len(everyone), -1).any(1)
+            labelled = (labels != IGNORED).reshape(len(everyone), -1).any(1)
         return self.criterion(Predictions(targets, _nothing, pool)), to_device(labelled, device)
 
     def _by_labels(

@@ -192,6 +192,20 @@ def test_shards_tell_who_the_candidates_are_without_a_field_in_the_batch():
     assert "id" in next(iter(asked))
 
 
+def test_ids_stay_with_their_rows_where_pools_split_batches():
+    seen = []
+    loader = SiftingDataLoader(
+        TokenShards(DEMO), 8, model=bert(), criterion="random", keep=2 / 3, warmup_steps=0,
+        on_select=lambda numbers, scores, kept: seen.append((numbers, kept)),
+    )  # fmt: skip
+    whole = next(iter(TokenShards(DEMO, with_ids=True).batches(60)))
+    for number, batch in zip(range(5), loader, strict=False):
+        numbers, kept = seen[number]
+        rows = slice(12 * number, 12 * number + 12)
+        assert torch.equal(numbers, whole["id"][rows])
+        assert torch.equal(batch["input_ids"], whole["input_ids"][rows][kept])
+
+
 def test_the_criterion_sees_the_ids_of_shards():
     shards = TokenShards(DEMO)
     total = len(shards)
