@@ -1,129 +1,132 @@
-"""Token lists of documents to samples of equal length, nothing lost that is not counted.
+"""Token ids of documents to samples of equal length, nothing lost that is not counted.
 
-    packing = Packing()
-    blocks = list(pack_mlm(documents, 128, cls=2, sep=3, pad=0, packing=packing))   # each [n, 128]
-    assert packing.tokens == packing.kept + packing.tail_kept + packing.tail_dropped
+    packed = pack_mlm(documents, 128, cls=2, sep=3, pad=0)       # packed.rows [n, 128]
+    rest = packed.tail                                           # documents again: pack it with others
 
-One call packs one source, so samples never cross sources. The state is the part of a sample not yet
-full: documents stream through.
+One call packs one block of one source, so samples never cross sources. What does not fill a sample is
+handed back, to be packed with the tails of other blocks; the last call of all keeps or drops it.
 
-Letters: n samples of a block, T tokens of a sample.
+Letters: n samples, T tokens of a sample, D documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-Ids = NDArray[np.int64]
 # Stands for a separator while tokens are counted: the real id may also occur in text.
 _BREAK = -1
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Documents end to end: ``ids`` of all of them, and how many of the ids each has, [D]."""
+
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+
+
 @dataclass
 class Packing:
-    """Where the tokens went. Text only: separators and padding are counted apart."""
+    """Where the tokens went. Text only: separators and padding are counted apart.
+
+    packing.tokens == packing.kept + packing.tail_kept + packing.dropped    # once all is packed
+    """
 
     documents: int = 0
     tokens: int = 0  # of text, that came in
-    kept: int = 0  # in full samples
+    kept: int = 0  # in full samples, or in a pair
+    carried: int = 0  # of these, packed with the tails of other blocks
     tail_kept: int = 0  # in the padded last sample of a source
-    tail_dropped: int = 0  # did not fill a last sample
+    dropped: int = 0  # cut off a pair, or did not fill a last sample
+    reused: int = 0  # in a pair for the second time, as a random second segment
     padding: int = 0
     samples: int = 0
+    random: int = 0  # pairs whose second segment is from another document
+    alone: int = 0  # pairs that had to be true: there was no other document
 
     def __add__(self, other: Packing) -> Packing:
         return Packing(**{name: getattr(self, name) + getattr(other, name) for name in vars(self)})
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Samples [n, T], where their tokens came from, and the documents' ends that filled none."""
+
+    rows: NDArray[Any]
+    tail: Documents
+    packing: Packing
+
+
 def pack_mlm(
-    documents: Iterable[Sequence[int] | NDArray[np.integer]],
-    seq_len: int,
-    *,
-    cls: int,
-    sep: int,
-    pad: int,
-    packing: Packing | None = None,
-) -> Iterator[Ids]:
-    """Yield blocks [n, T] of ``[CLS] T - 2 tokens [SEP]``; the tail is padded, so nothing drops.
+    documents: Documents, seq_len: int, *, cls: int, sep: int, pad: int, last: bool = False
+) -> Packed:
+    """Samples ``[CLS] T - 2 tokens [SEP]``; the ``last`` tail is padded, so nothing drops.
 
     Documents run on, with a [SEP] between two of them wherever it falls. So the samples without
     their first and last token, laid end to end, are the documents joined by [SEP].
     """
     if seq_len < 3:
         raise ValueError(f"seq_len must be at least 3: [CLS], a token, [SEP]; got {seq_len}")
-    packing = Packing() if packing is None else packing
-    for body in _cut(_broken(documents, packing, before=True), seq_len - 2):  # [n, <= T - 2]
-        rows, width = body.shape
-        block = np.full((rows, seq_len), pad, np.int64)
-        block[:, 0] = cls
-        block[:, 1 : width + 1] = np.where(body == _BREAK, sep, body)
-        block[:, width + 1] = sep
-        text = int((body != _BREAK).sum())
-        if width == seq_len - 2:
-            packing.kept += text
-        else:
-            packing.tail_kept += text
-            packing.padding += seq_len - 2 - width
-        packing.samples += rows
-        yield block
+    width = seq_len - 2
+    stream, packing = _stream(documents, after_last=False)
+    body, rest = _cut(stream, width)
+    packing.kept = int((body != _BREAK).sum())
+    if last and (rest != _BREAK).any():
+        packing.tail_kept = int((rest != _BREAK).sum())
+        packing.padding = width - len(rest)
+    rows = np.empty((len(body) + bool(packing.tail_kept), seq_len), documents.ids.dtype)
+    rows[:, 0], rows[:, -1] = cls, sep
+    rows[: len(body), 1:-1] = np.where(body == _BREAK, sep, body)
+    if packing.tail_kept:
+        rows[-1, 1:] = pad
+        rows[-1, 1 : len(rest) + 1] = np.where(rest == _BREAK, sep, rest)
+        rows[-1, len(rest) + 1] = sep
+        rest = rest[:0]
+    packing.samples = len(rows)
+    return Packed(rows, _documents(rest, documents), packing)
 
 
-def pack_clm(
-    documents: Iterable[Sequence[int] | NDArray[np.integer]],
-    seq_len: int,
-    *,
-    eos: int,
-    packing: Packing | None = None,
-) -> Iterator[Ids]:
-    """Yield blocks [n, T] of running text, an end-of-text id after every document.
+def pack_clm(documents: Documents, seq_len: int, *, eos: int, last: bool = False) -> Packed:
+    """Samples of running text, an end-of-text id after every document.
 
-    A tail that fills no sample is dropped and counted: a causal model knows no padding.
+    A ``last`` tail that fills no sample is dropped and counted: a causal model knows no padding.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len must be at least 2: a token and its successor; got {seq_len}")
-    packing = Packing() if packing is None else packing
-    for body in _cut(_broken(documents, packing, before=False), seq_len):
-        text = int((body != _BREAK).sum())
-        if body.shape[1] < seq_len:
-            packing.tail_dropped += text
-            continue
-        packing.kept += text
-        packing.samples += len(body)
-        yield np.where(body == _BREAK, eos, body)
+    stream, packing = _stream(documents, after_last=True)
+    body, rest = _cut(stream, seq_len)
+    packing.kept = int((body != _BREAK).sum())
+    if last:
+        packing.dropped = int((rest != _BREAK).sum())
+        rest = rest[:0]
+    rows = np.where(body == _BREAK, eos, body).astype(documents.ids.dtype)
+    packing.samples = len(rows)
+    return Packed(rows, _documents(rest, documents), packing)
 
 
-def _broken(
-    documents: Iterable[Sequence[int] | NDArray[np.integer]], packing: Packing, before: bool
-) -> Iterator[Ids]:
-    # One stream: a break between documents (`before` all but the first), or after each.
-    for document in documents:
-        ids = np.asarray(document, np.int64)
-        if not len(ids):
-            continue
-        if ids.min() < 0:
-            raise ValueError(f"token ids must not be negative, got {ids.min()}")
-        first = packing.documents == 0
-        packing.documents += 1
-        packing.tokens += len(ids)
-        if not before:
-            yield np.append(ids, _BREAK)
-        else:
-            yield ids if first else np.insert(ids, 0, _BREAK)
+def _stream(documents: Documents, after_last: bool) -> tuple[NDArray[np.int64], Packing]:
+    # All ids, with a break after each document, or between any two.
+    lengths = documents.lengths[documents.lengths > 0]
+    ids = documents.ids.astype(np.int64)
+    if len(ids) and ids.min() < 0:
+        raise ValueError(f"token ids must not be negative, got {ids.min()}")
+    ends = np.cumsum(lengths)
+    stream = np.insert(ids, ends if after_last else ends[:-1], _BREAK)
+    return stream, Packing(documents=len(lengths), tokens=len(ids))
 
 
-def _cut(stream: Iterator[Ids], width: int) -> Iterator[Ids]:
-    # Blocks [n, width] of the stream, then what is left as [1, < width].
-    rest = np.empty(0, np.int64)
-    for piece in stream:
-        rest = np.concatenate([rest, piece])
-        rows = len(rest) // width
-        if rows:
-            yield rest[: rows * width].reshape(rows, width)
-            rest = rest[rows * width :]
-    if len(rest):
-        yield rest.reshape(1, -1)
+def _cut(stream: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    # [n, width] of the stream, and what is left of it
+    rows = len(stream) // width
+    return stream[: rows * width].reshape(rows, width), stream[rows * width :]
+
+
+def _documents(rest: NDArray[np.int64], like: Documents) -> Documents:
+    breaks = np.flatnonzero(np.concatenate([[_BREAK], rest, [_BREAK]]) == _BREAK)
+    lengths = np.diff(breaks) - 1
+    return Documents(rest[rest != _BREAK].astype(like.ids.dtype), lengths[lengths > 0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from siftloader.packing import Packing, pack_clm, pack_mlm
+from siftloader.packing import Documents, Packing, pack_clm, pack_mlm
 
 
 PAD, CLS, SEP, EOS = 0, 1, 2, 3
@@ -18,16 +21,32 @@ corpora = st.lists(st.lists(token, max_size=12), max_size=12)
 hostile = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
 
 
+def flat(documents) -> Documents:
+    ids = np.array([token for document in documents for token in document], np.int32)
+    return Documents(ids, np.array([len(document) for document in documents], np.int64))
+
+
+def lists(documents: Documents) -> list[list[int]]:
+    ends = np.cumsum(documents.lengths)
+    return [each.tolist() for each in np.split(documents.ids, ends[:-1])] if len(ends) else []
+
+
+def pack_all_mlm(documents, seq_len, last=True):
+    return pack_mlm(flat(documents), seq_len, cls=CLS, sep=SEP, pad=PAD, last=last)
+
+
+def pack_all_clm(documents, seq_len, last=True):
+    return pack_clm(flat(documents), seq_len, eos=EOS, last=last)
+
+
 def mlm(documents, seq_len):
-    packing = Packing()
-    blocks = list(pack_mlm(documents, seq_len, cls=CLS, sep=SEP, pad=PAD, packing=packing))
-    return np.concatenate([np.empty((0, seq_len), np.int64), *blocks]), packing
+    packed = pack_all_mlm(documents, seq_len)
+    return packed.rows, packed.packing
 
 
 def clm(documents, seq_len):
-    packing = Packing()
-    blocks = list(pack_clm(documents, seq_len, eos=EOS, packing=packing))
-    return np.concatenate([np.empty((0, seq_len), np.int64), *blocks]), packing
+    packed = pack_all_clm(documents, seq_len)
+    return packed.rows, packed.packing
 
 
 def joined(documents, separator, after):
@@ -62,12 +81,12 @@ def test_clm_samples_laid_end_to_end_are_the_documents_each_with_its_end(documen
 def test_tokens_in_are_tokens_kept_plus_tokens_dropped(pack, documents, seq_len):
     samples, packing = pack(documents, seq_len)
     assert packing.tokens == sum(map(len, documents))
-    assert packing.tokens == packing.kept + packing.tail_kept + packing.tail_dropped
+    assert packing.tokens == packing.kept + packing.tail_kept + packing.dropped
     assert packing.documents == sum(map(bool, documents))
     assert packing.samples == len(samples)
     breaks = packing.documents - 1 if pack is mlm else packing.documents
     if pack is mlm:
-        assert packing.tail_dropped == 0
+        assert packing.dropped == 0
         ends = 2 * packing.samples
         assert samples.size == packing.tokens + max(breaks, 0) + ends + packing.padding
     else:
@@ -75,13 +94,30 @@ def test_tokens_in_are_tokens_kept_plus_tokens_dropped(pack, documents, seq_len)
         assert samples.size <= packing.kept + breaks
 
 
-@given(documents=corpora, seq_len=st.integers(3, 16), cut=st.integers(0, 12))
-def test_packing_streams_so_a_prefix_of_documents_gives_a_prefix_of_samples(
-    documents, seq_len, cut
-):
-    whole, _ = clm(documents, seq_len)
-    some, _ = clm(documents[:cut], seq_len)
-    assert np.array_equal(whole[: len(some)], some)
+@pytest.mark.parametrize("pack", [pack_all_mlm, pack_all_clm])
+@given(blocks=st.lists(hostile, max_size=4), seq_len=st.integers(3, 16))
+def test_blocks_and_their_carried_tails_keep_every_token(pack, blocks, seq_len):
+    """A tail goes on to be packed with the other tails: no token is lost or doubled on the way."""
+    total, tails, kept = Packing(), [], Counter()
+    for block in blocks:
+        packed = pack(block, seq_len, last=False)
+        carried = lists(packed.tail)
+        assert all(carried) and sum(map(len, carried)) < seq_len
+        assert packed.packing.tokens == packed.packing.kept + sum(map(len, carried))
+        assert packed.packing.padding == packed.packing.dropped == packed.packing.tail_kept == 0
+        tails += carried
+        total += packed.packing
+        kept.update(packed.rows.ravel().tolist())
+    packed = pack(tails, seq_len, last=True)
+    kept.update(packed.rows.ravel().tolist())
+    total += replace(packed.packing, documents=0, tokens=0)
+    assert total.tokens == total.kept + total.tail_kept + total.dropped
+    text = Counter(token for block in blocks for document in block for token in document)
+    for token in range(TEXT, 10):  # those that are only text, and at the end those dropped
+        assert text[token] >= kept[token]
+    if pack is pack_all_mlm:
+        assert all(text[token] == kept[token] for token in range(TEXT, 10))
+    assert len(packed.tail.ids) == len(packed.tail.lengths) == 0
 
 
 @pytest.mark.parametrize(
@@ -113,7 +149,7 @@ def test_mlm_by_hand(documents, expected):
 )
 def test_clm_by_hand(documents, expected, dropped):
     samples, packing = clm(documents, 3)
-    assert (samples.tolist(), packing.tail_dropped) == (expected, dropped)
+    assert (samples.tolist(), packing.dropped) == (expected, dropped)
 
 
 @pytest.mark.parametrize(
