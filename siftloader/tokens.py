@@ -2,7 +2,7 @@
 
 tokenizer = load_tokenizer("bert/tokenizer.json")
 about = describe_tokenizer(tokenizer, "bert/tokenizer.json", "mlm")
-for document in tokenise(documents, tokenizer): ...     # document.ids, uint32
+ids, lengths = tokenise(["One text.", "Another."], tokenizer)      # uint32, end to end
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from siftloader.corpus import Document
 from siftloader.errors import CorpusError
 from siftloader.shards import Tokenizer
 
 
 PIECE = 1 << 18  # characters a tokenizer is given as one text
 BATCH = 1 << 20  # characters it is given at a time
-NEEDED = {"mlm": ("pad", "cls", "sep", "mask"), "clm": ("eos",)}  # special ids, by objective
+NEEDED = {  # special ids, by objective
+    "mlm": ("pad", "cls", "sep", "mask"),
+    "mlm-nsp": ("pad", "cls", "sep", "mask"),
+    "clm": ("eos",),
+}
 SPECIAL = {  # key -> what tokenizers call it, the usual name first
     "pad": ("[PAD]", "<pad>", "<|pad|>", "<|padding|>"),
     "unk": ("[UNK]", "<unk>"),
@@ -68,6 +71,17 @@ def load_tokenizer(name: str | os.PathLike[str]) -> Any:
             f"{name}: {where}a tokenizer that can be loaded ({error}); give a tokenizer.json, a "
             f"folder that holds one, or a hub name"
         ) from error
+    return _plain(tokenizer)
+
+
+def restore_tokenizer(serialised: str) -> Any:
+    """The tokenizer that ``load_tokenizer(...).to_str()`` wrote, for another process."""
+    from tokenizers import Tokenizer as Fast
+
+    return _plain(Fast.from_str(serialised))
+
+
+def _plain(tokenizer: Any) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -116,40 +130,33 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised document; ``content`` is the sha256 of its text."""
+def tokenise(texts: Sequence[str], tokenizer: Any) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+    """The ids of all texts end to end, no special ones among them, and how many each has, [D].
 
-    ids: NDArray[np.uint32]
-    source: int
-    content: bytes
-
-
-def tokenise(documents: Iterable[Document], tokenizer: Any) -> Iterator[Tokens]:
-    """Yield every document's ids, no special ones among them, in the order of the documents.
-
-    A document above 262,144 characters goes through the tokenizer in pieces, cut at line ends where
+    A text above 262,144 characters goes through the tokenizer in pieces, cut at line ends where
     there are any: the tokenizer needs a hundred times the memory of the text it is given.
     """
-    gathered: list[NDArray[np.uint32]] = []
-    for batch in _batches(_in_pieces(documents)):
-        texts = [text for text, _ in batch]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for (_, ended), encoding in zip(batch, encodings, strict=True):
-            gathered.append(np.array(encoding.ids, np.uint32))
-            if ended is not None:
-                content = hashlib.sha256(ended.text.encode()).digest()
-                yield Tokens(np.concatenate(gathered), ended.source, content)
-                gathered = []
+    ids: list[NDArray[np.uint32]] = [np.empty(0, np.uint32)]
+    lengths = np.zeros(len(texts), np.int64)
+    for batch in _batches(_in_pieces(texts)):
+        pieces = [piece for _, piece in batch]
+        lists = [
+            encoding.ids
+            for encoding in tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        ]
+        counts = np.fromiter(map(len, lists), np.int64, len(lists))
+        ids.append(np.fromiter(chain.from_iterable(lists), np.uint32, int(counts.sum())))
+        np.add.at(lengths, [number for number, _ in batch], counts)
+    return np.concatenate(ids), lengths
 
 
-# A piece of text, and the document that ends with it, if one does.
-_Piece = tuple[str, Document | None]
+# The number of a text, and a piece of it.
+_Piece = tuple[int, str]
 
 
-def _in_pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
-    for document in documents:
-        text, first = document.text, 0
+def _in_pieces(texts: Sequence[str]) -> Iterator[_Piece]:
+    for number, text in enumerate(texts):
+        first = 0
         while len(text) - first > PIECE:
             # After a line end, else before a space (byte-level vocabularies begin words with it).
             cut = text.rfind("\n", first, first + PIECE) + 1
@@ -157,9 +164,9 @@ def _in_pieces(documents: Iterable[Document]) -> Iterator[_Piece]:
                 cut = text.rfind(" ", first + 1, first + PIECE)
             if cut <= first:
                 cut = first + PIECE
-            yield text[first:cut], None
+            yield number, text[first:cut]
             first = cut
-        yield text[first:], document
+        yield number, text[first:]
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -167,7 +174,7 @@ def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     length = 0
     for piece in pieces:
         batch.append(piece)
-        length += len(piece[0])
+        length += len(piece[1])
         if length >= BATCH:
             yield batch
             batch, length = [], 0
