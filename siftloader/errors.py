@@ -23,11 +23,25 @@ class CorpusError(SiftError):
 
 
 class ShardError(SiftError):
-    """Shards on disk are missing, incomplete or not what their manifest says."""
+    """Shards on disk are missing, incomplete or not what their manifest says.
+
+    ``shard`` is a stem, ``sample`` a number within it, ``byte`` an offset in its file; None where unknown.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        shard: str | None = None,
+        sample: int | None = None,
+        byte: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.shard, self.sample, self.byte = shard, sample, byte
 
 
 class CorruptShard(ShardError):
-    """The bytes of a shard are not those that were written: the message names shard and sample."""
+    """The bytes of a shard are not those that were written: the message names shard, sample and byte."""
 
 
 class StateError(SiftError):

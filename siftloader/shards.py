@@ -1,17 +1,22 @@
 """Token shards on disk, both directions: a standard tar that is also an array.
 
 Member ``i`` of ``train-000000.tar`` is ``train-000000-<i>.input_ids.npy``: 512 bytes of USTAR header,
-128 of NPY header, ``T`` token ids, zeros to the next multiple of 512. So sample ``i`` sits at
-``i * stride``, any tar or WebDataset tool reads the file, and we read it as one strided view.
+128 of NPY header, ``T`` token ids, zeros to the next multiple of 512. Shards of sentence pairs have a
+second member right after it, ``train-000000-<i>.cls``, whose one byte is the label. So sample ``i`` sits
+at ``i * stride``, any tar or WebDataset tool reads the file, and we read it as one strided view.
 
     dataset = ShardSet.open("shards/demo")
     ids = dataset.read(dataset.shards("train")[0])    # [N, T] uint16, a view of the mapped file
+
+The header of every sample carries the CRC-32 of its content (token ids, then the label, if there is one) in
+two fields that mean nothing for a regular file: devmajor holds the high 16 bits, devminor the low ones. So
+every byte of a shard follows from stem, token ids and labels, and damage is named to the sample and byte.
 
 Beside the tars, never inside: ``manifest.jsonl`` (a line per shard: name, count, bytes, hashes; written
 last), ``dataset.json`` (what the ids mean), ``<shard>.sources.npy`` (uint8 [N]) and ``unigrams.npy``
 (int64 [V], how often each id occurs in the train split).
 
-Letters: N samples of a shard, T tokens of a sample, V vocabulary.
+Letters: N samples of a shard, n of a chunk, T tokens of a sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,11 +26,13 @@ import io
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +43,10 @@ from siftloader.errors import CorruptShard, ShardError
 BLOCK = 512  # tar pads everything to this
 END = b"\0" * (2 * BLOCK)  # two zero blocks end a tar
 NPY_HEADER = 128  # NPY v1 header of a 1-D array: magic, version, length, dict, padding
+CHUNK = 1 << 21  # bytes of a shard encoded or checked at once
+CHECKSUM, DEVMAJOR, DEVMINOR = 148, 329, 337  # where a USTAR header has them, 8 bytes each
+ZERO = ord("0")
+AGAIN = "copy the file again, or prepare the shards again"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.jsonl"
 DESCRIPTION = "dataset.json"
@@ -47,10 +58,12 @@ class Layout:
     """Where the tokens of sample ``i`` are: arithmetic, not an index.
 
     Layout(seq_len=512, dtype="<u2").stride == 2048   # bytes
+    Layout(seq_len=512, labels=True).stride == 3072   # a second member, of one byte
     """
 
     seq_len: int
     dtype: str = "<u2"
+    labels: bool = False  # whether a member ``.cls``, "0" or "1", follows the ids of every sample
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
@@ -59,9 +72,9 @@ class Layout:
             raise ValueError(f'dtype must be "<u2" or "<u4", got {self.dtype!r}')
 
     @classmethod
-    def for_vocabulary(cls, seq_len: int, vocab_size: int) -> Layout:
+    def for_vocabulary(cls, seq_len: int, vocab_size: int, labels: bool = False) -> Layout:
         """Two bytes a token up to 65,536 ids, four above."""
-        return cls(seq_len, "<u2" if vocab_size <= 1 << 16 else "<u4")
+        return cls(seq_len, "<u2" if vocab_size <= 1 << 16 else "<u4", labels)
 
     @property
     def payload(self) -> int:
@@ -74,9 +87,19 @@ class Layout:
         return BLOCK + NPY_HEADER
 
     @property
+    def label_header(self) -> int:
+        """Bytes from the start of a sample to the end of its ids, where a label's member begins."""
+        return BLOCK + -(-(NPY_HEADER + self.payload) // BLOCK) * BLOCK
+
+    @property
+    def label(self) -> int:
+        """Bytes from the start of a sample to its label, if it has one."""
+        return self.label_header + BLOCK
+
+    @property
     def stride(self) -> int:
         """Bytes from one sample to the next."""
-        return BLOCK + -(-(NPY_HEADER + self.payload) // BLOCK) * BLOCK
+        return self.label_header + (2 * BLOCK if self.labels else 0)
 
     def size(self, samples: int) -> int:
         """Bytes of a shard of that many samples."""
@@ -118,8 +141,10 @@ class Source:
     documents: int
 
 
-def encode(stem: str, ids: NDArray[Any], layout: Layout) -> bytes:
-    """The bytes of a shard that holds the rows of ``ids`` [N, T].
+def encode(
+    stem: str, ids: NDArray[Any], layout: Layout, labels: NDArray[Any] | None = None
+) -> Iterator[memoryview]:
+    """The bytes of a shard that holds the rows of ``ids`` [N, T], a chunk of about 2 MiB at a time.
 
     Raises ValueError where an id does not fit the dtype: a cast would wrap it in silence.
     """
@@ -134,12 +159,70 @@ def encode(stem: str, ids: NDArray[Any], layout: Layout) -> bytes:
         )
     if len(rows) > 1_000_000:
         raise ValueError(f"{stem}: at most 1,000,000 samples fit six digits, got {len(rows):,}")
-    out = np.zeros((len(rows), layout.stride), np.uint8)
-    out[:, :BLOCK] = _tar_headers(stem, np.arange(len(rows)), layout)
+    return _chunks(stem, rows, layout, _checked_labels(stem, len(rows), layout, labels))
+
+
+def _checked_labels(
+    stem: str, samples: int, layout: Layout, labels: NDArray[Any] | None
+) -> NDArray[np.uint8] | None:
+    # The byte that is stored for each sample, [N, 1].
+    if not layout.labels:
+        if labels is not None:
+            raise ValueError(f"{stem}: this layout has no labels; use Layout(..., labels=True)")
+        return None
+    if labels is None or np.shape(labels) != (samples,):
+        found = "none" if labels is None else f"an array of shape {np.shape(labels)}"
+        raise ValueError(f"{stem}: need one label, 0 or 1, per sample ({samples}), got {found}")
+    known = np.asarray(labels)
+    if not np.isin(known, (0, 1)).all():
+        wrong = int((~np.isin(known, (0, 1))).argmax())
+        raise ValueError(f"{stem}: labels must be 0 or 1, got {known[wrong]} for sample {wrong}")
+    return known.astype(np.uint8)[:, None] + np.uint8(ZERO)
+
+
+def _chunks(
+    stem: str, ids: NDArray[Any], layout: Layout, labels: NDArray[np.uint8] | None
+) -> Iterator[memoryview]:
+    for first, last in _spans(len(ids), layout):
+        rows = np.ascontiguousarray(ids[first:last], dtype=layout.dtype).view(np.uint8)
+        marks = None if labels is None else labels[first:last]
+        yield memoryview(_encoded(stem, first, rows, marks, layout)).cast("B")
+    yield memoryview(END)
+
+
+def _spans(samples: int, layout: Layout) -> Iterator[tuple[int, int]]:
+    # Bounded memory: that many samples at a time.
+    step = max(1, CHUNK // layout.stride)
+    for first in range(0, samples, step):
+        yield first, min(first + step, samples)
+
+
+def _encoded(
+    stem: str,
+    first: int,
+    tokens: NDArray[np.uint8],
+    labels: NDArray[np.uint8] | None,
+    layout: Layout,
+) -> NDArray[np.uint8]:
+    # Samples [n, stride], numbered from `first`, of token bytes [n, payload] and label bytes [n, 1].
+    samples = np.arange(first, first + len(tokens))
+    out = np.zeros((len(tokens), layout.stride), np.uint8)
+    crcs = _crcs(tokens, labels)
+    out[:, :BLOCK] = _npy_headers(stem, samples, crcs, layout)
     out[:, BLOCK : layout.offset] = np.frombuffer(_npy_header(layout), np.uint8)
-    tokens = np.ascontiguousarray(rows, dtype=layout.dtype).view(np.uint8)
     out[:, layout.offset : layout.offset + layout.payload] = tokens
-    return out.tobytes() + END
+    if labels is not None:
+        out[:, layout.label_header : layout.label] = _label_headers(stem, samples)
+        out[:, layout.label : layout.label + 1] = labels
+    return out
+
+
+def _crcs(tokens: NDArray[np.uint8], labels: NDArray[np.uint8] | None) -> NDArray[np.int64]:
+    # CRC-32 of the content of each sample, [n].
+    found = [zlib.crc32(row) for row in tokens]
+    if labels is not None:
+        found = [zlib.crc32(label, crc) for label, crc in zip(labels, found, strict=True)]
+    return np.array(found, np.int64)
 
 
 def _npy_header(layout: Layout) -> bytes:
@@ -153,46 +236,165 @@ def _npy_header(layout: Layout) -> bytes:
     return header
 
 
-def _tar_headers(stem: str, samples: NDArray[np.int64], layout: Layout) -> NDArray[np.uint8]:
-    # [n, 512]: the standard library writes the first header, only name and checksum differ after it.
-    info = tarfile.TarInfo(f"{stem}-000000.input_ids.npy")
-    info.size, info.mode, info.mtime = NPY_HEADER + layout.payload, 0o444, 0
+def _npy_headers(
+    stem: str, samples: NDArray[np.int64], crcs: NDArray[np.int64], layout: Layout
+) -> NDArray[np.uint8]:
+    headers = _tar_headers(stem, samples, "input_ids.npy", NPY_HEADER + layout.payload)
+    for at, half in ((DEVMAJOR, crcs >> 16), (DEVMINOR, crcs & 0xFFFF)):
+        headers[:, at : at + 7] = _digits(half, 7, base=8)
+        headers[:, at + 7] = 0
+    return _summed(headers)
+
+
+def _label_headers(stem: str, samples: NDArray[np.int64]) -> NDArray[np.uint8]:
+    return _summed(_tar_headers(stem, samples, "cls", 1))
+
+
+def _tar_headers(
+    stem: str, samples: NDArray[np.int64], member: str, size: int
+) -> NDArray[np.uint8]:
+    # [n, 512]: the standard library writes the first header, the others differ in name and checksum.
+    info = tarfile.TarInfo(f"{stem}-000000.{member}")
+    info.size, info.mode, info.mtime = size, 0o444, 0
     template = np.frombuffer(info.tobuf(tarfile.USTAR_FORMAT), np.uint8)
     headers = np.tile(template, (len(samples), 1))
     at = len(stem) + 1
     headers[:, at : at + 6] = _digits(samples, 6, base=10)
-    headers[:, 148:156] = ord(" ")  # the checksum is taken with its own field as spaces
-    checksum = headers.sum(axis=1, dtype=np.int64)
-    headers[:, 148:154] = _digits(checksum, 6, base=8)
-    headers[:, 154] = 0
+    return headers
+
+
+def _summed(headers: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    headers[:, CHECKSUM : CHECKSUM + 8] = ord(" ")  # what stands in the field while it is summed
+    headers[:, CHECKSUM : CHECKSUM + 6] = _digits(headers.sum(axis=1, dtype=np.int64), 6, base=8)
+    headers[:, CHECKSUM + 6] = 0
     return headers
 
 
 def _digits(numbers: NDArray[np.int64], width: int, base: int) -> NDArray[np.uint8]:
     powers = base ** np.arange(width - 1, -1, -1)
-    return (numbers[:, None] // powers % base + ord("0")).astype(np.uint8)
+    return (numbers[:, None] // powers % base + ZERO).astype(np.uint8)
 
 
-def check_headers(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layout) -> None:
-    """Raise CorruptShard unless every header of ``raw`` is exactly the one ``encode`` writes.
+def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layout) -> None:
+    """Raise CorruptShard, naming sample and byte, unless ``raw`` is what ``encode`` writes.
 
     With the size known to be right, this makes the strided view the only possible reading.
     """
     body = raw[: samples * layout.stride].reshape(samples, layout.stride)
-    for first in range(0, samples, 4096):  # bounded memory: 4,096 expected headers at a time
-        last = min(first + 4096, samples)
-        expected = _tar_headers(stem, np.arange(first, last), layout)
-        wrong = (body[first:last, :BLOCK] != expected).any(axis=1)
-        npy = np.frombuffer(_npy_header(layout), np.uint8)
-        wrong |= (body[first:last, BLOCK : layout.offset] != npy).any(axis=1)
-        wrong |= body[first:last, layout.offset + layout.payload :].any(axis=1)
+    for first, last in _spans(samples, layout):
+        found = body[first:last]
+        tokens = found[:, layout.offset : layout.offset + layout.payload]
+        labels = found[:, layout.label : layout.label + 1] if layout.labels else None
+        expected = _encoded(stem, first, tokens, labels, layout)
+        wrong = (found != expected).any(axis=1)
+        if labels is not None:
+            wrong |= ~np.isin(labels[:, 0], (ZERO, ZERO + 1))
         if wrong.any():
-            raise CorruptShard(
-                f"{stem}: sample {first + int(wrong.argmax())} does not start with the header it "
-                f"was written with; restore the shard from its source or prepare it again"
-            )
+            row = int(wrong.argmax())
+            raise _damaged(stem, first + row, found[row], expected[row], layout)
     if raw[samples * layout.stride :].any():
-        raise CorruptShard(f"{stem}: bytes after the last sample; prepare the shard again")
+        byte = samples * layout.stride + int((raw[samples * layout.stride :] != 0).argmax())
+        raise CorruptShard(
+            f"{stem}: byte {byte} of {stem}.tar, after the last sample, is {raw[byte]:#04x} where 0x00 "
+            f"was written; {AGAIN}",
+            shard=stem,
+            byte=byte,
+        )
+
+
+def _damaged(
+    stem: str, sample: int, found: NDArray[np.uint8], expected: NDArray[np.uint8], layout: Layout
+) -> CorruptShard:
+    # The error for a sample whose bytes are not those that its own token ids would be written as.
+    first, last, written = _blame(stem, sample, found, expected, layout)
+    byte = sample * layout.stride + first
+    if other := _other_name(found, expected):
+        what = (
+            f"byte {byte} of {stem}.tar: found {other!r}, so this is another shard under its name"
+        )
+    elif written is not None:
+        what = (
+            f"byte {byte} of {stem}.tar ({_part(first, layout)}): found {found[first]:#04x} where "
+            f"{written:#04x} was written"
+        )
+    elif first == last:
+        what = f"byte {byte} of {stem}.tar: a label must be 0 or 1, found {found[first]:#04x}"
+    else:
+        end = sample * layout.stride + last
+        parts = " to ".join(dict.fromkeys(_part(at, layout) for at in (first, last)))
+        what = f"in bytes {byte}..{end} of {stem}.tar ({parts}): not what was written"
+    return CorruptShard(
+        f"{stem}: sample {sample}, {what}; {AGAIN}", shard=stem, sample=sample, byte=byte
+    )
+
+
+def _blame(
+    stem: str, sample: int, found: NDArray[np.uint8], expected: NDArray[np.uint8], layout: Layout
+) -> tuple[int, int, int | None]:
+    # The first and last byte of a sample that may be wrong, and what was written where they are one.
+    different = np.flatnonzero(found != expected)
+    stored, computed = _stored_crc(found), _stored_crc(expected)
+    assert computed is not None
+    if stored is None or stored == computed:
+        sound = False
+    else:
+        crc = np.array([stored], np.int64)
+        header = _npy_headers(stem, np.array([sample]), crc, layout)[0]
+        sound = bool((found[:BLOCK] == header).all())
+    if sound and stored is not None:  # the header fits itself, so what it speaks of does not
+        elsewhere = different[different >= BLOCK].tolist()
+        end = layout.offset + layout.payload
+        content = [*range(layout.offset, end), *([layout.label] if layout.labels else [])]
+        single = None if elsewhere else single_byte(len(content), stored ^ computed)
+        if single is not None:
+            at = content[single[0]]
+            return at, at, int(found[at]) ^ single[1]
+        return min([content[0], *elsewhere]), max([content[-1], *elsewhere]), None
+    if not len(different):
+        return layout.label, layout.label, None
+    first, last = int(different[0]), int(different[-1])
+    return first, last, int(expected[first]) if first == last else None
+
+
+def _stored_crc(sample: NDArray[np.uint8]) -> int | None:
+    halves = [bytes(sample[at : at + 7]) for at in (DEVMAJOR, DEVMINOR)]
+    if any(set(half) - set(b"01234567") for half in halves):
+        return None
+    high, low = (int(half, 8) for half in halves)
+    return high << 16 | low if high <= 0xFFFF and low <= 0xFFFF else None
+
+
+def single_byte(length: int, difference: int) -> tuple[int, int] | None:
+    """Which byte of ``length`` explains that two CRC-32s differ by that xor, and by which xor itself.
+
+    The difference depends on position and xor alone, and no two of them share it up to 65,536 bytes.
+    """
+    table = np.array([zlib.crc32(bytes([value])) for value in range(256)], np.uint32)
+    table ^= np.uint32(zlib.crc32(b"\0"))
+    effect, found = table[1:], []  # [255]: of each xor, at the last byte first
+    for at in range(length - 1, -1, -1):
+        found += [(at, int(hit) + 1) for hit in np.flatnonzero(effect == np.uint32(difference))]
+        effect = table[effect & np.uint32(0xFF)] ^ (effect >> np.uint32(8))
+    return found[0] if len(found) == 1 else None
+
+
+def _other_name(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> str | None:
+    # The name in a header that is sound, but not the one that belongs here.
+    names = [bytes(sample[:100]).rstrip(b"\0") for sample in (found, expected)]
+    header = found[:BLOCK]
+    if names[0] == names[1] or (_summed(header[None].copy())[0] != header).any():
+        return None
+    return names[0].decode("ascii", "replace")
+
+
+def _part(at: int, layout: Layout) -> str:
+    if at < layout.offset:
+        return "header"
+    if at < layout.offset + layout.payload:
+        return f"token {(at - layout.offset) * layout.seq_len // layout.payload}"
+    if at < layout.label_header or at > layout.label:
+        return "padding"
+    return "label" if at == layout.label else "header of the label"
 
 
 def sha256(data: bytes | NDArray[np.uint8]) -> str:
@@ -202,25 +404,66 @@ def sha256(data: bytes | NDArray[np.uint8]) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Make ``path`` appear with all of ``data`` or not at all, and survive a power cut."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    with _appearing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+
+
+@contextmanager
+def _appearing(path: Path) -> Iterator[IO[bytes]]:
+    # A file that gets its name at the end; where that is not reached, nothing is left of it.
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            yield file
+            _settle(file)
+        part.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            part.unlink()
+        raise
+
+
+def _settle(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _settle_names(folder: Path) -> None:
+    # What was renamed in a folder survives a power cut only once the folder itself is on disk.
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_shard(
-    folder: Path, stem: str, ids: NDArray[Any], sources: NDArray[np.uint8], layout: Layout
+    folder: Path,
+    stem: str,
+    ids: NDArray[Any],
+    sources: NDArray[np.uint8],
+    layout: Layout,
+    labels: NDArray[Any] | None = None,
 ) -> Shard:
-    """Write ``<stem>.tar`` and ``<stem>.sources.npy``; return the line for the manifest."""
+    """Write ``<stem>.tar`` and ``<stem>.sources.npy``; return the line for the manifest.
+
+    ``labels`` are 0 or 1, one a sample, where the layout has them. Takes a few MiB besides the arguments,
+    and leaves nothing with a final name where it fails, on a full disk say.
+    """
     if sources.shape != (len(ids),) or sources.dtype != np.uint8:
         raise ValueError(f"{stem}: need one uint8 source per sample, got {sources.shape}")
-    data = encode(stem, ids, layout)
-    sidecar = _npy_bytes(sources)
-    write_atomically(folder / f"{stem}.sources.npy", sidecar)
-    write_atomically(folder / f"{stem}.tar", data)
-    return Shard(stem, len(ids), len(data), sha256(data), sha256(sidecar))
+    digest, sidecar = hashlib.sha256(), _npy_bytes(sources)
+    chunks = encode(stem, ids, layout, labels)
+    with _appearing(folder / f"{stem}.tar") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            file.write(chunk)
+        _settle(file)  # what can fail has been done before the first name appears
+        write_atomically(folder / f"{stem}.sources.npy", sidecar)
+    _settle_names(folder)
+    return Shard(stem, len(ids), layout.size(len(ids)), digest.hexdigest(), sha256(sidecar))
 
 
 def _npy_bytes(array: NDArray[Any]) -> bytes:
@@ -246,11 +489,16 @@ def write_dataset(
     """
     if unigrams.shape != (tokenizer.vocab_size,):
         raise ValueError(f"need unigrams of shape [{tokenizer.vocab_size}], got {unigrams.shape}")
+    if layout.labels != (objective == "mlm-nsp"):
+        raise ValueError(
+            f"objective {objective!r} {'has no' if layout.labels else 'needs'} labels; use "
+            f"Layout(..., labels={not layout.labels})"
+        )
     ordered = sorted(shards, key=lambda shard: shard.shard)
     schema = {
         "version": FORMAT_VERSION,
         "objective": objective,
-        "fields": {"input_ids": {"dtype": layout.dtype, "shape": [layout.seq_len]}},
+        "fields": _fields(layout),
         "stride": layout.stride,
         "vocab_size": tokenizer.vocab_size,
         "special_ids": dict(sorted(tokenizer.special_ids.items())),
@@ -277,8 +525,18 @@ def write_dataset(
     write_atomically(folder / UNIGRAMS, counts)
     write_atomically(folder / DESCRIPTION, _json_bytes(description, indent=2))
     lines = b"".join(_json_bytes(asdict(shard)) for shard in ordered)
+    _settle_names(folder)  # all else is on disk before the manifest says so
     write_atomically(folder / MANIFEST, lines)
+    _settle_names(folder)
     return str(description["fingerprint"])
+
+
+def _fields(layout: Layout) -> dict[str, Any]:
+    # By the names of the members: what each of them holds.
+    fields: dict[str, Any] = {"input_ids": {"dtype": layout.dtype, "shape": [layout.seq_len]}}
+    if layout.labels:  # 0: the second segment follows the first in the text, 1: it does not
+        fields["cls"] = {"dtype": "ascii", "shape": [], "values": ["0", "1"]}
+    return fields
 
 
 def _fingerprint(shards: Sequence[Shard], schema: Mapping[str, Any]) -> str:
@@ -326,11 +584,12 @@ class ShardSet:
                     f"{root}: written in format {schema['version']}, this siftloader reads up to "
                     f"{FORMAT_VERSION}; upgrade siftloader"
                 )
-            tokens = schema["fields"]["input_ids"]
+            fields = schema["fields"]
+            tokens = fields["input_ids"]
             opened = cls(
                 folder=root,
                 manifest=shards,
-                layout=Layout(int(tokens["shape"][0]), tokens["dtype"]),
+                layout=Layout(int(tokens["shape"][0]), tokens["dtype"], "cls" in fields),
                 objective=about["objective"],
                 tokenizer=Tokenizer(**about["tokenizer"]),
                 sources=tuple(Source(**source) for source in about["sources"]),
@@ -351,9 +610,11 @@ class ShardSet:
         for shard in shards:
             if shard.bytes != opened.layout.size(shard.num_sequences):
                 raise ShardError(
-                    f"{shard.shard}: the manifest says {shard.num_sequences} samples and "
-                    f"{shard.bytes} bytes, but that many samples take "
-                    f"{opened.layout.size(shard.num_sequences)}; prepare the shards again"
+                    f"{root / MANIFEST}: says that {shard.shard} has {shard.num_sequences} samples "
+                    f"and {shard.bytes} bytes, but that many samples take "
+                    f"{opened.layout.size(shard.num_sequences)}; copy it again, or prepare the "
+                    f"shards again",
+                    shard=shard.shard,
                 )
         return opened
 
@@ -374,38 +635,68 @@ class ShardSet:
     def read(self, shard: Shard, verify: bool = True) -> NDArray[Any]:
         """The token ids of a shard, [N, T], a read-only view of the mapped file.
 
-        With ``verify`` the sha256 of the whole file is compared first: CorruptShard on any flipped bit.
+        With ``verify`` the sha256 of the whole file is compared first: CorruptShard on any flipped bit,
+        naming sample and byte.
         """
-        path = self.folder / f"{shard.shard}.tar"
-        try:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise CorruptShard(
-                    f"{shard.shard}: {size} bytes on disk, {shard.bytes} in the manifest; the file "
-                    f"was cut or replaced: copy it again or prepare the shards again"
-                )
-            raw = np.memmap(path, np.uint8, mode="r")
-        except OSError as error:
-            raise ShardError(
-                f"{shard.shard}: cannot be read ({error}); is {path} in place?"
-            ) from error
-        if verify and sha256(raw) != shard.sha256:
-            check_headers(shard.shard, raw, shard.num_sequences, self.layout)  # names the sample
-            raise CorruptShard(
-                f"{shard.shard}: the token ids are not those that were written (sha256 differs); "
-                f"copy the file again or prepare the shards again"
-            )
         return np.ndarray(
             (shard.num_sequences, self.layout.seq_len),
             np.dtype(self.layout.dtype),
-            buffer=raw,
+            buffer=self._mapped(shard, verify),
             offset=self.layout.offset,
             strides=(self.layout.stride, np.dtype(self.layout.dtype).itemsize),
         )
 
+    def read_labels(self, shard: Shard, verify: bool = True) -> NDArray[np.uint8]:
+        """The labels of a shard, uint8 [N]: 0 where the second segment follows the first, else 1.
+
+        ShardError where the objective has none; ``verify`` as for ``read``.
+        """
+        if not self.layout.labels:
+            raise ShardError(
+                f"{self.folder}: objective {self.objective!r} has no labels; prepare the shards with "
+                f'"mlm-nsp" for them'
+            )
+        raw = self._mapped(shard, verify)
+        return raw[self.layout.label : -len(END) : self.layout.stride] - np.uint8(ZERO)
+
+    def _mapped(self, shard: Shard, verify: bool) -> NDArray[np.uint8]:
+        path = self.folder / f"{shard.shard}.tar"
+        try:
+            size = path.stat().st_size
+            if size != shard.bytes:
+                raise self._resized(shard, size)
+            raw = np.memmap(path, np.uint8, mode="r")
+        except OSError as error:
+            raise ShardError(
+                f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
+            ) from error
+        if verify and sha256(raw) != shard.sha256:
+            check_samples(shard.shard, raw, shard.num_sequences, self.layout)  # names the sample
+            raise CorruptShard(
+                f"{shard.shard}: a sound shard, but not the one of the manifest (sha256 differs): its "
+                f"samples are others; {AGAIN}",
+                shard=shard.shard,
+            )
+        return raw
+
+    def _resized(self, shard: Shard, size: int) -> CorruptShard:
+        found = f"{shard.shard}: {size} bytes on disk, {shard.bytes} in the manifest"
+        sample, byte = None, min(size, shard.bytes)
+        if size > shard.bytes:
+            what = f"the file goes on after byte {byte}, its end"
+        elif size < self.layout.size(shard.num_sequences) - len(END):
+            sample = size // self.layout.stride
+            what = f"the file ends at byte {byte}, in sample {sample}"
+        else:
+            what = f"the file ends at byte {byte}, after its last sample"
+        return CorruptShard(
+            f"{found}: {what}; {AGAIN}", shard=shard.shard, sample=sample, byte=byte
+        )
+
     def read_sources(self, shard: Shard) -> NDArray[np.uint8]:
         """Index into ``sources`` for every sample of the shard, uint8 [N]."""
-        data = _read_hashed(self.folder / f"{shard.shard}.sources.npy", shard.sources_sha256)
+        path = self.folder / f"{shard.shard}.sources.npy"
+        data = _read_hashed(path, shard.sources_sha256, shard.shard)
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.uint8)
 
     @cached_property
@@ -433,33 +724,50 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
     for shard in dataset.manifest:
         ids = dataset.read(shard)
         raw = np.memmap(dataset.folder / f"{shard.shard}.tar", np.uint8, mode="r")
-        check_headers(shard.shard, raw, shard.num_sequences, dataset.layout)
-        beyond = (ids >= dataset.tokenizer.vocab_size).any(axis=1)
-        if beyond.any():
-            raise CorruptShard(
-                f"{shard.shard}: sample {int(beyond.argmax())} holds an id outside the vocabulary "
-                f"of {dataset.tokenizer.vocab_size}; prepare the shards again"
-            )
+        check_samples(shard.shard, raw, shard.num_sequences, dataset.layout)
+        for first, last in _spans(shard.num_sequences, dataset.layout):
+            rows = ids[first:last]
+            _check_vocabulary(dataset, shard, rows, first)
+            if shard.split == "train":
+                counted += np.bincount(rows.ravel(), minlength=len(counted))
         sources = dataset.read_sources(shard)
         if sources.shape != (shard.num_sequences,) or (sources >= len(dataset.sources)).any():
             raise CorruptShard(
                 f"{shard.shard}.sources.npy: needs {shard.num_sequences} numbers below "
-                f"{len(dataset.sources)}; prepare the shards again"
+                f"{len(dataset.sources)}; prepare the shards again",
+                shard=shard.shard,
             )
-        if shard.split == "train":
-            counted += np.bincount(ids.ravel(), minlength=len(counted))
         yield shard
     if not np.array_equal(dataset.unigrams, counted):
         raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
 
 
-def _read_hashed(path: Path, expected: str) -> bytes:
+def _check_vocabulary(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -> None:
+    beyond = rows >= dataset.tokenizer.vocab_size
+    if not beyond.any():
+        return
+    row, token = np.argwhere(beyond)[0].tolist()
+    layout, sample = dataset.layout, first + row
+    raise CorruptShard(
+        f"{shard.shard}: sample {sample} holds an id outside the vocabulary of "
+        f"{dataset.tokenizer.vocab_size}, {rows[row, token]} at token {token}; prepare the shards again",
+        shard=shard.shard,
+        sample=sample,
+        byte=sample * layout.stride + layout.offset + token * layout.payload // layout.seq_len,
+    )
+
+
+def _read_hashed(path: Path, expected: str, shard: str | None = None) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ShardError(f"{path.name}: cannot be read ({error})") from error
+        raise ShardError(
+            f"{path.name}: cannot be read ({error}); is {path} in place?", shard=shard
+        ) from error
     if sha256(data) != expected:
-        raise CorruptShard(f"{path.name}: sha256 differs from the recorded one; prepare it again")
+        raise CorruptShard(
+            f"{path.name}: sha256 differs from the recorded one; {AGAIN}", shard=shard
+        )
     return data
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import tarfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from siftloader.shards import (
     ShardSet,
     Source,
     Tokenizer,
-    check_headers,
+    check_samples,
     encode,
     sha256,
     verify,
@@ -33,12 +35,31 @@ from siftloader.shards import (
 VOCAB = 60
 
 
-def write_set(folder: Path, ids: dict[str, np.ndarray], seq_len: int = 5) -> None:
+def whole(stem: str, ids: np.ndarray, layout: Layout, labels: np.ndarray | None = None) -> bytes:
+    """All bytes of a shard."""
+    return b"".join(encode(stem, ids, layout, labels))
+
+
+def labels_of(ids: np.ndarray) -> np.ndarray:
+    """Labels that tell their rows apart as well as one bit can."""
+    return np.asarray(ids).sum(axis=1) % 2
+
+
+def write_set(
+    folder: Path, ids: dict[str, np.ndarray], seq_len: int = 5, labels: bool = False
+) -> None:
     """A finished set with the given shards, two sources taking turns."""
     folder.mkdir(parents=True, exist_ok=True)
-    layout = Layout(seq_len)
+    layout = Layout(seq_len, labels=labels)
     shards = [
-        write_shard(folder, stem, rows, (np.arange(len(rows)) % 2).astype(np.uint8), layout)
+        write_shard(
+            folder,
+            stem,
+            rows,
+            (np.arange(len(rows)) % 2).astype(np.uint8),
+            layout,
+            labels_of(rows) if labels else None,
+        )
         for stem, rows in ids.items()
     ]
     train = np.concatenate([rows.ravel() for stem, rows in ids.items() if stem[0] == "t"])
@@ -46,7 +67,7 @@ def write_set(folder: Path, ids: dict[str, np.ndarray], seq_len: int = 5) -> Non
         folder,
         shards,
         layout=layout,
-        objective="mlm",
+        objective="mlm-nsp" if labels else "mlm",
         tokenizer=Tokenizer("tiny", "0" * 64, VOCAB, {"pad": 0, "mask": 4}),
         sources=[Source("a", "1" * 64, 3), Source("b", "2" * 64, 4)],
         unigrams=np.bincount(train, minlength=VOCAB).astype(np.int64),
@@ -70,24 +91,35 @@ def everything(folder: Path) -> tuple:
         dataset.fingerprint,
         dataset.unigrams.tolist(),
         [
-            (shard, dataset.read(shard).tolist(), dataset.read_sources(shard).tolist())
+            (
+                shard,
+                dataset.read(shard).tolist(),
+                dataset.layout.labels and dataset.read_labels(shard).tolist(),
+                dataset.read_sources(shard).tolist(),
+            )
             for shard in dataset.manifest
         ],
     )
 
 
+SETS = ("tokens", "pairs")
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shards") / "tiny"
-    write_set(
-        folder,
-        {
-            "train-000000": some_ids(3, 0),
-            "train-000001": some_ids(2, 1),
-            "val-000000": some_ids(1, 2),
-        },
-    )
-    return folder
+def sets(tmp_path_factory):
+    """The same ids with and without labels, by name."""
+    made = {}
+    for name in SETS:
+        made[name] = tmp_path_factory.mktemp("shards") / name
+        ids = {"train-000000": (3, 0), "train-000001": (2, 1), "val-000000": (1, 2)}
+        rows = {stem: some_ids(*arguments) for stem, arguments in ids.items()}
+        write_set(made[name], rows, labels=name == "pairs")
+    return made
+
+
+@pytest.fixture(scope="module", params=SETS)
+def finished(sets, request):
+    return sets[request.param]
 
 
 @pytest.fixture
@@ -95,32 +127,45 @@ def copy(finished, tmp_path):
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
+def ustar(name: str, content: bytes, crc: int | None = None) -> bytes:
+    """A member as the standard library writes it, with a CRC-32 in devmajor and devminor."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(content), 0o444, 0
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    if crc is not None:
+        header[329:345] = b"%07o\0%07o\0" % (crc >> 16, crc & 0xFFFF)
+        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
+    return bytes(header) + content + bytes(-len(content) % 512)
+
+
 @examples(60)
-@given(data=st.data(), dtype=st.sampled_from(["<u2", "<u4"]))
-def test_a_shard_is_byte_for_byte_what_tarfile_writes(data, dtype):
+@given(data=st.data(), dtype=st.sampled_from(["<u2", "<u4"]), labelled=st.booleans())
+def test_a_shard_is_byte_for_byte_what_tarfile_writes(data, dtype, labelled):
     """Members of USTAR with mtime 0, as the standard library and numpy would make them."""
     shape = data.draw(st.tuples(st.integers(0, 12), st.integers(1, 400)))
     seed = data.draw(st.integers(0, 9))
     ids = np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, endpoint=True)
-    theirs = io.BytesIO()
-    with tarfile.open(fileobj=theirs, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, row in enumerate(ids):
-            member = io.BytesIO()
-            np.save(member, row.astype(dtype))
-            info = tarfile.TarInfo(f"train-000003-{number:06d}.input_ids.npy")
-            info.size, info.mode, info.mtime = len(member.getvalue()), 0o444, 0
-            tar.addfile(info, io.BytesIO(member.getvalue()))
-    ours = encode("train-000003", ids, Layout(shape[1], dtype))
-    assert theirs.getvalue().startswith(ours)
-    assert not any(theirs.getvalue()[len(ours) :]), "tarfile only pads its end further"
+    labels = labels_of(ids) if labelled else None
+    theirs = b""
+    for number, row in enumerate(ids):
+        key, member = f"train-000003-{number:06d}", io.BytesIO()
+        np.save(member, row.astype(dtype))
+        label = b"" if labels is None else b"%d" % labels[number]
+        crc = zlib.crc32(row.astype(dtype).tobytes() + label)
+        theirs += ustar(f"{key}.input_ids.npy", member.getvalue(), crc)
+        theirs += ustar(f"{key}.cls", label) if label else b""
+    layout = Layout(shape[1], dtype, labelled)
+    assert whole("train-000003", ids, layout, labels) == theirs + bytes(1024)
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the file open
+@pytest.mark.parametrize("labelled", [False, True], ids=SETS)
 @pytest.mark.parametrize(("dtype", "seq_len"), [("<u2", 128), ("<u2", 512), ("<u4", 33)])
-def test_webdataset_tarfile_and_the_view_read_alike(tmp_path, dtype, seq_len):
-    layout = Layout(seq_len, dtype)
+def test_webdataset_tar_tarfile_and_the_view_read_alike(tmp_path, dtype, seq_len, labelled):
+    layout = Layout(seq_len, dtype, labelled)
     ids = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (30, seq_len), endpoint=True)
-    data = encode("val-000000", ids, layout)
+    labels = labels_of(ids) if labelled else None
+    data = whole("val-000000", ids, layout, labels)
     path = tmp_path / "val-000000.tar"
     path.write_bytes(data)
 
@@ -128,14 +173,35 @@ def test_webdataset_tarfile_and_the_view_read_alike(tmp_path, dtype, seq_len):
     assert [sample["__key__"] for sample in stock] == [f"val-000000-{n:06d}" for n in range(30)]
     assert np.array_equal([sample["input_ids.npy"] for sample in stock], ids)
     assert stock[0]["input_ids.npy"].dtype == dtype
+    if labels is not None:
+        assert [sample["cls"] for sample in stock] == labels.tolist()
+        assert type(stock[0]["cls"]) is int
 
     with tarfile.open(path) as tar:
-        members = [np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar.getmembers()]
-    assert np.array_equal(members, ids)
+        members = tar.getmembers()
+        assert all(member.isreg() and member.mode == 0o444 for member in members)
+        arrays = [member for member in members if member.name.endswith(".npy")]
+        assert [
+            np.load(io.BytesIO(tar.extractfile(m).read())).tolist() for m in arrays
+        ] == ids.tolist()
 
     plain = np.frombuffer(data[:-1024], np.uint8).reshape(-1, layout.stride)
     view = plain[:, layout.offset : layout.offset + layout.payload].copy().view(dtype)
     assert np.array_equal(view, ids)
+
+
+@pytest.mark.skipif(shutil.which("tar") is None, reason="lists a shard with tar; install tar")
+def test_tar_lists_plain_files(sets):
+    """The CRC lies in the fields for device numbers, which mean nothing here."""
+    path = sets["pairs"] / "train-000001.tar"
+    done = subprocess.run(["tar", "-tvf", path], capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert done.stderr == ""
+    assert {line[0] for line in lines} == {"-r--r--r--"}
+    assert [(line[2], line[-1].partition(".")[2]) for line in lines] == [
+        ("138", "input_ids.npy"),
+        ("1", "cls"),
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -152,10 +218,12 @@ def test_webdataset_tarfile_and_the_view_read_alike(tmp_path, dtype, seq_len):
     ],
 )
 def test_stride_by_hand(seq_len, dtype, stride):
-    layout = Layout(seq_len, dtype)
-    assert layout.stride == stride
-    assert layout.size(3) == 3 * stride + 1024
-    assert len(encode("train-000000", np.zeros((3, seq_len), int), layout)) == layout.size(3)
+    ids = np.zeros((3, seq_len), int)
+    for labels in (None, np.zeros(3)):
+        layout = Layout(seq_len, dtype, labels is not None)
+        assert layout.stride == (stride if labels is None else stride + 1024)
+        assert layout.size(3) == 3 * layout.stride + 1024
+        assert len(whole("train-000000", ids, layout, labels)) == layout.size(3)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +246,58 @@ def test_two_bytes_a_token_as_long_as_they_suffice(vocab_size, dtype):
 def test_ids_that_do_not_fit_are_an_error_never_a_cast(ids, dtype, message):
     with pytest.raises(ValueError, match=message):
         encode("train-000000", np.array(ids), Layout(2, dtype))
+
+
+@pytest.mark.parametrize(
+    ("labels", "has", "message"),
+    [
+        (None, True, r"one label, 0 or 1, per sample \(2\), got none"),
+        ([1], True, r"got an array of shape \(1,\)"),
+        ([0, 2], True, "labels must be 0 or 1, got 2 for sample 1"),
+        ([0, -1], True, "got -1 for sample 1"),
+        ([0, 1], False, r"no labels; use Layout\(..., labels=True\)"),
+    ],
+    ids=["none", "few", "two", "negative", "unasked"],
+)
+def test_labels_are_one_bit_a_sample_where_the_layout_has_them(tmp_path, labels, has, message):
+    labels = None if labels is None else np.array(labels)
+    with pytest.raises(ValueError, match=message):
+        write_shard(
+            tmp_path,
+            "train-000000",
+            np.zeros((2, 5), int),
+            np.zeros(2, np.uint8),
+            Layout(5, labels=has),
+            labels,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm-nsp", "clm"])
+def test_an_objective_has_labels_or_has_not(tmp_path, objective):
+    with pytest.raises(ValueError, match=f"objective '{objective}' (has no|needs) labels; use"):
+        write_dataset(
+            tmp_path,
+            [],
+            layout=Layout(5, labels=objective != "mlm-nsp"),
+            objective=objective,
+            tokenizer=Tokenizer("tiny", "0" * 64, VOCAB),
+            sources=[],
+            unigrams=np.zeros(VOCAB, np.int64),
+            seed=0,
+        )
+
+
+def test_labels_are_read_as_they_were_written(sets):
+    dataset = ShardSet.open(sets["pairs"])
+    assert json.loads((sets["pairs"] / "dataset.json").read_text())["schema"]["fields"]["cls"]
+    for shard in dataset.manifest:
+        labels = dataset.read_labels(shard)
+        assert labels.dtype == np.uint8
+        assert labels.tolist() == labels_of(dataset.read(shard)).tolist()
+    with pytest.raises(ShardError, match=r'objective \'mlm\' has no labels.*"mlm-nsp"'):
+        plain = ShardSet.open(sets["tokens"])
+        plain.read_labels(plain.manifest[0])
 
 
 @pytest.mark.parametrize("arguments", [(0,), (5, ">u2"), (5, "<i8")])
@@ -312,13 +432,14 @@ def test_two_generations_in_one_folder_are_told_apart(finished, tmp_path):
         ShardSet.open(other)
 
 
-@pytest.mark.parametrize("sample", [0, 4_095, 4_096, 9_000])
+@pytest.mark.parametrize("sample", [0, 2_047, 2_048, 4_500])
 def test_a_header_changed_by_one_bit_names_its_sample(sample):
     layout = Layout(2)
-    raw = bytearray(encode("train-000000", np.zeros((9_001, 2), int), layout))
+    raw = bytearray(whole("train-000000", np.zeros((4_501, 2), int), layout))
     raw[sample * layout.stride + 157] ^= 1
-    with pytest.raises(CorruptShard, match=f"train-000000: sample {sample} "):
-        check_headers("train-000000", np.frombuffer(raw, np.uint8), 9_001, layout)
+    with pytest.raises(CorruptShard, match=f"train-000000: sample {sample}, byte") as caught:
+        check_samples("train-000000", np.frombuffer(raw, np.uint8), 4_501, layout)
+    assert caught.value.byte == sample * layout.stride + 157
 
 
 def test_verify_names_the_sample_whose_id_is_outside_the_vocabulary(tmp_path):
