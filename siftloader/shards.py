@@ -139,6 +139,8 @@ class Source:
     name: str
     sha256: str
     documents: int
+    tokens: int = 0  # of both splits, as often as they were packed
+    weight: float = 1.0  # how often the documents of the train split were used
 
 
 def encode(
@@ -367,7 +369,7 @@ def _stored_crc(sample: NDArray[np.uint8]) -> int | None:
 def single_byte(length: int, difference: int) -> tuple[int, int] | None:
     """Which byte of ``length`` explains that two CRC-32s differ by that xor, and by which xor itself.
 
-    The difference depends on position and xor alone, and no two of them share it up to 65,536 bytes.
+    The difference depends on position and xor alone, and no two of them share it in 32,769 bytes.
     """
     table = np.array([zlib.crc32(bytes([value])) for value in range(256)], np.uint32)
     table ^= np.uint32(zlib.crc32(b"\0"))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import tarfile
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,12 +23,14 @@ from hypothesis import given, strategies as st
 from siftloader.errors import CorruptShard, ShardError
 from siftloader.shards import (
     Layout,
+    Shard,
     ShardSet,
     Source,
     Tokenizer,
     check_samples,
     encode,
     sha256,
+    single_byte,
     verify,
     write_dataset,
     write_shard,
@@ -369,6 +374,196 @@ def test_damage_anywhere_is_found_before_a_wrong_sample_is_read(finished, data):
     finally:
         path.unlink()
         path.write_bytes(before)
+
+
+def changed(data: bytes, at: int, xor: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ xor]) + data[at + 1 :]
+
+
+def complaint(folder: Path) -> ShardError | None:
+    """What reading and verifying a folder raises."""
+    try:
+        everything(folder)
+        list(verify(folder))
+    except ShardError as error:
+        return error
+    return None
+
+
+@examples(400)
+@given(data=st.data(), xor=st.integers(1, 255), by_verify=st.booleans())
+def test_a_changed_byte_is_named(finished, data, xor, by_verify):
+    """In a tar: sample, byte, what was written and what is found. In any other file: the file."""
+    path = data.draw(st.sampled_from(sorted(finished.iterdir())), label="file")
+    before, whole = path.read_bytes(), everything(finished)
+    stride = ShardSet.open(finished).layout.stride
+    at = data.draw(st.integers(0, len(before) - 1), label="byte")
+    read = (lambda folder: list(verify(folder))) if by_verify else everything
+    try:
+        path.unlink()  # a new file: pages of the old one may still be mapped
+        path.write_bytes(changed(before, at, xor))
+        if path.suffix in (".json", ".jsonl") and complaint(finished) is None:
+            assert everything(finished) == whole
+            return
+        with pytest.raises(ShardError) as caught:
+            read(finished)
+    finally:
+        path.unlink()
+        path.write_bytes(before)
+    error = caught.value
+    assert path.name in str(error)
+    if path.suffix == ".tar":
+        sample = at // stride if at < len(before) - 1024 else None
+        assert (error.shard, error.sample, error.byte) == (path.stem, sample, at)
+        assert str(error).startswith(
+            f"{path.stem}: byte {at} of"
+            if sample is None
+            else f"{path.stem}: sample {sample}, byte {at} of"
+        )
+        assert f"{before[at] ^ xor:#04x}" in str(error)
+        assert f"{before[at]:#04x} was written" in str(error)
+
+
+@pytest.mark.parametrize("length", [1, 2, 257, 1_024, 8_193, 32_769])
+def test_every_single_byte_has_a_crc_of_its_own(length):
+    """So naming a byte by its CRC is never a guess, up to 16,384 tokens of two bytes and a label.
+
+    What two errors do to a CRC moves with them, so one of the two may stand at the last byte.
+    """
+    table = np.array([zlib.crc32(bytes([byte])) for byte in range(256)], np.uint32)
+    table ^= np.uint32(zlib.crc32(b"\0"))
+    last = further = table[1:]
+    assert len(np.unique(last)) == 255
+    for _ in range(length - 1):
+        further = table[further & 255] ^ (further >> 8)
+        assert not np.isin(further, last).any()
+
+
+@given(
+    data=st.binary(min_size=1, max_size=3_000), at=st.integers(0, 2_999), xor=st.integers(1, 255)
+)
+def test_a_single_byte_is_found_by_its_crc_alone(data, at, xor):
+    at %= len(data)
+    difference = zlib.crc32(data) ^ zlib.crc32(changed(data, at, xor))
+    assert single_byte(len(data), difference) == (at, xor)
+    assert single_byte(len(data) - at - 1, difference) is None, "too short to hold it"
+
+
+@examples(200)
+@given(data=st.data(), written=st.binary(min_size=1, max_size=2_500), hole=st.booleans())
+def test_damage_of_many_bytes_is_named_by_its_first_sample_and_a_range(
+    finished, data, written, hole
+):
+    path = finished / "train-000000.tar"
+    before = path.read_bytes()
+    at = data.draw(st.integers(0, len(before) - 1), label="from byte")
+    written = (bytes(len(written)) if hole else written)[: len(before) - at]
+    after = before[:at] + written + before[at + len(written) :]
+    first = next(
+        (n for n, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]), None
+    )
+    try:
+        path.unlink()
+        path.write_bytes(after)
+        error = complaint(finished)
+    finally:
+        path.unlink()
+        path.write_bytes(before)
+    if first is None:
+        assert error is None
+        return
+    assert isinstance(error, CorruptShard)
+    stride = ShardSet.open(finished).layout.stride
+    assert error.sample == (first // stride if first < len(before) - 1024 else None)
+    named = re.search(r"bytes (\d+)\.\.(\d+) of train-000000\.tar", str(error))
+    low, high = map(int, named.groups()) if named else (error.byte, error.byte)
+    assert error.byte == low <= first <= high < (first // stride + 1) * stride
+
+
+@examples(100)
+@given(data=st.data())
+def test_a_shard_of_another_length_is_named_with_where_it_ends(finished, data):
+    path = finished / "train-000000.tar"
+    before, stride = path.read_bytes(), ShardSet.open(finished).layout.stride
+    size = data.draw(st.integers(0, len(before) + 2_000).filter(lambda n: n != len(before)))
+    try:
+        path.unlink()
+        path.write_bytes((before + bytes(2_000))[:size])
+        error = complaint(finished)
+    finally:
+        path.unlink()
+        path.write_bytes(before)
+    assert isinstance(error, CorruptShard)
+    assert f"{size} bytes on disk, {len(before)} in the manifest" in str(error)
+    assert (error.shard, error.byte) == ("train-000000", min(size, len(before)))
+    assert error.sample == (size // stride if size < len(before) - 1024 else None)
+
+
+def test_shards_that_changed_places_are_told_by_their_names(tmp_path):
+    write_set(tmp_path, {f"train-{n:06d}": some_ids(3, n) for n in range(2)})
+    one, other = (tmp_path / f"train-{n:06d}.tar" for n in range(2))
+    one.rename(tmp_path / "aside")
+    other.rename(one)
+    (tmp_path / "aside").rename(other)
+    with pytest.raises(
+        CorruptShard, match=r"train-000000: sample 0, .*'train-000001-000000.input"
+    ):
+        list(verify(tmp_path))
+
+
+def test_a_sound_shard_of_another_set_is_not_the_recorded_one(copy, tmp_path):
+    labels = ShardSet.open(copy).layout.labels
+    write_set(tmp_path / "other", {"train-000000": some_ids(3, 9)}, labels=labels)
+    shutil.copy(tmp_path / "other" / "train-000000.tar", copy)
+    with pytest.raises(CorruptShard, match=r"train-000000: a sound shard, but not the one of the"):
+        list(verify(copy))
+
+
+def test_a_label_that_is_no_label_is_named_even_where_all_hashes_fit():
+    layout = Layout(2, labels=True)
+    raw = bytearray(whole("train-000000", np.zeros((3, 2), int), layout, np.zeros(3)))
+    second = raw[layout.stride : 2 * layout.stride]
+    second[layout.label] = ord("2")
+    crc = zlib.crc32(bytes(4) + b"2")
+    second[:512] = ustar("train-000000-000001.input_ids.npy", bytes(132), crc)[:512]
+    raw[layout.stride : 2 * layout.stride] = second
+    with pytest.raises(CorruptShard, match=r"sample 1, byte .*a label must be 0 or 1, found 0x32"):
+        check_samples("train-000000", np.frombuffer(raw, np.uint8), 3, layout)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_writing_and_verifying_take_a_few_mebibytes_whatever_the_shard(tmp_path):
+    """A shard of 28 MiB: less than half of it at any time, in either direction."""
+    ids, layout = np.ones((14_000, 512), np.uint16), Layout(512)
+    sources = np.zeros(len(ids), np.uint8)
+    made: list[Shard] = []
+    assert (
+        peak_of(lambda: made.append(write_shard(tmp_path, "train-000000", ids, sources, layout)))
+        < 9e6
+    )
+    about = {"tokenizer": Tokenizer("tiny", "0" * 64, 2), "sources": [Source("a", "1" * 64, 1)]}
+    unigrams = np.array([0, ids.size])
+    write_dataset(
+        tmp_path, made, layout=layout, objective="mlm", unigrams=unigrams, seed=0, **about
+    )
+    assert peak_of(lambda: list(verify(tmp_path))) < 14e6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk: Linux's /dev/full")
+@pytest.mark.parametrize("full", ["train-000000.tar", "train-000000.sources.npy"])
+def test_a_full_disk_leaves_nothing_with_a_final_name(tmp_path, full):
+    (tmp_path / f"{full}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_set(tmp_path, {"train-000000": some_ids(3, 0)})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "manifest.jsonl"])
