@@ -6,15 +6,20 @@ Exit status: 0 done, 1 the data are not as they should be, 2 the command is not,
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from siftloader.corpus import BOUNDARIES
 from siftloader.errors import SiftError
-from siftloader.prepare import Preparation, Summary, prepare
+from siftloader.packing import Packing
+from siftloader.prepare import ENGINES, Preparation, Summary, prepare
 from siftloader.selection_report import (
     drift,
     ids_of,
@@ -41,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SiftError, OSError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command starts again", 130)
+        return _complain("interrupted; the same command continues", 130)
     return command
 
 
@@ -72,21 +77,35 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "Read text, hold out a fraction of the documents (chosen by their content, so that a "
             "duplicate never sits on both sides), tokenise, pack into samples of equal length, "
             "shuffle all of them, and write tars that WebDataset tools read too. The same input, "
-            "options and seed give the same bytes. An interrupted run is run again as it was."
+            "options and seed give the same bytes, whatever --workers, --engine and --memory are. "
+            "However often it is killed, the same command continues."
         ),
         epilog=(
-            "example: siftloader shard books=gutenberg/ 'wiki=wiki/*.txt.xz' --out shards/mix "
-            "--tokenizer bert-base-uncased --objective mlm --seq-len 512 --val-fraction 0.005"
+            "examples: siftloader shard books=gutenberg/ 'wiki=wiki/*.parquet' --out shards/mix "
+            "--tokenizer bert-base-uncased --objective mlm-nsp | siftloader shard "
+            "enwiki-pages-articles.xml.bz2 --source books=books/:2 --out shards/wikibooks "
+            "--tokenizer bert-base-uncased --workers 8 --max-bad 100"
         ),
     )
     parser.add_argument(
         "inputs",
-        nargs="+",
-        metavar="[NAME=]PATH",
-        help="a .txt file (maybe .gz, .bz2, .xz), a folder or a quoted glob; each is a source, "
-        "named after its file or folder unless NAME says otherwise, at most 256 of them",
+        nargs="*",
+        metavar="[NAME=]PATH[:WEIGHT]",
+        help=".txt, .jsonl, .parquet, .arrow, .csv, a .tar of texts or Wikipedia's .xml, each maybe "
+        ".gz, .bz2, .xz or .zst: a file, a folder, a quoted glob or a URL. Each is a source, named "
+        "after its file or folder unless NAME says otherwise; its train documents are used WEIGHT "
+        "times (2, 0.5; default 1)",
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a new or empty folder")
+    parser.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=PATH[:WEIGHT]",
+        help="the same, one at a time; a NAME given again adds to its source",
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="a new or empty folder, or the job's own"
+    )
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -95,10 +114,11 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--objective",
-        choices=sorted(NEEDED, reverse=True),
+        choices=list(NEEDED),
         default=Preparation.objective,
-        help="mlm: [CLS] text [SEP], the tail padded; clm: running text with an end-of-text id "
-        "after every document (default: %(default)s)",
+        help="mlm: [CLS] text [SEP], the tail padded; mlm-nsp: BERT's sentence pairs, half of them "
+        "random; clm: running text with an end-of-text id after every document "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seq-len",
@@ -118,7 +138,7 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--seed",
         type=int,
         default=Preparation.seed,
-        help="of the shuffle (default: %(default)s)",
+        help="of the shuffle and the pairs (default: %(default)s)",
     )
     parser.add_argument(
         "--samples-per-shard",
@@ -131,9 +151,53 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--documents",
         choices=BOUNDARIES,
         default=Preparation.documents,
-        help="what ends a document (default: %(default)s)",
+        help="what ends a document in .txt (default: %(default)s); elsewhere a record is one",
     )
+    parser.add_argument(
+        "--column",
+        metavar="NAME",
+        help="where the text is in .jsonl, .parquet, .arrow and .csv (default: text, content, or "
+        "the only column of text)",
+    )
+    parser.add_argument(
+        "--max-bad",
+        type=int,
+        default=Preparation.max_bad,
+        metavar="N",
+        help="bad records (not UTF-8, malformed JSON, no text) to skip and count before giving up "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one per CPU); with --engine ray, tasks at a time",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=Preparation.engine,
+        help="ray: on the Ray cluster that runs here or at RAY_ADDRESS; --out must be on storage "
+        "that all its machines share (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        default=Preparation.memory,
+        metavar="SIZE",
+        help="for writing shards, all workers together: 500MB, 4GB (default: 1GiB); tokenising "
+        "takes about 150 MB a worker besides",
+    )
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=_shard)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r}; write 500MB, 4GB or 1GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
 
 
 def _shard(arguments: argparse.Namespace) -> int:
@@ -146,9 +210,41 @@ def _shard(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
         samples_per_shard=arguments.samples_per_shard,
         documents=arguments.documents,
+        column=arguments.column,
+        max_bad=arguments.max_bad,
+        workers=arguments.workers,
+        engine=arguments.engine,
+        memory=arguments.memory,
     )
-    print(report(prepare(arguments.inputs, options)))
+    summary = prepare([*arguments.inputs, *arguments.source], options, _tell_estimate)
+    print(json.dumps(_jsonable(summary), indent=2) if arguments.json else report(summary))
     return 0
+
+
+def _tell_estimate(progress: dict[str, Any]) -> None:
+    if progress["stage"] != "estimate":
+        return
+    needed = progress["work"] + progress["shards"]
+    line = (
+        f"about {_size(progress['text'])} of text: {_size(progress['work'])} of work files until the "
+        f"end, {_size(progress['shards'])} of shards, {_size(progress['free'])} free"
+    )
+    if needed > progress["free"]:
+        print(f"siftloader: warning: the disk may be too small: {line}", file=sys.stderr)
+    elif sys.stderr.isatty():
+        print(line, file=sys.stderr)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _jsonable(summary: Summary) -> dict[str, Any]:
+    return {**asdict(summary), "out": str(summary.out)}
 
 
 def report(summary: Summary) -> str:
@@ -156,18 +252,16 @@ def report(summary: Summary) -> str:
     rows = [("out", str(summary.out)), ("documents", f"{summary.documents:,}")]
     if summary.reused:
         rows.append(("", "finished before with the same input and options: left as it is"))
+    rows += [
+        (f"  {source.name}", f"{source.documents:,} documents, {source.tokens:,} tokens")
+        for source in summary.sources
+    ]
     rows += [(f"skipped {reason}", f"{count:,}") for reason, count in summary.skipped.items()]
+    rows += [(f"bad: {reason}", f"{count:,}, skipped") for reason, count in summary.bad.items()]
     for split, count in summary.samples.items():
         rows.append((f"{split} samples", f"{count:,}"))
         if packing := summary.packing.get(split):
-            rows.append(
-                (
-                    f"{split} tokens",
-                    f"{packing.tokens:,} = {packing.kept:,} in full samples "
-                    f"+ {packing.tail_kept:,} in padded tails "
-                    f"+ {packing.tail_dropped:,} dropped tails",
-                )
-            )
+            rows += [(f"{split} tokens", line) for line in _accounts(packing)]
     tokens = summary.packing["train"].tokens if summary.packing else 0
     if tokens:
         rows.append(("unknown tokens", f"{summary.unknown / tokens:.4%} of train"))
@@ -179,6 +273,22 @@ def report(summary: Summary) -> str:
         ("fingerprint", summary.fingerprint),
     ]
     return _table(rows)
+
+
+def _accounts(packing: Packing) -> list[str]:
+    # Every token that came in, and what is in the samples besides.
+    yielded = [f"{packing.tokens:,} = {packing.kept:,} in samples"]
+    if packing.tail_kept:
+        yielded[0] += f" + {packing.tail_kept:,} in padded tails"
+    yielded[0] += f" + {packing.dropped:,} dropped"
+    if packing.carried:
+        yielded.append(f"{packing.carried:,} of them packed with the tails of other blocks")
+    if packing.random or packing.alone:
+        yielded.append(
+            f"{packing.random:,} pairs random, with {packing.reused:,} tokens used again; "
+            f"{packing.alone:,} could only be true"
+        )
+    return yielded
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -47,6 +47,7 @@ class Packing:
     padding: int = 0
     samples: int = 0
     random: int = 0  # pairs whose second segment is from another document
+    short: int = 0  # pairs that aimed at less than a full sample
     alone: int = 0  # pairs that had to be true: there was no other document
 
     def __add__(self, other: Packing) -> Packing:

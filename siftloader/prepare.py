@@ -1,14 +1,14 @@
-"""The corpus job: text files in, a finished folder of token shards out.
+"""The corpus job: text in, a finished folder of token shards out.
 
     summary = prepare(["wiki/*.txt"], Preparation(out="shards/wiki", tokenizer="bert-base-uncased"))
 
-Read, hold out, tokenise, pack, shuffle, write: each stage is a function of what the one before it
-gives, so the same inputs, options and seed give the same bytes in every file, on any machine.
+One process reads and cuts the text to blocks; workers turn blocks into runs of samples, and runs into
+shards, in the order of random keys. What decides the bytes is the text, the options and the seed: not
+the workers, not the engine, not how often the job was killed on the way.
 
-Memory: the token ids of the whole corpus, two bytes each (four above 65,536 ids), three times over at
-the most (packed, joined, shuffled), plus a shard or three. Text is streamed.
-
-Letters: N samples of a split, T tokens of a sample, V vocabulary.
+While it runs, ``<out>/.work`` holds what was made so far; the manifest comes last. Memory: about
+200 MB for each worker that tokenises; ``memory`` for those that write, all together. Disk: the token
+ids once in ``.work`` until the end, and the shards.
 """
 
 from __future__ import annotations
@@ -16,29 +16,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from siftloader.corpus import (
-    BOUNDARIES,
-    Document,
-    Input,
-    Reading,
-    find_inputs,
-    hash_input,
-    read_documents,
-)
+from siftloader.cells import Shuffle, Written, count_keys, plan_cells, shards_per_cell, write_cell
+from siftloader.corpus import Format, cut_blocks
+from siftloader.engines import run_here, run_processes, run_ray
 from siftloader.errors import CorpusError, ShardError
-from siftloader.packing import Packing, pack_clm, pack_mlm
+from siftloader.files import Input, Reading, check_unchanged, find_inputs, hash_input
+from siftloader.packing import Packing
+from siftloader.runs import SPLITS, RunFile
+from siftloader.samples import Job, gather, make_last_run, make_run
 from siftloader.shards import (
     DESCRIPTION,
     FORMAT_VERSION,
@@ -51,13 +48,19 @@ from siftloader.shards import (
     Tokenizer,
     write_atomically,
     write_dataset,
-    write_shard,
 )
-from siftloader.tokens import NEEDED, Tokens, describe_tokenizer, load_tokenizer, tokenise
+from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
 
 
 RECIPE = "prepare.json"  # marks a folder as ours, and says what it was asked to hold
-SPLITS = ("train", "val")
+WORK = ".work"  # in the folder, until it is finished
+ENGINES = ("local", "ray")
+METHOD = 1  # of making samples; another number, other bytes
+INFLATES = {".gz": 2.8, ".tgz": 2.8, ".bz2": 3.6, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.8}
+BYTES_PER_TOKEN = 4.4  # of English text, for estimates only
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,28 +68,34 @@ class Preparation:
     """What to make of a corpus; checks itself.
 
     Preparation(out="shards/books", tokenizer="bert/tokenizer.json", objective="mlm", seq_len=512)
+
+    ``workers``, ``engine`` and ``memory`` decide how fast it goes and ``max_bad`` whether it ends;
+    all others, with the text, what it gives.
     """
 
-    out: str | os.PathLike[str]  # a folder: new, empty, or left unfinished by an earlier run
+    out: str | os.PathLike[str]  # a folder: new, empty, or left unfinished by the same job
     tokenizer: str | os.PathLike[str]  # a tokenizer.json, a folder that holds one, or a hub name
-    objective: Literal["mlm", "clm"] = "mlm"
+    objective: Literal["mlm", "mlm-nsp", "clm"] = "mlm"
     seq_len: int = 512
     val_fraction: float = 0.005  # of the documents, chosen by their content
-    seed: int = 0  # of the shuffle; the held-out split does not depend on it
+    seed: int = 0  # of the shuffle and the pairs; the held-out split does not depend on it
     samples_per_shard: int = 32_768  # 64 MiB at 512 tokens
-    documents: Literal["blank-line", "file"] = "blank-line"
+    documents: Literal["blank-line", "file"] = "blank-line"  # what ends one in .txt
+    column: str | None = None  # where the text is in .jsonl, .parquet, .arrow, .csv; else found
+    block_bytes: int = 4 << 20  # of text that are packed together; partners of pairs are in one
+    max_bad: int = 0  # bad records that may be skipped and counted before the job gives up
+    workers: int | None = 1  # processes; on Ray, tasks at a time (None: as many as there are CPUs)
+    engine: Literal["local", "ray"] = "local"
+    memory: int = 1 << 30  # bytes, for writing the shards
 
     def __post_init__(self) -> None:
         if self.objective not in NEEDED:
             raise ValueError(
                 f"objective must be one of {', '.join(NEEDED)}; got {self.objective!r}"
             )
-        if self.documents not in BOUNDARIES:
-            raise ValueError(
-                f"documents must be one of {', '.join(BOUNDARIES)}; got {self.documents!r}"
-            )
-        if self.seq_len < 3:
-            raise ValueError(f"seq_len must be at least 3 tokens, got {self.seq_len}")
+        least = 5 if self.objective == "mlm-nsp" else 3
+        if self.seq_len < least:
+            raise ValueError(f"seq_len must be at least {least} tokens, got {self.seq_len}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.seed < 0:
@@ -96,6 +105,20 @@ class Preparation:
                 f"samples_per_shard must be in 1..1,000,000 (six digits name a sample), "
                 f"got {self.samples_per_shard}"
             )
+        if self.max_bad < 0:
+            raise ValueError(f"max_bad must be 0 or more records, got {self.max_bad}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}")
+        if self.memory < 1:
+            raise ValueError(f"memory must be a number of bytes, got {self.memory}")
+        _ = self.format  # checks itself
+
+    @property
+    def format(self) -> Format:
+        """How files become documents."""
+        return Format(self.documents, self.column, self.block_bytes)
 
 
 @dataclass
@@ -109,312 +132,358 @@ class Summary:
     seconds: float = 0.0
     reused: bool = False
     documents: int = 0
+    sources: list[Source] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)  # by reason
+    bad: dict[str, int] = field(default_factory=dict)  # by reason; at most max_bad together
     packing: dict[str, Packing] = field(default_factory=dict)  # by split
     unknown: int = 0  # tokens of the train split the vocabulary has no word for
 
 
-def prepare(paths: Iterable[str], options: Preparation) -> Summary:
+Report = Callable[[dict[str, Any]], None]
+
+
+def prepare(
+    paths: Iterable[str], options: Preparation, on_progress: Report | None = None
+) -> Summary:
     """Read ``paths`` (see ``find_inputs``) and write the shards that ``options`` describe.
 
-    Killed at any moment, the same call starts again and gives the same bytes. A folder that holds
-    anything else is refused, before and after the long part of the work.
+    Killed at any moment, the same call continues and gives the same bytes. A folder that holds
+    anything else is refused. ``on_progress`` is given a dict after every block and shard:
+    ``stage`` ("estimate", "tokenising", "writing"), ``seconds``, and what was done so far.
+
+    With ``workers`` above 1 a script needs the usual ``if __name__ == "__main__":`` around it.
+
+    Raises CorpusError where text cannot be read, more records are bad than ``max_bad`` allows, or
+    the folder belongs to another job.
     """
     begun = time.perf_counter()
-    out = Path(options.out)
+    out = Path(options.out).absolute()
     inputs = find_inputs(paths)
     tokenizer = load_tokenizer(options.tokenizer)
     about = describe_tokenizer(tokenizer, options.tokenizer, options.objective)
-    hashes = [hash_input(source) for source in inputs]
-    recipe = _recipe(options, about, inputs, hashes)
-    if finished := _look(out, recipe):
-        return _reuse(out, finished, time.perf_counter() - begun)
-
-    reading, summary = Reading(), Summary(out, "", {}, 0)
-    with _bar("reading", sum(_size(source) for source in inputs), "B") as bar:
-        documents = read_documents(inputs, options.documents, reading)
-        tokens = tokenise(_watched(documents, reading, bar), tokenizer)
-        held = _gather(tokens, options, about, reading)
-    _check_unchanged(inputs, hashes, reading)
-    layout = Layout.for_vocabulary(options.seq_len, about.vocab_size)
-    samples = {split: _pack(held, split, options, about, layout, summary) for split in SPLITS}
-    _check_some(samples, summary, reading, options)
-    unigrams = np.bincount(samples["train"][0].ravel(), minlength=about.vocab_size)
-
-    with _claimed(out, recipe) as finished:
-        if finished:  # another run was faster
-            return _reuse(out, finished, time.perf_counter() - begun)
-        shards = list(_write(out, samples, layout, options))
-        summary.fingerprint = write_dataset(
-            out,
-            shards,
-            layout=layout,
+    recipe = _recipe(options, about, inputs)
+    with _claimed(out, recipe, inputs) as finished:
+        if finished:
+            return _reuse(options.out, finished, time.perf_counter() - begun)
+        job = Job(
+            work=out / WORK,
             objective=options.objective,
-            tokenizer=about,
-            sources=[
-                Source(source.name, digest, reading.documents[index])
-                for index, (source, digest) in enumerate(zip(inputs, hashes, strict=True))
-            ],
-            unigrams=unigrams.astype(np.int64),
             seed=options.seed,
+            val_fraction=options.val_fraction,
+            format=options.format,
+            weights=tuple(source.weight for source in inputs),
+            tokenizer=tokenizer.to_str(),
+            about=about,
+            layout=_layout(options, about),
         )
-    summary.samples = {split: len(ids) for split, (ids, _) in samples.items()}
-    summary.bytes = sum(shard.bytes for shard in shards)
-    summary.documents = reading.documents.total()
-    summary.skipped = dict(reading.skipped)
-    summary.unknown = int(unigrams[about.special_ids["unk"]]) if "unk" in about.special_ids else 0
-    summary.seconds = time.perf_counter() - begun
-    return summary
+        progress = _Progress(on_progress, begun)
+        progress.estimate(estimate(inputs, job.layout, out))
+        reading, total = Reading(), _Total(options.max_bad)
+        runs = list(_tokenise(inputs, job, options, reading, total, progress))
+        runs += list(_pack_carried(job, options, runs, total))
+        check_unchanged(inputs)
+        return _write(job, options, inputs, recipe, runs, reading, total, progress)
 
 
-def split_of(content: bytes, val_fraction: float) -> str:
-    """The split of a document, by the sha256 of its text: a duplicate goes where its twin went."""
-    return "val" if int.from_bytes(content[:8], "big") < int(val_fraction * 2**64) else "train"
-
-
-class Column:
-    """Documents end to end, in as many bytes as their ids need and eight for each length."""
-
-    def __init__(self, dtype: str) -> None:
-        self.ids = array("H" if dtype == "<u2" else "I")
-        self.lengths = array("q")
-
-    def append(self, ids: NDArray[np.uint32]) -> None:
-        """Add a document, whose ids must fit."""
-        assert ids.max(initial=0) < 1 << (8 * self.ids.itemsize)
-        self.ids.frombytes(ids.astype(f"u{self.ids.itemsize}").tobytes())
-        self.lengths.append(len(ids))
-
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        whole = np.frombuffer(self.ids, f"u{self.ids.itemsize}")
-        first = 0
-        for length in self.lengths:
-            yield whole[first : first + length]
-            first += length
-
-
-Held = dict[tuple[str, int], Column]  # by split and source
-
-
-def _gather(
-    documents: Iterable[Tokens], options: Preparation, about: Tokenizer, reading: Reading
-) -> Held:
-    held: Held = {}
+def _layout(options: Preparation, about: Tokenizer) -> Layout:
     dtype = Layout.for_vocabulary(options.seq_len, about.vocab_size).dtype
-    for document in documents:
-        if not len(document.ids):
-            reading.skipped["documents without a token"] += 1
-            continue
-        if document.ids.max() >= about.vocab_size:
-            raise CorpusError(
-                f"the tokenizer gave id {document.ids.max()}, but says that its vocabulary has "
-                f"{about.vocab_size} entries; save it again from the library that made it"
-            )
-        key = split_of(document.content, options.val_fraction), document.source
-        held.setdefault(key, Column(dtype)).append(document.ids)
-    return held
+    return Layout(options.seq_len, dtype, labels=options.objective == "mlm-nsp")
 
 
-def _pack(
-    held: Held,
-    split: str,
+class _Total:
+    """The sum of what the runs counted; gives up when there is too much bad."""
+
+    def __init__(self, max_bad: int) -> None:
+        self.max_bad = max_bad
+        self.documents: Counter[int] = Counter()  # by source, of both splits
+        self.tokens: Counter[int] = Counter()  # by source, of both splits
+        self.skipped: Counter[str] = Counter()
+        self.bad: Counter[str] = Counter()
+        self.told: list[str] = []  # the first bad records
+        self.packing = {split: Packing() for split in SPLITS}
+
+    def add(self, run: RunFile) -> None:
+        counted = run.counted
+        self.documents[run.source] += counted.get("documents", 0)
+        self.skipped.update(counted.get("skipped", {}))
+        for split, packing in counted["packing"].items():
+            self.packing[split] += Packing(**packing)
+            self.tokens[run.source] += packing["tokens"]
+        self.add_bad(counted.get("bad", {}), counted.get("told", ()))
+
+    def add_bad(self, bad: Mapping[str, int], told: Sequence[str]) -> None:
+        self.bad.update(bad)
+        self.told += told[: 5 - len(self.told)]
+        if self.bad.total() > self.max_bad:
+            found = "; ".join(f"{count:,} x {reason}" for reason, count in self.bad.items())
+            budget = f" ({found}; max_bad allows {self.max_bad:,})" if self.max_bad else ""
+            first = "; ".join(self.told) if self.max_bad else self.told[0]
+            raise CorpusError(f"{first}{budget}")
+
+
+def _tokenise(
+    inputs: Sequence[Input],
+    job: Job,
     options: Preparation,
-    about: Tokenizer,
-    layout: Layout,
-    summary: Summary,
-) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    # Samples [N, T] and their sources [N], shuffled over the whole split.
-    blocks = [np.empty((0, options.seq_len), layout.dtype)]
-    sources = [np.empty(0, np.uint8)]
-    total = Packing()
-    for key in sorted(key for key in held if key[0] == split):
-        packing = Packing()
-        for block in _packer(held.pop(key), options, about, packing):
-            blocks.append(block.astype(layout.dtype))
-            sources.append(np.full(len(block), key[1], np.uint8))
-        total += packing
-    summary.packing[split] = total
-    ids, origin = np.concatenate(blocks), np.concatenate(sources)
-    order = shuffled(len(ids), options.seed, SPLITS.index(split))
-    return ids[order], origin[order]
+    reading: Reading,
+    total: _Total,
+    progress: _Progress,
+) -> Iterator[str]:
+    blocks = cut_blocks(inputs, job.format, reading)
+    size = _size(inputs)
+    with progress.bar("tokenising", size, "B") as bar:
+        for name in _each(options, make_run, job, blocks, options.workers):
+            total.add(RunFile.open(job.work / name))
+            yield name
+            tokens = sum(packing.tokens for packing in total.packing.values())
+            bar.update(reading.bytes - bar.n)
+            progress.tell(
+                "tokenising",
+                bar,
+                documents=total.documents.total(),
+                tokens=tokens,
+                bytes=reading.bytes,
+                total_bytes=size,
+            )
+    total.skipped.update(reading.skipped)
+    bad = Counter(bad.reason for bad in reading.bad)
+    total.add_bad(bad, [bad.message for bad in reading.bad])
 
 
-def _packer(
-    documents: Iterable[NDArray[Any]], options: Preparation, about: Tokenizer, packing: Packing
-) -> Iterator[NDArray[np.int64]]:
-    special = about.special_ids
-    if options.objective == "clm":
-        return pack_clm(documents, options.seq_len, eos=special["eos"], packing=packing)
-    return pack_mlm(
-        documents,
-        options.seq_len,
-        cls=special["cls"],
-        sep=special["sep"],
-        pad=special["pad"],
-        packing=packing,
-    )
-
-
-def shuffled(count: int, seed: int, split: int) -> NDArray[np.int64]:
-    """A permutation of ``count`` samples, the same for every version of numpy.
-
-    The raw stream of a bit generator is guaranteed to stay as it is; ``Generator.permutation`` is not.
-    """
-    keys = np.random.PCG64(np.random.SeedSequence((seed, split))).random_raw(count)
-    return np.argsort(keys, kind="stable")
+def _pack_carried(
+    job: Job, options: Preparation, runs: Sequence[str], total: _Total
+) -> Iterator[str]:
+    tasks = gather(job, runs)
+    # Tails are nothing; only documents that wait for partners can be worth more processes.
+    many = sum(len(task.runs) for task in tasks) * options.seq_len > 1 << 24
+    for name in _each(options, make_last_run, job, tasks, options.workers if many else 1):
+        total.add(RunFile.open(job.work / name))
+        yield name
 
 
 def _write(
-    out: Path,
-    samples: Mapping[str, tuple[NDArray[Any], NDArray[np.uint8]]],
-    layout: Layout,
+    job: Job,
     options: Preparation,
-) -> Iterator[Shard]:
-    size = options.samples_per_shard
-    with _bar("writing", sum(len(ids) for ids, _ in samples.values()), "samples") as bar:
-        for split, (ids, sources) in samples.items():
-            for number, first in enumerate(range(0, len(ids), size)):
-                rows = slice(first, first + size)
-                yield write_shard(out, f"{split}-{number:06d}", ids[rows], sources[rows], layout)
-                bar.update(len(ids[rows]))
-
-
-def _check_unchanged(inputs: Sequence[Input], hashes: Sequence[str], reading: Reading) -> None:
-    for index, source in enumerate(inputs):
-        if reading.sha256[index] != hashes[index]:
-            raise CorpusError(
-                f"source {source.name!r} changed while it was read; run again once it is at rest"
-            )
-
-
-def _check_some(
-    samples: Mapping[str, tuple[NDArray[Any], NDArray[np.uint8]]],
-    summary: Summary,
+    inputs: Sequence[Input],
+    recipe: Mapping[str, Any],
+    runs: Sequence[str],
     reading: Reading,
-    options: Preparation,
-) -> None:
-    if len(samples["train"][0]):
-        return
-    tokens = summary.packing["train"].tokens
-    raise CorpusError(
-        f"nothing to train on: {reading.documents.total()} documents, {tokens} tokens of them "
-        f"outside the held-out split, no full sample of {options.seq_len}; give more text, a "
-        f"shorter seq_len or a smaller val_fraction (it is {options.val_fraction})"
+    total: _Total,
+    progress: _Progress,
+) -> Summary:
+    out, layout = job.work.parent, job.layout
+    keys = count_keys(job.work, runs)
+    samples = {split: int(keys[split].sum()) for split in SPLITS}
+    _check_some(samples, total, options)
+    shuffle = Shuffle(out, job.work, tuple(runs), layout, job.about.vocab_size)
+    shard_bytes = options.samples_per_shard * (layout.payload + 16)
+    shards = sum(-(-count // options.samples_per_shard) for count in samples.values())
+    each, writers = shards_per_cell(shards, options.workers or 1, options.memory, shard_bytes)
+    cells = [
+        cell
+        for split in SPLITS
+        for cell in plan_cells(split, keys[split], options.samples_per_shard, each)
+    ]
+    done: list[Shard] = []
+    unigrams = np.zeros(job.about.vocab_size, np.int64)
+    with progress.bar("writing", sum(samples.values()), "samples") as bar:
+        results: Iterator[Written] = _each(options, write_cell, shuffle, cells, writers)
+        for cell, written in zip(cells, results, strict=True):
+            done += written.shards
+            if cell.split == "train":
+                unigrams += written.unigrams
+            bar.update(sum(cell.counts))
+            progress.tell("writing", bar, samples=int(bar.n), total_samples=sum(samples.values()))
+
+    sources = [
+        Source(
+            source.name,
+            reading.sha256[index],
+            total.documents[index],
+            tokens=total.tokens[index],
+            weight=source.weight,
+        )
+        for index, source in enumerate(inputs)
+    ]
+    hashes = [{"name": source.name, "sha256": source.sha256} for source in sources]
+    _tidy(out, {shard.shard for shard in done})
+    write_atomically(out / RECIPE, _json(dict(recipe, sources=_merged(recipe, hashes))))
+    fingerprint = write_dataset(
+        out,
+        done,
+        layout=layout,
+        objective=options.objective,
+        tokenizer=job.about,
+        sources=sources,
+        unigrams=unigrams,
+        seed=options.seed,
+    )
+    shutil.rmtree(job.work)
+    unknown = job.about.special_ids.get("unk")
+    return Summary(
+        out=Path(options.out),
+        fingerprint=fingerprint,
+        samples=samples,
+        bytes=sum(shard.bytes for shard in done),
+        seconds=time.perf_counter() - progress.begun,
+        documents=total.documents.total(),
+        sources=sources,
+        skipped=dict(total.skipped),
+        bad=dict(total.bad),
+        packing=total.packing,
+        unknown=0 if unknown is None else int(unigrams[unknown]),
     )
 
 
-def _recipe(
-    options: Preparation, about: Tokenizer, inputs: Sequence[Input], hashes: Sequence[str]
-) -> dict[str, Any]:
-    # All that decides the bytes; no path, time or host, so it may lie beside the shards.
+def _each(
+    options: Preparation,
+    function: Callable[[Any, T], R],
+    job: Any,
+    tasks: Iterable[T],
+    workers: int | None,
+) -> Iterator[R]:
+    if options.engine == "ray":
+        return run_ray(function, job, iter(tasks), workers=options.workers)
+    if workers == 1:
+        return run_here(function, job, iter(tasks))
+    return run_processes(function, job, iter(tasks), workers=workers or _cores())
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Roughly what a preparation will take, in bytes; from the sizes of the files alone."""
+
+    text: int
+    work: int  # in .work, until the end
+    shards: int
+    free: int  # on the disk of the folder
+
+
+def estimate(inputs: Sequence[Input], layout: Layout, out: Path) -> Estimate:
+    """Text at 4.4 bytes a token, compressed files at usual ratios; 0 for files of unknown size."""
+    text = 0.0
+    for source in inputs:
+        for file in source.files:
+            suffix = Path(file.path).suffix.lower()
+            text += (file.size or 0) * INFLATES.get(suffix, 1.0) * source.weight
+    samples = text / BYTES_PER_TOKEN / layout.seq_len
+    home = next(folder for folder in (out, *out.parents) if folder.exists())
+    return Estimate(
+        text=int(text),
+        work=int(samples * (layout.payload + 8)),
+        shards=int(samples * layout.stride),
+        free=shutil.disk_usage(home).free,
+    )
+
+
+class _Progress:
+    """A bar where somebody watches, a dict for whoever asked."""
+
+    def __init__(self, report: Report | None, begun: float) -> None:
+        self.report, self.begun = report, begun
+
+    def estimate(self, found: Estimate) -> None:
+        if self.report:
+            self.report({"stage": "estimate", "seconds": self._seconds(), **asdict(found)})
+
+    @staticmethod
+    def bar(what: str, total: int, unit: str) -> Any:
+        return tqdm(  # silent unless stderr is a terminal
+            total=total or None, desc=what, unit=unit, unit_scale=True, disable=None, leave=False
+        )
+
+    def tell(self, stage: str, bar: Any, **done: int) -> None:
+        seconds = self._seconds()
+        if "tokens" in done and not bar.disable:
+            rate = {name: f"{done[name] / seconds:,.0f}/s" for name in ("documents", "tokens")}
+            bar.set_postfix(rate, refresh=False)
+        if self.report:
+            self.report({"stage": stage, "seconds": seconds, **done})
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.begun
+
+
+def _size(inputs: Sequence[Input]) -> int:
+    return sum(file.size or 0 for source in inputs for file in source.files)
+
+
+def _check_some(samples: Mapping[str, int], total: _Total, options: Preparation) -> None:
+    if samples["train"]:
+        return
+    raise CorpusError(
+        f"nothing to train on: {total.documents.total()} documents, "
+        f"{total.packing['train'].tokens} tokens of them outside the held-out split, no full sample "
+        f"of {options.seq_len}; give more text, a shorter seq_len or a smaller val_fraction (it is "
+        f"{options.val_fraction})"
+    )
+
+
+def _recipe(options: Preparation, about: Tokenizer, inputs: Sequence[Input]) -> dict[str, Any]:
+    # All that decides the bytes but the text; no path, time or host, so it may lie beside the shards.
     return {
         "format": FORMAT_VERSION,
+        "method": METHOD,
         "objective": options.objective,
         "seq_len": options.seq_len,
         "val_fraction": options.val_fraction,
         "seed": options.seed,
         "samples_per_shard": options.samples_per_shard,
         "documents": options.documents,
+        "column": options.column,
+        "block_bytes": options.block_bytes,
         "tokenizer": asdict(about),
-        "sources": [
-            {"name": source.name, "sha256": digest}
-            for source, digest in zip(inputs, hashes, strict=True)
-        ],
+        "sources": [{"name": source.name, "weight": source.weight} for source in inputs],
     }
 
 
-def _look(out: Path, recipe: Mapping[str, Any]) -> ShardSet | None:
-    # The finished set if it is exactly the one asked for; None if the folder is free to be written.
-    if not out.exists():
-        return None
-    if not out.is_dir():
-        raise CorpusError(f"{out}: a file; give a folder for the shards")
-    names = sorted(entry.name for entry in out.iterdir())
-    if names in ([], [f"{RECIPE}.part"]):  # the second: killed at the very first write
-        return None
-    found = _found_recipe(out)
-    if found is None:
-        raise CorpusError(
-            f"{out}: holds {_some(names)}, and no {RECIPE} that would mark it as an earlier run; "
-            f"give another folder, or empty this one"
-        )
-    if (out / MANIFEST).exists():
-        different = [key for key in recipe if found.get(key) != recipe[key]]
-        if different:
-            asked = ", ".join(_difference(key, found, recipe) for key in different)
-            raise CorpusError(
-                f"{out}: already holds finished shards made otherwise ({asked}); give another "
-                f"folder, or remove this one"
-            )
-        finished = _intact(out)
-        if finished is not None:
-            return finished
-    foreign = [name for name in names if not _ours(name)]
-    if foreign:
-        raise CorpusError(
-            f"{out}: holds {_some(foreign)} besides an unfinished run; move it out, or give "
-            f"another folder"
-        )
-    return None
+def _without_hashes(found: Mapping[str, Any]) -> dict[str, Any]:
+    sources = [
+        {key: value for key, value in source.items() if key != "sha256"}
+        for source in found.get("sources", ())
+    ]
+    return dict(found, sources=sources)
 
 
-def _found_recipe(out: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((out / RECIPE).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "format" in found else None
+def _merged(
+    recipe: Mapping[str, Any], hashes: Sequence[Mapping[str, str]]
+) -> list[dict[str, Any]]:
+    return [{**source, **more} for source, more in zip(recipe["sources"], hashes, strict=True)]
 
 
-def _intact(out: Path) -> ShardSet | None:
-    # Quick: names and sizes only. `siftloader verify` reads every byte.
-    try:
-        finished = ShardSet.open(out)
-    except ShardError:
-        return None
-    for shard in finished.manifest:
-        tar = out / f"{shard.shard}.tar"
-        if not tar.is_file() or tar.stat().st_size != shard.bytes:
-            return None
-        if not (out / f"{shard.shard}.sources.npy").is_file():
-            return None
-    return finished if (out / UNIGRAMS).is_file() else None
-
-
-def _ours(name: str) -> bool:
-    files = "|".join(map(re.escape, (RECIPE, MANIFEST, DESCRIPTION, UNIGRAMS)))
-    return bool(
-        re.fullmatch(rf"({files}|({'|'.join(SPLITS)})-\d{{6}}\.(tar|sources\.npy))(\.part)?", name)
-    )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _difference(key: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    if isinstance(asked[key], list | dict):
-        return f"other {key}"
-    return f"{key} {found.get(key)!r} there, {asked[key]!r} asked"
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
 @contextmanager
-def _claimed(out: Path, recipe: Mapping[str, Any]) -> Iterator[ShardSet | None]:
-    """Hold the folder alone, emptied of what an unfinished run left; or the finished set."""
+def _claimed(
+    out: Path, recipe: Mapping[str, Any], inputs: Sequence[Input]
+) -> Iterator[ShardSet | None]:
+    """Hold the folder alone, ready to begin or to continue; or the finished set."""
     handle = None
     try:
+        _check_free(out, recipe)  # before anything is made
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
         _lock(handle, out)
-        finished = _look(out, recipe)
+        _check_free(out, recipe)  # another run may have been faster
+        finished = _finished(out, recipe, inputs)
         if finished is None:
             # The manifest first: from here on, whatever happens, the folder is unfinished.
             (out / MANIFEST).unlink(missing_ok=True)
-            write_atomically(out / RECIPE, (json.dumps(recipe, indent=2) + "\n").encode())
-            for entry in sorted(out.iterdir()):
-                if entry.name != RECIPE:
-                    entry.unlink()
+            if _read_json(out / WORK / RECIPE) != recipe:  # none, or of a job that made nothing
+                shutil.rmtree(out / WORK, ignore_errors=True)
+                (out / WORK).mkdir()
+                write_atomically(out / WORK / RECIPE, _json(recipe))
+        else:
+            shutil.rmtree(out / WORK, ignore_errors=True)
         yield finished
     except OSError as error:
         raise CorpusError(
@@ -432,37 +501,116 @@ def _lock(handle: int, out: Path) -> None:
         return
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise CorpusError(
             f"{out}: another run is writing here; wait for it, or give another folder"
         ) from error
 
 
-def _reuse(out: Path, finished: ShardSet, seconds: float) -> Summary:
+def _check_free(out: Path, recipe: Mapping[str, Any]) -> None:
+    # Nothing of anybody else's is in the folder, nor the work of another job.
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise CorpusError(f"{out}: a file; give a folder for the shards")
+    names = sorted(entry.name for entry in out.iterdir())
+    foreign = [name for name in names if not _ours(name)]
+    marked = _read_json(out / RECIPE) or WORK in names
+    if foreign or (names and not marked):
+        what = "besides an earlier run" if marked else f"and no {RECIPE} of an earlier run"
+        raise CorpusError(
+            f"{out}: holds {_some(foreign or names)} {what}; give another folder, or empty this one"
+        )
+    unfinished = _read_json(out / WORK / RECIPE)
+    if unfinished is not None and any((out / WORK).glob("*.run")):
+        _refuse_other(out, unfinished, recipe, "an unfinished job", "finish it as it was begun")
+
+
+def _refuse_other(
+    out: Path, found: Mapping[str, Any], asked: Mapping[str, Any], what: str, remedy: str
+) -> None:
+    different = [key for key in asked if found.get(key) != asked[key]]
+    if different:
+        named = ", ".join(_difference(key, found, asked) for key in different)
+        raise CorpusError(
+            f"{out}: holds {what} with other options ({named}); {remedy}, give another folder, or "
+            f"remove this one"
+        )
+
+
+def _difference(key: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    if isinstance(asked[key], list | dict):
+        return f"other {key}"
+    return f"{key} {found.get(key)!r} there, {asked[key]!r} asked"
+
+
+def _finished(out: Path, recipe: Mapping[str, Any], inputs: Sequence[Input]) -> ShardSet | None:
+    # The finished set if it is exactly the one asked for; None if it is to be made.
+    if not (out / MANIFEST).exists():
+        return None
+    found = _read_json(out / RECIPE) or {}
+    _refuse_other(out, _without_hashes(found), recipe, "finished shards", "keep them")
+    hashes = [{"name": source.name, "sha256": hash_input(source)} for source in inputs]
+    asked = dict(recipe, sources=_merged(recipe, hashes))
+    _refuse_other(out, found, asked, "finished shards", "keep them")
+    return _intact(out)
+
+
+def _intact(out: Path) -> ShardSet | None:
+    # Quick: names and sizes only. `siftloader verify` reads every byte.
+    try:
+        finished = ShardSet.open(out)
+    except ShardError:
+        return None
+    for shard in finished.manifest:
+        tar = out / f"{shard.shard}.tar"
+        if not tar.is_file() or tar.stat().st_size != shard.bytes:
+            return None
+        if not (out / f"{shard.shard}.sources.npy").is_file():
+            return None
+    return finished if (out / UNIGRAMS).is_file() else None
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _ours(name: str) -> bool:
+    files = "|".join(map(re.escape, (RECIPE, MANIFEST, DESCRIPTION, UNIGRAMS)))
+    return name == WORK or bool(
+        re.fullmatch(rf"({files}|({'|'.join(SPLITS)})-\d{{6}}\.(tar|sources\.npy))(\.part)?", name)
+    )
+
+
+def _tidy(out: Path, stems: set[str]) -> None:
+    # Shards that a run before this one left, of text that changed since, and half-written files.
+    for entry in sorted(out.iterdir()):
+        stem = entry.name.split(".")[0]
+        kept = entry.name == WORK or stem in stems or entry.name == RECIPE
+        if not kept or entry.name.endswith(".part"):
+            entry.unlink()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _reuse(out: str | os.PathLike[str], finished: ShardSet, seconds: float) -> Summary:
     samples = dict.fromkeys(SPLITS, 0)
     for shard in finished.manifest:
         samples[shard.split] += shard.num_sequences
     return Summary(
-        out=out,
+        out=Path(out),
         fingerprint=finished.fingerprint,
         samples=samples,
         bytes=sum(shard.bytes for shard in finished.manifest),
         seconds=seconds,
         reused=True,
         documents=sum(source.documents for source in finished.sources),
+        sources=list(finished.sources),
     )
-
-
-# Silent unless stderr is a terminal.
-def _bar(what: str, total: int, unit: str) -> Any:
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=None, leave=False)
-
-
-def _watched(documents: Iterable[Document], reading: Reading, bar: Any) -> Iterator[Document]:
-    for document in documents:
-        bar.update(reading.bytes - bar.n)
-        yield document
-
-
-def _size(source: Input) -> int:
-    return sum(file.stat().st_size for file in source.files)
