@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from siftloader.batches import (
@@ -44,7 +44,7 @@ from siftloader.selection import Selection, check_share
 from siftloader.selection_log import SelectionLog
 from siftloader.sifter import Sifter, Winners, weighted
 from siftloader.stats import Stats
-from siftloader.stream import TokenShards
+from siftloader.stream import TokenShards, check_vocabulary
 from siftloader.targets import Positions, to_device
 from siftloader.world import World
 
@@ -164,6 +164,15 @@ class SiftingDataLoader(DataLoader[Any]):
         self._tested = not self._schedule.ever_sifts
         self._warned = False
         self._learned: dict[str, str] | None = None  # digests of the tensors a loaded state needs
+        data = (
+            getattr(dataset.loader, "dataset", None) if isinstance(dataset, Existing) else dataset
+        )
+        self._vocabulary: Any = (
+            data if isinstance(getattr(data, "vocab_size", None), int) else None
+        )
+        self._fits = self._vocabulary is None  # whether the model was seen to embed every id
+        if isinstance(model, nn.Module):
+            self._check_vocabulary()
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
@@ -224,6 +233,9 @@ class SiftingDataLoader(DataLoader[Any]):
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
         self._sifter.attach_model(model)
+        self._fits = self._vocabulary is None
+        if isinstance(model, nn.Module):
+            self._check_vocabulary()
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch next, from its start; a state restored in it keeps its place."""
@@ -311,6 +323,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _next(self, pieces: Iterator[Piece], held: deque[Drawn], turn: int) -> Batch | None:
         self._scorer.precision.unwatch()
+        self._check_vocabulary()
         counts, training = self._sifter.counts, self._scorer.model.training
         if training and self._schedule.sifts(counts.steps):
             found = self._next_sifted(pieces, held)
@@ -528,6 +541,16 @@ class SiftingDataLoader(DataLoader[Any]):
     def _pad_id(self) -> int:
         pad = getattr(getattr(self._scorer.model, "config", None), "pad_token_id", None)
         return pad if isinstance(pad, int) else 0
+
+    def _check_vocabulary(self) -> None:
+        # Once for every model: a callable may have none to show before the first batch.
+        if self._fits:
+            return
+        if isinstance(self._vocabulary, TokenShards):
+            self._vocabulary.check_model(self._scorer.model)
+        else:
+            check_vocabulary(self._scorer.model, self._vocabulary.vocab_size)
+        self._fits = True
 
     def _check_learned(self) -> None:
         # At the first iteration, so that tensors may be loaded before or after the state.

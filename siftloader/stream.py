@@ -13,6 +13,7 @@ Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabular
 from __future__ import annotations
 
 import os
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from siftloader.errors import EmptyEpoch, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
 from siftloader.order import Order
 from siftloader.shards import Shard, ShardSet
+from siftloader.stack import unwrap
 from siftloader.world import World
 
 
@@ -45,7 +47,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     for batch in shards.batches(32): ...           # the same rows in the same order, vectorised
 
     A sample is what a Hugging Face model takes: ``input_ids`` and ``labels``, and for the ``mlm``
-    objectives ``attention_mask`` (only there the tail is padded), all int64 [T]. ``with_ids`` adds
+    objectives ``attention_mask`` (only there the tail is padded), all int64 [T]. For sentence pairs
+    (``mlm-nsp``, ``BertForPreTraining``) also ``token_type_ids`` [T], 1 from the first token after the first
+    [SEP] to the last [SEP], and ``next_sentence_label``, 0-d: 0 where the second segment follows the first
+    in the text, 1 where it was drawn at random. ``with_ids`` adds
     ``id``, the global position in the manifest; ``with_source`` adds ``source``, an index into
     ``shard_set.sources``; both int64 and 0-d.
 
@@ -91,6 +96,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self.with_ids = with_ids
         self.with_source = with_source
         self.masking = _resolve(masking, self.shard_set)
+        if self.shard_set.layout.labels and "sep" not in self.shard_set.tokenizer.special_ids:
+            raise ShardError(
+                f"{folder}: sentence pairs, but tokenizer {self.shard_set.tokenizer.name!r} records no "
+                f'"sep" token that would part them; prepare the shards again'
+            )
         self._shards = self.shard_set.shards(split)
         self.total = sum(shard.num_sequences for shard in self._shards)  # over all ranks
         self._shuffle = split != "val"
@@ -117,6 +127,27 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def unigrams(self) -> NDArray[np.int64]:
         """How often each id occurs in the train split, int64 [V]."""
         return self.shard_set.unigrams
+
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError if a model, or its config, has fewer token embeddings than there are ids.
+
+        More are fine: models pad their vocabulary. Warns where the special ids it is configured with
+        (pad, mask, ...) are not those of the shards.
+        """
+        tokenizer = self.shard_set.tokenizer
+        whose = f"tokenizer {tokenizer.name!r} of {self.shard_set.folder}"
+        rows = check_vocabulary(model, tokenizer.vocab_size, whose)
+        config = getattr(unwrap(model) if isinstance(model, nn.Module) else model, "config", model)
+        for key, recorded in sorted(tokenizer.special_ids.items()):
+            found = getattr(config, f"{key}_token_id", None)
+            # One beyond the embeddings is a default that nobody set: GPT-2's end of text, say.
+            if isinstance(found, int) and found != recorded and (rows is None or found < rows):
+                warnings.warn(
+                    f"the model is configured with {key}_token_id {found}, in the shards (tokenizer "
+                    f"{tokenizer.name!r}) it is {recorded}; build the model for that tokenizer, or set "
+                    f"config.{key}_token_id = {recorded}",
+                    stacklevel=2,
+                )
 
     def __len__(self) -> int:
         """Samples this rank hands out per epoch."""
@@ -179,6 +210,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         layout = self.shard_set.layout
         tokens = np.empty((len(row), layout.seq_len), layout.dtype)
         sources = np.empty(len(row), np.int64) if self.with_source else None
+        pairs = np.empty(len(row), np.int64) if layout.labels else None
         ids = np.empty(len(row), np.int64)
         numbers, seen = np.unique(shard, return_index=True)
         # In the order of first use: a block that crosses into a new window opens each shard once.
@@ -189,7 +221,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             ids[at] = content.first_id + row[at]
             if sources is not None and content.sources is not None:
                 sources[at] = content.sources[row[at]]
-        return _Rows(tokens, ids, sources)
+            if pairs is not None and content.pairs is not None:
+                pairs[at] = content.pairs[row[at]]
+        return _Rows(tokens, ids, sources, pairs)
 
     def _finish(self, rows: _Rows, epoch: int) -> dict[str, Tensor]:
         pad = self.shard_set.tokenizer.special_ids.get("pad")
@@ -201,11 +235,16 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             input_ids = rows.tokens.astype(np.int64)
             labels = input_ids.copy() if real is None else np.where(real, input_ids, IGNORED)
         batch = {"input_ids": input_ids}
+        if rows.pairs is not None:
+            sep = self.shard_set.tokenizer.special_ids["sep"]
+            batch["token_type_ids"] = _segments(rows.tokens, sep, real)
         if padded:
             batch["attention_mask"] = (
                 np.ones_like(input_ids) if real is None else real.astype(np.int64)
             )
         batch["labels"] = labels
+        if rows.pairs is not None:
+            batch["next_sentence_label"] = rows.pairs
         if self.with_ids:
             batch["id"] = rows.ids
         if rows.sources is not None:
@@ -332,25 +371,30 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows as they lie on disk: tokens [m, T], global ids [m], sources [m] or None."""
+    """Rows as they lie on disk: tokens [m, T], global ids [m], sources and labels of pairs [m] or None."""
 
     tokens: NDArray[Any]
     ids: NDArray[np.int64]
     sources: NDArray[np.int64] | None
+    pairs: NDArray[np.int64] | None
 
     def rows(self, first: int, end: int) -> _Rows:
         cut = slice(first, end)
         return _Rows(
-            self.tokens[cut], self.ids[cut], None if self.sources is None else self.sources[cut]
+            self.tokens[cut],
+            self.ids[cut],
+            None if self.sources is None else self.sources[cut],
+            None if self.pairs is None else self.pairs[cut],
         )
 
 
 @dataclass(frozen=True)
 class _Content:
-    """A mapped shard: tokens [N, T], sources [N] where asked for, the global id of row 0."""
+    """A mapped shard: tokens [N, T], sources and labels [N] where there are any, the id of row 0."""
 
     tokens: NDArray[Any]
     sources: NDArray[np.uint8] | None
+    pairs: NDArray[np.uint8] | None
     first_id: int
 
 
@@ -375,6 +419,10 @@ class _Opened:
         content = _Content(
             _read_once_verified(owner.shard_set, shard, owner.verify, owner._verdicts),
             owner.shard_set.read_sources(shard) if owner.with_source else None,
+            # The same file, verified a moment ago.
+            owner.shard_set.read_labels(shard, verify=False)
+            if owner.shard_set.layout.labels
+            else None,
             int(self._first_ids[number]),
         )
         self._contents[number] = content
@@ -412,6 +460,45 @@ def _resolve(masking: Mlm | float | str | None, shards: ShardSet) -> Mlm | None:
             )
         return Mlm.of(shards.tokenizer) if shards.objective.startswith("mlm") else None
     return Mlm.of(shards.tokenizer, masking)
+
+
+def check_vocabulary(model: Any, vocab_size: int, whose: str = "the data set") -> int | None:
+    """Raise ValueError if a model, or its config, embeds fewer than ``vocab_size`` token ids.
+
+    Returns how many it embeds, None where that cannot be told.
+    """
+    rows = _embeddings(unwrap(model)) if isinstance(model, nn.Module) else None
+    if rows is None:
+        rows = getattr(getattr(model, "config", model), "vocab_size", None)
+    if not isinstance(rows, int):
+        return None
+    if rows < vocab_size:
+        raise ValueError(
+            f"{whose} has {vocab_size} token ids, but the model embeds only {rows}: an id beyond them "
+            f"would fail in the middle of training; build the model with vocab_size={vocab_size} or "
+            f"more, or prepare the text with the model's own tokenizer"
+        )
+    return rows
+
+
+def _embeddings(model: nn.Module) -> int | None:
+    try:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(embedding, "num_embeddings", None)  # a sharded weight is not all of it
+    if rows is None and getattr(getattr(embedding, "weight", None), "ndim", 0) == 2:
+        rows = embedding.weight.shape[0]
+    return rows if isinstance(rows, int) else None
+
+
+def _segments(tokens: NDArray[Any], sep: int, real: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+    # [n, T]: 0 for [CLS] A [SEP] and for padding, 1 for B [SEP].
+    width = tokens.shape[1]
+    ends = tokens == sep
+    first = np.where(ends.any(axis=1), ends.argmax(axis=1), width)  # of the first segment
+    second: NDArray[np.bool_] = np.arange(width) > first[:, None]
+    return (second if real is None else second & real).astype(np.int64)
 
 
 def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

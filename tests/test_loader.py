@@ -18,7 +18,7 @@ import pytest
 import torch
 from effort import examples
 from hypothesis import given, strategies as st
-from models import FAMILIES, Classifier, bert, candidates, classifier, gpt2
+from models import FAMILIES, VOCAB, Classifier, bert, candidates, classifier, gpt2
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import (
@@ -1255,3 +1255,55 @@ def test_global_random_streams_are_left_alone():
     states = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     list(SiftingDataLoader(Rows(64), 4, model=classifier(), warmup_steps=0, criterion="random"))
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states  # noqa: NPY002
+
+
+class Letters(Rows):
+    """Not shards, but it says how many token ids there are."""
+
+    vocab_size = VOCAB + 1
+
+
+UNFIT = rf"{VOCAB + 1} token ids.*embeds only {VOCAB}: .*vocab_size={VOCAB + 1} or more"
+
+
+def test_a_model_with_fewer_embeddings_than_token_ids_is_refused_at_construction():
+    with pytest.raises(
+        ValueError, match=r"^tokenizer '.*' of shards.demo has \d+ token ids, .*only 97: "
+    ):
+        SiftingDataLoader(TokenShards(DEMO), 4, model=bert())
+    for off in ({}, {"keep": 1.0}, {"criterion": "random"}):
+        with pytest.raises(ValueError, match=UNFIT):
+            make(Letters(), 4, model=bert(), **off)
+    with pytest.raises(ValueError, match=UNFIT):
+        SiftingDataLoader.wrap(DataLoader(Letters(), 4), model=bert())
+
+
+def test_a_model_found_later_is_refused_before_its_first_batch():
+    dataset = Letters()
+    loader = make(dataset, 4, model=bert, keep=1.0)
+    with pytest.raises(ValueError, match=UNFIT):
+        next(iter(loader))
+    assert dataset.fetched == []
+    loader = make(dataset, 4)  # a classifier embeds nothing
+    assert len(next(iter(loader))["x"]) == 4
+    with pytest.raises(ValueError, match=UNFIT):
+        loader.attach_model(bert())
+
+
+def test_more_embeddings_than_token_ids_are_fine_and_looked_at_once():
+    dataset, looked = Letters(), []
+    dataset.vocab_size = VOCAB - 1
+    model = bert()
+    embedding = model.get_input_embeddings()
+
+    class Counted:
+        weight = embedding.weight
+
+        @property
+        def num_embeddings(self) -> int:
+            looked.append(1)
+            return VOCAB
+
+    model.get_input_embeddings = Counted
+    assert len(list(make(dataset, 4, model=lambda: model, keep=1.0))) == 25
+    assert len(looked) == 1

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, strategies as st
 from torch.utils.data import DataLoader
 
+from siftloader import SiftingDataLoader
 from siftloader.errors import CorruptShard, EmptyEpoch, ShardError, StateError
 from siftloader.masking import Mlm
 from siftloader.shards import Layout, ShardSet, Source, Tokenizer, write_dataset, write_shard
@@ -32,7 +35,8 @@ Row = tuple[tuple[str, tuple[int, ...] | int], ...]
 def write(folder: Path, counts: tuple[int, ...], objective: str, special: dict[str, int]) -> Path:
     """Shards of those sizes, and 3 + 4 samples of validation; one sample in three is padded."""
     rng = np.random.default_rng(0)
-    layout = Layout.for_vocabulary(T, V)
+    pairs = objective == "mlm-nsp"
+    layout = Layout.for_vocabulary(T, V, labels=pairs)
     folder.mkdir()
     written = []
     stems = [(f"train-{i:06d}", n) for i, n in enumerate(counts)]
@@ -40,8 +44,11 @@ def write(folder: Path, counts: tuple[int, ...], objective: str, special: dict[s
         ids = rng.integers(5, V, (n, T))
         if "pad" in special:
             ids[::3, T // 2 :] = special["pad"]
+        if pairs:
+            ids = np.array([pair(rng) for _ in range(n)])
+        labels = label_of(ids) if pairs else None
         sources = rng.integers(0, 3, n).astype(np.uint8)
-        written.append(write_shard(folder, stem, ids, sources, layout))
+        written.append(write_shard(folder, stem, ids, sources, layout, labels))
     write_dataset(
         folder,
         written,
@@ -53,6 +60,20 @@ def write(folder: Path, counts: tuple[int, ...], objective: str, special: dict[s
         seed=0,
     )
     return folder
+
+
+def pair(rng: np.random.Generator) -> list[int]:
+    """[CLS] A [SEP] B [SEP] and padding, every part of any length."""
+    first = int(rng.integers(1, T - 4))
+    second = int(rng.integers(1, T - 2 - first))
+    a, b = rng.integers(5, V, first).tolist(), rng.integers(5, V, second).tolist()
+    row = [SPECIAL["cls"], *a, SPECIAL["sep"], *b, SPECIAL["sep"]]
+    return row + [SPECIAL["pad"]] * (T - len(row))
+
+
+def label_of(ids: Any) -> Any:
+    """A label that follows from the row, so that a row with another's label is seen."""
+    return np.asarray(ids).sum(axis=-1) % 2
 
 
 @pytest.fixture(scope="session")
@@ -98,19 +119,22 @@ def ids_of(found: list[Row]) -> list[int]:
 
 @given(
     counts=st.sampled_from(COUNTS),
+    objective=st.sampled_from(["mlm", "mlm-nsp"]),
     seed=st.integers(0, 3),
     segments=st.lists(
         st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(0, 9), st.integers(0, 3)),
         max_size=7,
     ),
 )
-def test_any_number_of_restarts_on_any_ranks_changes_nothing(make, counts, seed, segments):
+def test_any_number_of_restarts_on_any_ranks_changes_nothing(
+    make, counts, objective, seed, segments
+):
     """A segment: so many ranks take so many batches of so many rows (0: single samples), then stop.
 
     The next one restores the state of any of them. All rows, in the order of their global positions,
     masks included, are those of straight runs, but for the stated tail of an epoch.
     """
-    folder = make(counts)
+    folder = make(counts, objective)
     state, epoch, position = None, 0, 0
     for ranks, n, takes, saver in segments:
         if ranks > sum(counts):
@@ -168,13 +192,20 @@ def test_ranks_and_workers_partition_an_epoch(
     assert left_out == ((len(whole) - start) % ranks if split == "train" else 0)
 
 
-@given(data=st.data(), bit=st.integers(0, 7), n=st.integers(1, 9), samples=st.booleans())
+@given(
+    data=st.data(),
+    objective=st.sampled_from(["mlm", "mlm-nsp"]),
+    bit=st.integers(0, 7),
+    n=st.integers(1, 9),
+    samples=st.booleans(),
+)
 def test_a_flipped_bit_anywhere_is_found_before_a_wrong_sample(
-    make, tmp_path_factory, data, bit, n, samples
+    make, tmp_path_factory, data, objective, bit, n, samples
 ):
-    right = set(epoch_of(make(), 0))
+    made = make((5, 7, 3, 6), objective)
+    right = set(epoch_of(made, 0))
     folder = tmp_path_factory.mktemp("flipped") / "shards"
-    shutil.copytree(make(), folder)
+    shutil.copytree(made, folder)
     files = sorted([*folder.glob("train-*.tar"), *folder.glob("train-*.sources.npy")])
     victim = data.draw(st.sampled_from(files))
     flip(victim, data.draw(st.integers(0, victim.stat().st_size - 1)), 1 << bit)
@@ -196,8 +227,9 @@ def flip(path: Path, at: int, bits: int = 1) -> None:
 @given(
     counts=st.sampled_from(COUNTS), n=st.integers(1, 60), split=st.sampled_from(["train", "val"])
 )
-def test_batches_and_samples_are_the_same_rows(make, counts, n, split):
-    one, other = (opened(make(counts), split=split) for _ in range(2))
+@pytest.mark.parametrize("objective", ["mlm", "mlm-nsp"])
+def test_batches_and_samples_are_the_same_rows(make, counts, n, split, objective):
+    one, other = (opened(make(counts, objective), split=split) for _ in range(2))
     for _ in range(2):  # the next epoch too
         batched = [found for batch in one.batches(n) for found in rows(batch)]
         assert batched == [row(sample) for sample in other]
@@ -236,6 +268,163 @@ def test_a_batch_is_what_the_objective_takes(make, masking, objective, masked):
     else:
         assert torch.equal(batch["input_ids"], raw)
         assert torch.equal(labelled, raw != 0 if objective == "mlm" else torch.ones_like(labelled))
+
+
+@given(
+    counts=st.sampled_from(COUNTS[1:]),
+    n=st.integers(1, 50),
+    masking=st.sampled_from(["auto", None]),
+)
+def test_pairs_come_as_bert_takes_them(make, counts, n, masking):
+    """A loop over the tokens of a row is the reference for its segments."""
+    names = ["input_ids", "token_type_ids", "attention_mask", "labels", "next_sentence_label"]
+    folder = make(counts, "mlm-nsp")
+    unmasked = TokenShards(folder, masking=None).batches(n)
+    for batch, raw in zip(TokenShards(folder, masking=masking).batches(n), unmasked, strict=True):
+        ids, rows = raw["input_ids"], len(raw["input_ids"])
+        assert list(batch) == names
+        assert all(value.dtype == torch.int64 for value in batch.values())
+        assert batch["next_sentence_label"].shape == (rows,)
+        assert batch["next_sentence_label"].tolist() == label_of(ids).tolist()
+        assert all(batch[name].shape == (rows, T) for name in names[:4])
+        assert batch["attention_mask"].tolist() == (ids != 0).long().tolist()
+        expected = []
+        for row in ids.tolist():
+            seps = [at for at, token in enumerate(row) if token == SPECIAL["sep"]]
+            assert len(seps) == 2
+            expected.append([int(seps[0] < at <= seps[1]) for at in range(T)])
+        assert batch["token_type_ids"].tolist() == expected
+        labelled = batch["labels"] != -100
+        assert torch.equal(batch["labels"][labelled], ids[labelled])
+        assert torch.equal(batch["input_ids"][~labelled], ids[~labelled])
+
+
+def test_a_row_that_is_one_segment_has_no_second(tmp_path):
+    layout, full = Layout(T, labels=True), [2, *range(5, T + 4)]
+    rows = np.array([[*full[:-1], 3], full])  # its [SEP] at the very end; none at all
+    shard = write_shard(
+        tmp_path, "train-000000", rows, np.zeros(2, np.uint8), layout, np.zeros(2, int)
+    )
+    write_dataset(
+        tmp_path,
+        [shard],
+        layout=layout,
+        objective="mlm-nsp",
+        tokenizer=Tokenizer("letters", "0" * 64, V, SPECIAL),
+        sources=[Source("a", "0" * 64, 1)],
+        unigrams=np.zeros(V, np.int64),
+        seed=0,
+    )
+    batch = next(TokenShards(tmp_path).batches(2))
+    assert not batch["token_type_ids"].any()
+
+
+def test_pairs_need_a_separator(tmp_path):
+    special = {"pad": 0, "mask": 4}
+    with pytest.raises(
+        ShardError, match=r"'letters' records no \"sep\" token.*prepare the shards"
+    ):
+        TokenShards(write(tmp_path / "shards", (3,), "mlm-nsp", special))
+
+
+@pytest.mark.parametrize("criterion", ["loss", "entropy"])
+def test_pairs_train_bert_for_pretraining_through_sifting(make, criterion):
+    """Rows, segments and labels stay together, and what is kept is what scored highest."""
+    folder = make((40, 40, 3), "mlm-nsp")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=V,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=T,
+    )
+    model = transformers.BertForPreTraining(config).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    files = ShardSet.open(folder)
+    tokens = np.concatenate([files.read(shard) for shard in files.shards("train")])
+    candidates: list[int] = []
+    loader = SiftingDataLoader(
+        TokenShards(folder, with_ids=True, masking=0.3),
+        batch_size=4,
+        model=model,
+        criterion=criterion,
+        warmup_steps=0,
+        on_select=lambda ids, scores, kept: candidates.extend(ids[kept].tolist()),
+    )
+    before, handed = model.bert.pooler.dense.weight.clone(), []
+    for batch in loader:
+        ids = batch.pop("id")
+        handed += ids.tolist()
+        whole = tokens[ids]
+        assert batch["next_sentence_label"].tolist() == label_of(whole).tolist()
+        labelled = (batch["labels"] != -100).numpy()
+        assert (batch["labels"].numpy()[labelled] == whole[labelled]).all()
+        assert (batch["input_ids"].numpy()[~labelled] == whole[~labelled]).all()
+        loss = model(**batch).loss
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(handed) == len(loader) * 4 == 40
+    assert handed == candidates
+    assert not torch.equal(before, model.bert.pooler.dense.weight), "the pairs were trained on"
+
+
+def bert(vocab_size: int, **config: Any) -> transformers.PreTrainedModel:
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(
+            vocab_size=vocab_size,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            max_position_embeddings=T,
+            **config,
+        )
+    )
+
+
+class Plain(torch.nn.Module):
+    """Not of Hugging Face: its config alone tells how many ids it knows."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+
+
+MODELS = {
+    "model": bert,
+    "config": lambda vocab_size: bert(vocab_size).config,
+    "wrapped": lambda vocab_size: torch.nn.DataParallel(bert(vocab_size)),
+    "not of Hugging Face": Plain,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_with_fewer_embeddings_than_ids_is_refused(make, kind):
+    shards = TokenShards(make())
+    with pytest.raises(ValueError, match=rf"'letters' of .* has {V} token ids.* only {V - 1}:"):
+        shards.check_model(MODELS[kind](V - 1))
+    for enough in (V, 128):
+        shards.check_model(MODELS[kind](enough))
+    shards.check_model(torch.nn.Linear(2, 2))  # says nothing about itself
+
+
+def test_special_ids_of_another_tokenizer_are_warned_of(make):
+    shards = TokenShards(make())
+    with pytest.warns(
+        UserWarning, match=r"pad_token_id 7, in the shards \(tok.*'letters'\) it is 0"
+    ):
+        shards.check_model(bert(V, pad_token_id=7))
+    with pytest.warns(UserWarning, match=r"mask_token_id 5,.* it is 4; build"):
+        config = bert(V).config
+        config.mask_token_id = 5
+        shards.check_model(config)
+    config.mask_token_id = V + 1  # nobody set what the model cannot embed
+    config.sep_token_id = SPECIAL["sep"]
+    shards.check_model(config)
 
 
 def test_ids_and_sources_come_on_request_and_are_those_of_the_manifest(make):
