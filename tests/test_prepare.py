@@ -21,22 +21,20 @@ from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import siftloader.prepare
+import siftloader.samples
 import siftloader.shards
 import siftloader.tokens
-from siftloader.corpus import Document
 from siftloader.errors import CorpusError, ShardError
-from siftloader.prepare import (
-    Preparation,
-    prepare,
-    shuffled,
-    split_of,
-)
+from siftloader.packing import Packing
+from siftloader.prepare import Preparation, prepare
+from siftloader.samples import copies_of, split_of
 from siftloader.shards import ShardSet, verify
-from siftloader.tokens import load_tokenizer, tokenise
+from siftloader.tokens import load_tokenizer, restore_tokenizer, tokenise
 
 
 BERT = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = 200
+OBJECTIVES = ("mlm", "mlm-nsp", "clm")
 DEMO = Path(__file__).parents[1] / "shards" / "demo"
 
 
@@ -79,6 +77,7 @@ def no_waiting_for_the_disk(monkeypatch):
 
 def options(desk: Path, out: Path, **changes) -> Preparation:
     given = {"seq_len": 16, "val_fraction": 0.2, "samples_per_shard": 20, "seed": 3}
+    given["block_bytes"] = 900  # so that there are many
     return Preparation(out=out, tokenizer=desk / "tiny", **(given | changes))
 
 
@@ -88,7 +87,12 @@ def run(desk: Path, out: Path, *paths: Path, **changes):
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    """Of every file, in folders too."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def texts_of(folder: Path, split: str) -> list[list[int]]:
@@ -107,7 +111,7 @@ def test_another_process_hash_seed_timezone_and_locale_give_the_same_bytes(desk,
     program = (
         "import sys; from siftloader.prepare import Preparation, prepare\n"
         "prepare(sys.argv[2:4], Preparation(out=sys.argv[1], tokenizer=sys.argv[4], seq_len=16,"
-        " val_fraction=0.2, samples_per_shard=20, seed=3))"
+        " val_fraction=0.2, samples_per_shard=20, seed=3, block_bytes=900))"
     )
     environment = {
         "PYTHONHASHSEED": "12345",
@@ -125,8 +129,30 @@ def test_another_process_hash_seed_timezone_and_locale_give_the_same_bytes(desk,
     shutil.rmtree(desk / "there")
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    "changes", [{"seed": 4}, {"val_fraction": 0.3}, {"seq_len": 17}, {"objective": "clm"}], ids=str
+    "changes",
+    [{"workers": 2}, {"workers": 8}, {"memory": 1 << 14}, {"max_bad": 5}],
+    ids=str,
+)
+def test_workers_and_memory_do_not_show_in_the_bytes(desk, tmp_path, objective, changes):
+    """Law 7."""
+    run(desk, tmp_path / "one" / "set", objective=objective)
+    run(desk, tmp_path / "two" / "set", objective=objective, **changes)
+    assert hashes(tmp_path / "one" / "set") == hashes(tmp_path / "two" / "set")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 4},
+        {"val_fraction": 0.3},
+        {"seq_len": 17},
+        {"objective": "clm"},
+        {"objective": "mlm-nsp"},
+        {"block_bytes": 2000},
+    ],
+    ids=str,
 )
 def test_another_question_gives_another_answer(desk, tmp_path, changes):
     first = run(desk, tmp_path / "first")
@@ -146,8 +172,8 @@ def test_another_seed_reorders_the_same_samples(desk, tmp_path):
 @examples(30)
 @given(
     documents=st.lists(st.lists(st.integers(0, WORDS - 1), min_size=1, max_size=30), min_size=8),
-    objective=st.sampled_from(["mlm", "clm"]),
-    seq_len=st.integers(3, 12),
+    objective=st.sampled_from(OBJECTIVES),
+    seq_len=st.integers(5, 12),
     seed=st.integers(0, 3),
 )
 def test_every_word_is_in_the_shards_or_counted_as_dropped(
@@ -169,9 +195,14 @@ def test_every_word_is_in_the_shards_or_counted_as_dropped(
         stored += Counter(
             token for row in texts_of(folder / "o", split) for token in row if token >= len(BERT)
         )
-    assert stored <= count
-    dropped = sum(packing.tail_dropped for packing in summary.packing.values())
-    assert (count - stored).total() == dropped
+    total = sum(summary.packing.values(), Packing())
+    assert total.tokens == total.kept + total.tail_kept + total.dropped
+    if objective == "mlm-nsp":
+        assert stored.total() == total.samples * (seq_len - 3) - total.padding
+    else:
+        assert stored.total() == total.kept + total.tail_kept
+        assert stored <= count
+        assert (count - stored).total() == total.dropped
     assert sum(packing.tokens for packing in summary.packing.values()) == count.total()
     assert summary.documents == len(documents)
     list(verify(folder / "o"))
@@ -236,11 +267,31 @@ def test_unigrams_count_the_train_split_as_stored(desk, tmp_path):
     assert dataset.unigrams.tolist() == np.bincount(train.ravel(), minlength=WORDS + 5).tolist()
 
 
-def test_the_shuffle_is_pinned_and_a_permutation():
-    assert shuffled(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
-    assert sorted(shuffled(1000, 5, 1)) == list(range(1000))
-    assert shuffled(100, 5, 0).tolist() != shuffled(100, 5, 1).tolist()
-    assert shuffled(0, 0, 0).tolist() == []
+def test_a_weight_says_how_often_the_train_documents_are_used(desk, tmp_path):
+    """Twice means twice, in other surroundings; the held-out documents are used once."""
+    single, double, some = (
+        run(desk, tmp_path / name, desk / f"a.txt{weight}", objective="clm")
+        for name, weight in (("single", ""), ("double", ":2"), ("some", ":2.5"))
+    )
+    train, val = single.packing["train"].tokens, single.packing["val"].tokens
+    assert double.packing["train"].tokens == 2 * train
+    assert 2 * train < some.packing["train"].tokens < 3 * train
+    assert double.packing["val"].tokens == some.packing["val"].tokens == val
+    rows = texts_of(tmp_path / "double", "train")
+    assert len(rows) > 10 and len({tuple(row) for row in rows}) > 0.95 * len(rows)
+
+
+@given(content=st.binary(min_size=32, max_size=32), weight=st.floats(0.01, 5))
+def test_copies_are_the_weight_rounded_down_or_up(content, weight):
+    assert copies_of(content, weight) in (int(weight), int(weight) + 1)
+    assert copies_of(content, float(int(weight) + 1)) == int(weight) + 1
+
+
+def test_copies_are_the_weight_on_average():
+    contents = [hashlib.sha256(str(n).encode()).digest() for n in range(20_000)]
+    assert abs(np.mean([copies_of(content, 1.3) for content in contents]) - 1.3) < 0.01
+    held_out = [content for content in contents if split_of(content, 0.05) == "val"]
+    assert abs(np.mean([copies_of(content, 1.3) for content in held_out]) - 1.3) < 0.1
 
 
 # Interruptions.
@@ -250,12 +301,15 @@ class Killed(BaseException):
     """Not an Exception, so that nothing may catch it by accident."""
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_killed_at_any_write_it_leaves_no_manifest_and_runs_again_to_the_same_bytes(
-    desk, tmp_path, monkeypatch, moment
+def test_killed_at_any_write_it_leaves_no_manifest_and_continues_to_the_same_bytes(
+    desk, tmp_path, monkeypatch, moment, objective
 ):
     """Before a file gets its name (only .part is there), and right after."""
-    run(desk, tmp_path / "straight" / "set")
+    changes = {"objective": objective, "block_bytes": 2000}
+    run(desk, tmp_path / "straight" / "set", **changes)
+    straight = hashes(tmp_path / "straight" / "set")
     replace = Path.replace
     writes = 0
 
@@ -269,59 +323,118 @@ def test_killed_at_any_write_it_leaves_no_manifest_and_runs_again_to_the_same_by
             raise Killed
 
     survived = 0
-    for fatal in range(1, 100):
+    for fatal in range(1, 200):
         out = tmp_path / str(fatal) / "set"
         writes = 0
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", counted)
             try:
-                run(desk, out)
+                run(desk, out, **changes)
             except Killed:
                 survived += 1
             else:
                 break
-        finished = moment == "after" and fatal == survived and (out / "manifest.jsonl").exists()
-        if not finished:  # the very last write is the manifest itself
+        if not (out / "manifest.jsonl").exists():  # the very last write is the manifest itself
             with pytest.raises(ShardError, match="not a finished shard folder"):
                 ShardSet.open(out)
-        run(desk, out)
-        assert hashes(out) == hashes(tmp_path / "straight" / "set")
-    assert survived == len(hashes(tmp_path / "straight" / "set"))
+        else:
+            list(verify(out))
+        run(desk, out, **changes)
+        assert hashes(out) == straight
+        assert not (out / ".work").exists()
+    assert survived > len(straight)
+
+
+def test_what_was_made_is_not_made_again(desk, tmp_path, monkeypatch):
+    """A kill costs the blocks and shards under way, not those that are done."""
+    made = []
+    write = siftloader.samples.write_run
+
+    def counted(path, *arguments, **named):
+        made.append(path.name)
+        return write(path, *arguments, **named)
+
+    monkeypatch.setattr(siftloader.samples, "write_run", counted)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "count_keys", killed)
+        run(desk, tmp_path / "out")
+    first = list(made)
+    assert len(first) > 5
+    run(desk, tmp_path / "out")
+    assert made == first
+    # A run that was cut or bent on disk is made again.
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "count_keys", killed)
+        run(desk, tmp_path / "bent" / "out")
+    straight = hashes(tmp_path / "out")
+    some = sorted((tmp_path / "bent" / "out" / ".work").glob("*.run"))[:2]
+    data = some[0].read_bytes()
+    some[0].write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    some[1].write_bytes(data[: len(data) // 2])
+    del made[:]
+    run(desk, tmp_path / "bent" / "out")
+    assert made == [path.name for path in some]
+    assert hashes(tmp_path / "bent" / "out") == straight
+
+
+def test_text_that_changed_between_a_kill_and_the_next_run_is_read_again(desk, tmp_path):
+    """Blocks are known by their content: those that changed are made again, with all that follow."""
+    (tmp_path / "t").mkdir()
+    source = tmp_path / "t" / "a.txt"
+    text = (desk / "a.txt").read_text()
+    source.write_text(text)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "write_dataset", killed)
+        run(desk, tmp_path / "killed" / "set", source)
+    source.write_text(text.replace("w7", "w8"))
+    run(desk, tmp_path / "killed" / "set", source)
+    run(desk, tmp_path / "fresh" / "set", source)
+    assert hashes(tmp_path / "killed" / "set") == hashes(tmp_path / "fresh" / "set")
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_run_again_it_ends_in_the_same_bytes(desk, tmp_path):
-    """Law 7 the hard way: `kill -9`, ten times, on real text; then the same command once more."""
+@pytest.mark.parametrize("objective", ["mlm", "mlm-nsp"])
+def test_killed_at_random_moments_it_continues_to_the_same_bytes(tmp_path, objective):
+    """Law 7 the hard way: `kill -9` at random moments, on real text, until it is through."""
     command = [sys.executable, "-m", "siftloader.cli", "shard", str(DEMO / "embedded_pd.txt.xz")]
     command += ["--tokenizer", str(DEMO / "tokenizer.json"), "--seq-len", "128"]
-    command += ["--val-fraction", "0.05", "--samples-per-shard", "512", "--out"]
+    command += ["--objective", objective, "--val-fraction", "0.05", "--workers", "2"]
+    command += ["--samples-per-shard", "512", "--out"]
     begun = time.monotonic()
-    subprocess.run([*command, str(tmp_path / "straight")], check=True, capture_output=True)
+    straight = tmp_path / "straight" / "set"
+    subprocess.run([*command, str(straight)], check=True, capture_output=True)
     seconds = time.monotonic() - begun
-    moments = np.random.default_rng(0).uniform(0.3, 1.0, 12)
-    killed = 0
-    for moment in moments:
+    rng, killed, again = np.random.default_rng(0), 0, tmp_path / "killed" / "set"
+    groups = set()
+    while killed < 25:
         process = subprocess.Popen(
-            [*command, str(tmp_path / "killed")],
+            [*command, str(again)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
+        groups.add(process.pid)
         try:
-            process.wait(timeout=moment * seconds)
-            shutil.rmtree(tmp_path / "killed")  # it was faster: there is nothing to kill
+            process.wait(timeout=rng.uniform(0.05, 0.8) * seconds)
+            shutil.rmtree(again)  # it got through: begin anew
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             killed += 1
-    assert killed >= 5
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
-    straight, again = hashes(tmp_path / "straight"), hashes(tmp_path / "killed")
-    about = "dataset.json"  # holds the folder's own name
-    assert {k: v for k, v in again.items() if k != about} == {
-        k: v for k, v in straight.items() if k != about
-    }
-    opened = [ShardSet.open(tmp_path / name).fingerprint for name in ("straight", "killed")]
-    assert opened[0] == opened[1]
+    subprocess.run([*command, str(again)], check=True, capture_output=True)
+    assert hashes(straight) == hashes(again)
+    deadline = time.monotonic() + 20
+    while any(alive(group) for group in groups):
+        assert time.monotonic() < deadline, "workers outlived the killed process"
+        time.sleep(0.1)
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_a_full_disk_is_named_and_leaves_no_file_that_looks_whole(desk, tmp_path, monkeypatch):
@@ -330,9 +443,10 @@ def test_a_full_disk_is_named_and_leaves_no_file_that_looks_whole(desk, tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(siftloader.shards.os, "fsync", full)
-        with pytest.raises(CorpusError, match=r"out: cannot be written .*No space left"):
+        with pytest.raises(CorpusError, match=r"out.*: cannot be written .*No space left"):
             run(desk, tmp_path / "out")
-    assert set(hashes(tmp_path / "out")) == {"prepare.json.part"}
+    left = set(hashes(tmp_path / "out"))
+    assert all(name.startswith(".work/") for name in left)
     run(desk, tmp_path / "out")
     list(verify(tmp_path / "out"))
 
@@ -342,8 +456,9 @@ def test_a_process_that_dies_leaves_what_the_next_one_can_use(desk, tmp_path):
     program = (
         "import os, sys; from siftloader.prepare import Preparation, prepare\n"
         "left = iter(range(4)); os.fsync = lambda handle: next(left, None) or os._exit(9)\n"
-        "left = iter([1, 1, 1]); prepare(sys.argv[2:4], Preparation(out=sys.argv[1],"
-        " tokenizer=sys.argv[4], seq_len=16, val_fraction=0.2, samples_per_shard=20, seed=3))"
+        "left = iter([1] * 30); prepare(sys.argv[2:4], Preparation(out=sys.argv[1],"
+        " tokenizer=sys.argv[4], seq_len=16, val_fraction=0.2, samples_per_shard=20, seed=3,"
+        " block_bytes=900))"
     )
     out = tmp_path / "killed" / "set"
     arguments = [out, desk / "a.txt", desk / "b.txt", desk / "tiny"]
@@ -362,7 +477,7 @@ def test_a_process_that_dies_leaves_what_the_next_one_can_use(desk, tmp_path):
 def test_a_finished_set_is_left_alone_quickly(desk, tmp_path, monkeypatch):
     first = run(desk, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    monkeypatch.setattr(siftloader.prepare, "tokenise", None)  # would fail if it were called
+    monkeypatch.setattr(siftloader.prepare, "make_run", None)  # would fail if it were called
     second = run(desk, tmp_path / "out")
     assert second.reused and not first.reused
     assert (second.fingerprint, second.samples, second.bytes, second.documents) == (
@@ -394,20 +509,31 @@ def test_a_repair_begins_by_taking_the_manifest_away(desk, tmp_path, monkeypatch
     list(verify(tmp_path / "out"))
 
 
-def killed(*arguments):
+def killed(*arguments, **named):
     raise Killed
 
 
-def test_an_unfinished_run_may_be_taken_over_with_other_options(desk, tmp_path):
-    """The text had a fault, it was mended, so its hash is another one."""
-    run(desk, tmp_path / "a" / "out")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "b" / "out" / "manifest.jsonl").unlink()
-    run(desk, tmp_path / "b" / "out", seed=9, samples_per_shard=50)
-    assert len(ShardSet.open(tmp_path / "b" / "out").manifest) < len(
-        hashes(tmp_path / "a" / "out")
-    )
-    list(verify(tmp_path / "b" / "out"))
+def test_an_unfinished_job_is_not_taken_over_with_other_options(desk, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "count_keys", killed)
+        run(desk, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(
+        CorpusError, match=r"an unfinished job with other options \(seed 3 there, 9"
+    ):
+        run(desk, tmp_path / "out", seed=9)
+    with pytest.raises(CorpusError, match=r"an unfinished job .*other sources.*finish it as"):
+        run(desk, tmp_path / "out", desk / "a.txt")
+    assert hashes(tmp_path / "out") == before
+    run(desk, tmp_path / "out")
+
+
+def test_a_job_that_made_nothing_yet_may_be_given_other_options(desk, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "cut_blocks", killed)
+        run(desk, tmp_path / "out")
+    run(desk, tmp_path / "out", seed=9)
+    list(verify(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("name", ["notes.md", "train-000000.tar", "manifest.jsonl", ".hidden"])
@@ -425,7 +551,7 @@ def test_an_unfinished_run_with_a_strangers_file_is_refused_untouched(desk, tmp_
     (tmp_path / "out" / "manifest.jsonl").unlink()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     before = hashes(tmp_path / "out")
-    with pytest.raises(CorpusError, match=r"holds thesis\.txt besides an unfinished run"):
+    with pytest.raises(CorpusError, match=r"holds thesis\.txt besides an earlier run"):
         run(desk, tmp_path / "out")
     assert hashes(tmp_path / "out") == before
 
@@ -462,16 +588,19 @@ def test_two_runs_cannot_write_into_one_folder(desk, tmp_path):
 
 def test_text_that_changes_while_it_is_read_is_refused(desk, tmp_path, monkeypatch):
     path = write_text(tmp_path / "t.txt", 50)
-    real = siftloader.prepare.read_documents
+    real = siftloader.prepare.cut_blocks
 
     def meddled(*arguments):
+        yield from real(*arguments)
         path.write_text(path.read_text() + "\n\nw1 w2")
-        return real(*arguments)
 
-    monkeypatch.setattr(siftloader.prepare, "read_documents", meddled)
-    with pytest.raises(CorpusError, match="source 't' changed while it was read"):
-        run(desk, tmp_path / "out", path)
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(siftloader.prepare, "cut_blocks", meddled)
+        with pytest.raises(CorpusError, match=r"t\.txt.*changed while it was read"):
+            run(desk, tmp_path / "out", path)
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    run(desk, tmp_path / "out", path)
+    list(verify(tmp_path / "out"))
 
 
 # Bad inputs.
@@ -485,14 +614,39 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_text_is_refused_and_leaves_no_folder(desk, tmp_path, case):
+def test_bad_text_is_refused_and_the_folder_is_free_again(desk, tmp_path, case, workers):
     data, message = BAD[case]
     (tmp_path / "t.txt").write_bytes(data)
     fraction = 0.999_999 if case == "all held out" else 0.0
     with pytest.raises(CorpusError, match=message):
-        run(desk, tmp_path / "out", tmp_path / "t.txt", val_fraction=fraction)
-    assert not (tmp_path / "out").exists()
+        run(desk, tmp_path / "out", tmp_path / "t.txt", val_fraction=fraction, workers=workers)
+    assert not (tmp_path / "out" / "manifest.jsonl").exists()
+    if case in ("empty", "white space"):  # nothing was made, so nothing binds the folder
+        run(desk, tmp_path / "out")
+
+
+def test_bad_records_are_skipped_and_counted_up_to_a_budget(desk, tmp_path):
+    """The same budget for all workers, and the error tells the first of them."""
+    good = [f"w{n} w{n + 1} w{n + 2}" for n in range(60)]
+    bad = [document.encode() for document in good]
+    for n in (7, 20, 41):
+        bad[n] += b" \xff"
+    (tmp_path / "t.txt").write_bytes(b"\n\n".join(bad))
+    (tmp_path / "u.txt").write_bytes("\n\n".join(good).encode())
+    paths = (tmp_path / "t.txt", tmp_path / "u.txt")
+    summary = run(desk, tmp_path / "ok" / "set", *paths, max_bad=3, block_bytes=100)
+    assert summary.bad == {"not UTF-8": 3}
+    assert [source.documents for source in summary.sources] == [57, 60]
+    for workers in (1, 2):
+        out = tmp_path / str(workers) / "set"
+        with pytest.raises(
+            CorpusError, match=r"t\.txt: line 15,.*\(3 x not UTF-8; max_bad allows 2"
+        ):
+            run(desk, out, *paths, max_bad=2, block_bytes=100, workers=workers)
+        run(desk, out, *paths, max_bad=3, block_bytes=100, workers=workers)
+        assert hashes(out) == hashes(tmp_path / "ok" / "set")
 
 
 def test_text_cut_short_in_its_compression_is_refused(desk, tmp_path):
@@ -520,7 +674,12 @@ def test_less_text_than_one_sample_is_a_padded_one_or_none(desk, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "nsp"}, "objective must be one of mlm, clm; got 'nsp'"),
+        ({"objective": "nsp"}, "objective must be one of mlm, mlm-nsp, clm; got 'nsp'"),
+        ({"objective": "mlm-nsp", "seq_len": 4}, "seq_len must be at least 5"),
+        ({"max_bad": -1}, "max_bad must be 0 or more"),
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"engine": "dask"}, "engine must be one of local, ray; got 'dask'"),
+        ({"memory": 0}, "memory must be a number of bytes"),
         ({"documents": "line"}, "documents must be one of blank-line, file; got 'line'"),
         ({"seq_len": 2}, "seq_len must be at least 3"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \[0, 1\)"),
@@ -571,9 +730,11 @@ def test_special_ids_are_found_by_their_names(desk, tmp_path, special, objective
 
 def test_text_that_spells_a_special_token_stays_text():
     tokenizer = load_tokenizer(DEMO / "tokenizer.json")
-    (tokens,) = tokenise([Document("Call me [MASK]. [SEP] [PAD]", 0)], tokenizer)
-    assert min(tokens.ids) > 4
-    assert tokenizer.decode(tokens.ids.tolist()) == "call me [ mask ]. [ sep ] [ pad ]"
+    ids, _ = tokenise(["Call me [MASK]. [SEP] [PAD]"], tokenizer)
+    assert min(ids) > 4
+    again, _ = tokenise(["Call me [MASK]. [SEP] [PAD]"], restore_tokenizer(tokenizer.to_str()))
+    assert again.tolist() == ids.tolist()
+    assert tokenizer.decode(ids.tolist()) == "call me [ mask ]. [ sep ] [ pad ]"
 
 
 def test_padding_truncation_and_templates_of_a_tokenizer_change_nothing(desk, tmp_path):
@@ -641,14 +802,15 @@ def test_a_long_document_is_tokenised_in_pieces_to_the_same_ids(desk, monkeypatc
     """Cut at line ends, at spaces, never inside a word."""
     tokenizer = load_tokenizer(desk / "tiny")
     text = "w1 w22 w3\nw44 w5\n" * 9 + "w6 " * 20 + "\n\n" + "w7 w8"
-    documents = [Document(text, 0), Document("w9", 1), Document(text, 0)]
-    whole = list(tokenise(documents, tokenizer))
+    texts = [text, "w9", "", text]
+    whole, lengths = tokenise(texts, tokenizer)
+    assert lengths.tolist() == [lengths[0], 1, 0, lengths[0]] and lengths.sum() == len(whole)
     for piece in (6, 7, 10, 33):
         monkeypatch.setattr(siftloader.tokens, "PIECE", piece)
         monkeypatch.setattr(siftloader.tokens, "BATCH", 2 * piece)
-        again = list(tokenise(documents, tokenizer))
-        assert [tokens.ids.tolist() for tokens in again] == [t.ids.tolist() for t in whole]
-        assert [(t.content, t.source) for t in again] == [(t.content, t.source) for t in whole]
+        again, counts = tokenise(texts, tokenizer)
+        assert again.tolist() == whole.tolist()
+        assert counts.tolist() == lengths.tolist()
 
 
 # Stories.
