@@ -151,8 +151,6 @@ def prepare(
     anything else is refused. ``on_progress`` is given a dict after every block and shard:
     ``stage`` ("estimate", "tokenising", "writing"), ``seconds``, and what was done so far.
 
-    With ``workers`` above 1 a script needs the usual ``if __name__ == "__main__":`` around it.
-
     Raises CorpusError where text cannot be read, more records are bad than ``max_bad`` allows, or
     the folder belongs to another job.
     """
@@ -278,7 +276,7 @@ def _write(
     shuffle = Shuffle(out, job.work, tuple(runs), layout, job.about.vocab_size)
     shard_bytes = options.samples_per_shard * (layout.payload + 16)
     shards = sum(-(-count // options.samples_per_shard) for count in samples.values())
-    each, writers = shards_per_cell(shards, options.workers or 1, options.memory, shard_bytes)
+    each, writers = shards_per_cell(shards, _writers(options), options.memory, shard_bytes)
     cells = [
         cell
         for split in SPLITS
@@ -349,6 +347,11 @@ def _each(
     return run_processes(function, job, iter(tasks), workers=workers or _cores())
 
 
+def _writers(options: Preparation) -> int:
+    # How many shards may be worth writing at once; how many machines a cluster has is not ours to know.
+    return options.workers or (32 if options.engine == "ray" else _cores())
+
+
 def _cores() -> int:
     try:
         return len(os.sched_getaffinity(0))
@@ -374,6 +377,8 @@ def estimate(inputs: Sequence[Input], layout: Layout, out: Path) -> Estimate:
             suffix = Path(file.path).suffix.lower()
             text += (file.size or 0) * INFLATES.get(suffix, 1.0) * source.weight
     samples = text / BYTES_PER_TOKEN / layout.seq_len
+    if layout.labels:
+        samples *= 1.4  # random second segments are used twice, and short pairs are padded
     home = next(folder for folder in (out, *out.parents) if folder.exists())
     return Estimate(
         text=int(text),

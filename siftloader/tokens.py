@@ -23,7 +23,7 @@ from siftloader.shards import Tokenizer
 
 
 PIECE = 1 << 18  # characters a tokenizer is given as one text
-BATCH = 1 << 20  # characters it is given at a time
+BATCH = 1 << 18  # characters it is given at a time; more is no faster, and takes memory
 NEEDED = {  # special ids, by objective
     "mlm": ("pad", "cls", "sep", "mask"),
     "mlm-nsp": ("pad", "cls", "sep", "mask"),
