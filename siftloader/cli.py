@@ -9,15 +9,17 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from siftloader.corpus import BOUNDARIES
-from siftloader.errors import SiftError
+from siftloader.errors import CorpusError, SiftError
+from siftloader.inspection import as_json, look, plot, report as contents
 from siftloader.packing import Packing
 from siftloader.prepare import ENGINES, Preparation, Summary, prepare
 from siftloader.selection_report import (
@@ -29,7 +31,7 @@ from siftloader.selection_report import (
     sources_of,
     tokens_of,
 )
-from siftloader.shards import ShardSet, verify
+from siftloader.shards import Shard, ShardSet, verify
 from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
 
 
@@ -307,25 +309,73 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="example: siftloader verify shards/demo",
     )
     parser.add_argument("folder", help="a finished folder of shards")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: folder, ok, shards, samples, bytes, fingerprint, and error (shard, "
+        "sample, byte, message) or null",
+    )
     parser.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    shards = samples = 0
-    for shard in verify(arguments.folder):
-        shards, samples = shards + 1, samples + shard.num_sequences
-    print(f"{arguments.folder}: {shards} shards, {samples:,} samples, all as they were written")
+    good: list[Shard] = []
+    fingerprint: str | None = None
+    try:
+        dataset = ShardSet.open(arguments.folder)
+        fingerprint = dataset.fingerprint
+        with tqdm(
+            total=sum(shard.bytes for shard in dataset.manifest),
+            desc="verifying",
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        ) as bar:
+            for shard in verify(arguments.folder):
+                good.append(shard)
+                bar.update(shard.bytes)
+    except (SiftError, OSError) as error:
+        if not arguments.json:
+            raise
+        _print_verdict(arguments.folder, good, fingerprint, error)
+        return 1
+    if arguments.json:
+        _print_verdict(arguments.folder, good, fingerprint, None)
+        return 0
+    samples = sum(shard.num_sequences for shard in good)
+    print(f"{arguments.folder}: {len(good)} shards, {samples:,} samples, all as they were written")
     return 0
+
+
+def _print_verdict(
+    folder: str, good: Sequence[Shard], fingerprint: str | None, error: Exception | None
+) -> None:
+    # shards, samples, bytes: those found good
+    where = {name: getattr(error, name, None) for name in ("shard", "sample", "byte")}
+    verdict = {
+        "folder": folder,
+        "ok": error is None,
+        "shards": len(good),
+        "samples": sum(shard.num_sequences for shard in good),
+        "bytes": sum(shard.bytes for shard in good),
+        "fingerprint": fingerprint,
+        "error": None if error is None else {**where, "message": str(error)},
+    }
+    print(json.dumps(verdict))
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "inspect",
         help="say what a folder of shards holds",
-        description="Print schema, counts per split and source, and a few samples.",
+        description=(
+            "Read a folder of shards, verified, and print its schema, counts per split and source, tokens, "
+            "padding and unknown tokens, and a few samples with their special tokens."
+        ),
         epilog=(
             "example: siftloader inspect shards/demo --samples 3 "
-            "--tokenizer shards/demo/tokenizer.json"
+            "--tokenizer shards/demo/tokenizer.json --plot shards.png"
         ),
     )
     parser.add_argument("folder", help="a finished folder of shards")
@@ -339,52 +389,66 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--tokenizer",
         metavar="NAME",
-        help="to print text, not ids (default: a tokenizer.json in the folder, if there is one)",
+        help="a tokenizer.json, a folder that holds one, or a hub name, to print text, not ids (default: "
+        "a tokenizer.json in the folder, if there is one)",
+    )
+    parser.add_argument("--split", metavar="NAME", help="only this one (default: all)")
+    parser.add_argument(
+        "--json", action="store_true", help="print all of it, and the histograms, as JSON"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="also draw how many samples have how many tokens, and how many unknown ones",
     )
     parser.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    if arguments.samples < 0:
+        raise ValueError(f"--samples must be 0 or more, got {arguments.samples}")
     dataset = ShardSet.open(arguments.folder)
-    tokenizer = dataset.tokenizer
-    print(
-        _table(
-            [
-                ("folder", str(dataset.folder)),
-                ("objective", dataset.objective),
-                ("tokens", f"{dataset.layout.seq_len} per sample, {dataset.layout.dtype}"),
-                ("stride", f"{dataset.layout.stride} bytes"),
-                ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"),
-                ("special ids", ", ".join(f"{k} {v}" for k, v in tokenizer.special_ids.items())),
-                ("seed", str(dataset.seed)),
-                ("fingerprint", dataset.fingerprint),
-            ]
-        )
-    )
-    decode = _decoder(dataset, arguments.tokenizer)
-    for split in sorted({shard.split for shard in dataset.manifest}):
-        shards = dataset.shards(split)
-        samples = sum(shard.num_sequences for shard in shards)
-        size = sum(shard.bytes for shard in shards)
-        print(f"\n{split}: {len(shards)} shards, {samples:,} samples, {size:,} bytes")
-        counts: Counter[int] = Counter()
-        for shard in shards:
-            counts.update(dataset.read_sources(shard).tolist())
-        for index, source in enumerate(dataset.sources):
-            print(f"  {counts[index]:>10,} samples of {source.name}")
-        ids = dataset.read(shards[0])
-        for row in ids[: max(arguments.samples, 0)]:
-            print(f"  | {decode(row.tolist())}")
+    name = arguments.tokenizer or _tokenizer_beside(dataset)
+    decode, notes = None, []
+    if name is not None:
+        tokenizer = load_tokenizer(name)
+        decode = _decoder(tokenizer)
+        notes = [note] if (note := _mismatch(dataset, tokenizer, name)) else []
+    names = [arguments.split] if arguments.split else dataset.splits
+    splits = [look(dataset, split, arguments.samples) for split in names]
+    if arguments.plot:
+        plot(splits, arguments.plot)
+    if arguments.json:
+        print(json.dumps(as_json(dataset, splits, decode) | {"notes": notes}))
+        return 0
+    if arguments.plot:
+        notes.append(f"wrote {arguments.plot}")
+    width = shutil.get_terminal_size((100, 24)).columns
+    print("\n\n".join([contents(dataset, splits, decode, width), *notes]))
     return 0
 
 
-def _decoder(dataset: ShardSet, name: str | None) -> Callable[[list[int]], str]:
-    beside = Path(dataset.folder) / "tokenizer.json"
-    if name is None and beside.is_file():
-        name = str(beside)
-    if name is None:
-        return lambda ids: " ".join(map(str, ids))
-    tokenizer = load_tokenizer(name)
+def _tokenizer_beside(dataset: ShardSet) -> str | None:
+    beside = dataset.folder / "tokenizer.json"
+    return str(beside) if beside.is_file() else None
+
+
+def _mismatch(dataset: ShardSet, tokenizer: Any, name: str) -> str:
+    # What a reader of texts should know of a tokenizer that did not make the shards; else nothing.
+    recorded = dataset.tokenizer
+    try:
+        found = describe_tokenizer(tokenizer, name, dataset.objective).sha256
+    except CorpusError:  # it lacks a special token of the objective
+        found = ""
+    if found == recorded.sha256:
+        return ""
+    return (
+        f"note: {name} is not the tokenizer the shards were made with ({recorded.name}, "
+        f"sha256 {recorded.sha256[:12]}); the texts may be wrong"
+    )
+
+
+def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
@@ -477,15 +541,14 @@ def _texts(
 ) -> tuple[Callable[[list[int]], dict[int, str]] | None, str]:
     """How to find the first 120 characters of samples, and what the reader should know about it."""
     recorded = dataset.tokenizer
-    beside = dataset.folder / "tokenizer.json"
-    if name is None and not beside.is_file():
+    name = name or _tokenizer_beside(dataset)
+    if name is None:
         return None, (
             f"texts: add --tokenizer {recorded.name}, or wherever that tokenizer is; the shards were "
             f"made with it, and there is no tokenizer.json beside them"
         )
-    name = name or str(beside)
     tokenizer = load_tokenizer(name)
-    decode = _decoder(dataset, name)
+    decode = _decoder(tokenizer)
     frame = {number for key, number in recorded.special_ids.items() if key not in ("unk", "mask")}
 
     def texts(ids: list[int]) -> dict[int, str]:
@@ -495,12 +558,7 @@ def _texts(
             found[number] = text if len(text) <= 120 else f"{text[:117]}..."
         return found
 
-    if describe_tokenizer(tokenizer, name, dataset.objective).sha256 == recorded.sha256:
-        return texts, ""
-    return texts, (
-        f"note: {name} is not the tokenizer the shards were made with ({recorded.name}, "
-        f"sha256 {recorded.sha256[:12]}); the texts may be wrong"
-    )
+    return texts, _mismatch(dataset, tokenizer, name)
 
 
 if __name__ == "__main__":

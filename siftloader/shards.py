@@ -624,9 +624,14 @@ class ShardSet:
         """The shards of a split, in the order of their names; raises ShardError if there are none."""
         found = tuple(shard for shard in self.manifest if shard.split == split)
         if not found:
-            splits = sorted({shard.split for shard in self.manifest})
-            raise ShardError(f"{self.folder}: no shards of split {split!r}, only of {splits}")
+            names = list(self.splits)
+            raise ShardError(f"{self.folder}: no shards of split {split!r}, only of {names}")
         return found
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, in order."""
+        return tuple(sorted({shard.split for shard in self.manifest}))
 
     def first_id(self, split: str) -> int:
         """Global id of the split's first sample: ids count through the manifest."""
@@ -729,7 +734,7 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
         check_samples(shard.shard, raw, shard.num_sequences, dataset.layout)
         for first, last in _spans(shard.num_sequences, dataset.layout):
             rows = ids[first:last]
-            _check_vocabulary(dataset, shard, rows, first)
+            check_ids(dataset, shard, rows, first)
             if shard.split == "train":
                 counted += np.bincount(rows.ravel(), minlength=len(counted))
         sources = dataset.read_sources(shard)
@@ -744,7 +749,8 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
         raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
 
 
-def _check_vocabulary(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -> None:
+def check_ids(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -> None:
+    """Raise CorruptShard where ``rows`` [n, T], from sample ``first`` on, leave the vocabulary."""
     beyond = rows >= dataset.tokenizer.vocab_size
     if not beyond.any():
         return
