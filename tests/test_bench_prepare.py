@@ -188,12 +188,16 @@ def test_an_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such arm: nonsense; there are bare," in capsys.readouterr().err
 
 
-# A child that starts a child; both hold memory. The argument: megabytes each, and then what to do.
+# A process with a child, so many megabytes held by each: shared memory here, its own there.
 HOLDS = """
-import subprocess, sys, time
-held = bytearray(b"x") * (int(sys.argv[1]) << 20)
+import mmap, subprocess, sys, time
+size = int(sys.argv[1]) << 20
 if sys.argv[2] == "start":
+    shared = mmap.mmap(-1, size)
+    shared.write(b"x" * size)
     subprocess.Popen([sys.executable, "-c", sys.argv[3], sys.argv[1], "hold", ""])
+else:
+    own = bytearray(b"x") * size
 print("ready", flush=True)
 time.sleep(60)
 """
