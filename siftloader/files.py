@@ -1,0 +1,588 @@
+"""Which files, in which order, and their bytes.
+
+    inputs = find_inputs(["books=gutenberg/:2", "wiki/*.xml.bz2", "https://host/news.jsonl.zst"])
+    with open_file(inputs[0].files[0]) as stream:      # decompressed
+        stream.read(1 << 20)
+
+A file that is damaged, cut short or longer than it says is a CorpusError that names it; nothing that
+ends too early is ever taken for a whole.
+"""
+
+from __future__ import annotations
+
+import bz2
+import fnmatch
+import glob
+import gzip
+import hashlib
+import io
+import lzma
+import math
+import os
+import re
+import stat
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
+
+from siftloader.errors import CorpusError
+
+
+KINDS = {  # suffix -> what is inside
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tar": "tar",
+    ".tgz": "tar",
+    ".xml": "wiki",
+}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+READABLE = f"{', '.join(KINDS)}, each plain or {', '.join(COMPRESSIONS)}"
+MAX_SOURCES = 256  # a sample's source is stored in one byte
+CHUNK = 1 << 20  # bytes read at a time
+MARKS = (  # what a file system tells of a file that changes when the file does
+    "ETag",
+    "etag",
+    "Last-Modified",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "modified",
+    "updated",
+    "created",
+    "generation",
+    "md5Hash",
+    "Content-MD5",
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file as it was when it was found."""
+
+    path: str  # or URL
+    size: int | None  # bytes as stored; None if nobody says
+    stamp: str  # changes when the file does; "" if nobody says
+
+
+@dataclass(frozen=True)
+class Input:
+    """One source: its name and its files, in the order they are read."""
+
+    name: str
+    files: tuple[File, ...]
+    weight: float = 1.0
+    ignored: int = 0  # files of a folder that are not text
+
+
+@dataclass(frozen=True)
+class Bad:
+    """One record that cannot be used."""
+
+    reason: str  # a category: "not UTF-8", "malformed JSON", ...
+    message: str  # file, line, byte, and what to do
+
+
+@dataclass
+class Reading:
+    """What reading has met so far; whoever reads keeps it up to date."""
+
+    bytes: int = 0  # as stored, so compressed
+    documents: Counter[int] = field(default_factory=Counter)  # by source
+    skipped: Counter[str] = field(default_factory=Counter)  # by reason
+    sha256: dict[int, str] = field(default_factory=dict)  # by source, of the bytes that were read
+    bad: list[Bad] = field(default_factory=list)  # what could not be made a record at all
+    hashes: list[str] = field(default_factory=list)  # of the files of the source being read
+
+
+def find_inputs(arguments: Iterable[str]) -> list[Input]:
+    """Turn files, folders, globs and URLs, each ``[name=]path[:weight]``, into sources.
+
+    find_inputs(["a.txt", "books=gutenberg/:2", "news=2016/*.txt", "news=2017/*.txt"])  # 3 sources
+
+    The same name given twice is one source. Folders are searched in depth and files sorted by
+    path, so the order depends on neither the file system nor the folder they were copied to.
+    """
+    found: dict[str, Input] = {}
+    chosen: dict[str, bool] = {}  # name -> whether it was given as name=path
+    weights: dict[str, float] = {}
+    seen: dict[str, str] = {}
+    for argument in arguments:
+        name, path, weight = _name_path_weight(argument)
+        files, ignored = _expand_url(path) if is_url(path) else _expand(path)
+        for file in files:
+            real = file.path if is_url(file.path) else os.path.realpath(file.path)
+            if real in seen:
+                raise CorpusError(
+                    f"{file.path}: given twice (by {seen[real]!r} and {argument!r}); every "
+                    f"document would count double, so leave one of them out, or give it a weight"
+                )
+            seen[real] = argument
+        key = name or _stem(path)
+        before = found.get(key, Input(key, ()))
+        if before.files and not (name and chosen[key]):
+            raise CorpusError(
+                f"{argument}: a second source named {key!r}; name them apart, or alike to make "
+                f"them one source, as in {key}2={path}"
+            )
+        if weight is not None and weights.setdefault(key, weight) != weight:
+            raise CorpusError(
+                f"{argument}: source {key!r} has weight {weights[key]:g} already; a source has "
+                f"one weight, so give it once, or name the parts apart"
+            )
+        chosen[key] = name is not None
+        found[key] = Input(key, before.files + files, ignored=before.ignored + ignored)
+    if not found:
+        raise CorpusError("no input: give at least one text file, folder, glob or URL")
+    if len(found) > MAX_SOURCES:
+        raise CorpusError(
+            f"{len(found)} sources, but a sample's source is stored in one byte, so {MAX_SOURCES} "
+            f"at most; make many files one source: quote the glob, or give their folder"
+        )
+    return [replace(each, weight=weights.get(key, 1.0)) for key, each in found.items()]
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is for fsspec to open."""
+    return "://" in path
+
+
+def kind_of(path: str) -> tuple[str, str] | None:
+    """What is inside a file and how it is compressed, by its suffixes; None if it is unreadable.
+
+    kind_of("wiki.JSONL.gz")   # ("jsonl", ".gz")
+    """
+    name = urlsplit(path).path if re.match("https?://", path) else path
+    stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122 - also of URLs
+    compression = suffix if suffix in COMPRESSIONS else ""
+    if suffix == ".tgz":
+        compression = ".gz"
+    elif compression:
+        suffix = os.path.splitext(stem)[1]  # noqa: PTH122
+    return (KINDS[suffix], compression) if suffix in KINDS else None
+
+
+def _name_path_weight(argument: str) -> tuple[str | None, str, float | None]:
+    if _exists(argument):  # a file may have "=" and ":" in its own name
+        return None, argument, None
+    match = re.fullmatch(r"([\w.-]+)=(.+)", argument, re.DOTALL)
+    name, path = (match[1], match[2]) if match else (None, argument)
+    head, _, tail = path.rpartition(":")
+    if not head or _exists(path) or (is_url(path) and _is_host(head)):
+        return name, path, None
+    try:
+        weight = float(tail)
+    except ValueError:
+        return name, path, None
+    if not (math.isfinite(weight) and weight > 0):
+        raise CorpusError(
+            f"{argument}: a weight of {tail}; it must be a positive number, as in {head}:2"
+        )
+    return name, head, weight
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)  # noqa: PTH110 - a Path raises for a name that is too long
+
+
+def _is_host(head: str) -> bool:  # so that what follows its colon is a port
+    return "/" not in head.partition("://")[2] and kind_of(head) is None
+
+
+def _stem(path: str) -> str:
+    # books/*.txt is named after the folder, books/emma.txt.xz after the file.
+    if is_url(path):
+        path = urlsplit(path).path if path.startswith("http") else path.partition("://")[2]
+    parts = [part for part in Path(os.path.normpath(path)).parts if not glob.has_magic(part)]
+    name = parts[-1] if parts and parts[-1] not in ("/", ".", "..") else Path(path).resolve().name
+    for suffixes in (COMPRESSIONS, KINDS):
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122
+        if suffix.lower() in suffixes and kind_of(name):
+            name = stem if suffixes is KINDS or kind_of(name) else name
+    return name or "text"
+
+
+def _expand(path: str) -> tuple[tuple[File, ...], int]:
+    ignored = 0
+    place = Path(path)
+    if place.is_dir():
+        inside = [file for file in _walk(place) if not _hidden(file.relative_to(place))]
+        found = [file for file in inside if kind_of(file.name)]
+        ignored = len(inside) - len(found)
+        if not found:
+            raise CorpusError(
+                f"{path}: no text among the {len(inside)} files of this folder; "
+                f"readable are {READABLE}"
+            )
+    elif _exists(path):
+        found = [place]
+    else:
+        found = [file for file in _matching(path) if file.is_file()]
+        if not found:
+            what = "no file matches" if glob.has_magic(path) else "no such file or folder"
+            raise CorpusError(f"{path}: {what} (looked from {Path.cwd()})")
+    files = [_local(file) for file in found]
+    for file in files:
+        _check_kind(file.path)
+    return tuple(sorted(files, key=lambda file: os.fsencode(file.path))), ignored
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for inside, _, names in os.walk(folder):  # links to folders are not followed: no loops
+        yield from (Path(inside, name) for name in names)
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _matching(pattern: str) -> Iterable[Path]:
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        return map(Path, glob.glob(pattern))  # noqa: PTH207 - Path's has other rules
+    # glob's own ** follows links to folders, and so goes round in circles.
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    top = Path(*parts[:fixed])
+    return (
+        file for file in _walk(top) if _matches(file.relative_to(top).parts, tuple(parts[fixed:]))
+    )
+
+
+def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not names
+    if pattern == ("**",):
+        return not any(name.startswith(".") for name in names)
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or (
+            len(names) > 1 and not names[0].startswith(".") and _matches(names[1:], pattern)
+        )
+    if not names or (names[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
+
+
+def _check_kind(path: str) -> None:
+    if kind_of(path) is None:
+        raise CorpusError(f"{path}: not a kind of file that can be read; readable are {READABLE}")
+
+
+def _local(path: Path) -> File:
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read ({error})") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise CorpusError(f"{path}: not a regular file; it could not be read twice, so copy it")
+    return File(path.as_posix(), about.st_size, f"{about.st_size} {about.st_mtime_ns}")
+
+
+def _expand_url(url: str) -> tuple[tuple[File, ...], int]:
+    with _fetchable(url):
+        system, path = _file_system(url)
+        web = "http" in _protocols(system)
+        if any(mark in path for mark in ("*[" if web else "*?[")):
+            found = system.glob(path, detail=True)
+            what = "no file matches"
+        elif path.endswith("/") if web else system.isdir(path):
+            found = system.find(path, detail=True)
+            what = "no text in this folder"
+        else:
+            _check_kind(url)
+            return (_described(url, system.info(path)),), 0
+        files, ignored = [], 0
+        for name, info in found.items():
+            if info.get("type") == "directory":
+                continue
+            if kind_of(name) is None or name.rpartition("/")[2].startswith("."):
+                ignored += 1
+                continue
+            info = info if info.get("size") is not None else system.info(name)
+            files.append(_described(str(system.unstrip_protocol(name)), info))
+    if not files:
+        raise CorpusError(f"{url}: {what}; readable are {READABLE}")
+    return tuple(sorted(files, key=lambda file: os.fsencode(file.path))), ignored
+
+
+@contextmanager
+def _fetchable(url: str) -> Iterator[None]:
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:  # each file system behind fsspec raises its own kinds
+        cause = f", {error.__cause__}" if error.__cause__ else ""
+        raise CorpusError(
+            f"{url}: cannot be fetched ({type(error).__name__}: {error}{cause}); try it again, or "
+            f"fetch the file yourself and give its path"
+        ) from error
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise CorpusError(
+            f"{url}: reading URLs needs the `fsspec` package; pip install 'siftloader[urls]'"
+        ) from error
+    options: dict[str, Any] = {}
+    if re.match("https?://", url):
+        try:
+            from aiohttp import ClientTimeout
+        except ImportError as error:
+            raise CorpusError(
+                f"{url}: reading from the web needs the `aiohttp` package; "
+                f"pip install 'siftloader[urls]'"
+            ) from error
+        # The default gives up on whatever takes five minutes, a large download included.
+        options["client_kwargs"] = {
+            "timeout": ClientTimeout(total=None, sock_connect=60, sock_read=60)
+        }
+    try:
+        system, path = url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise CorpusError(
+            f"{url}: this kind of URL cannot be opened ({error}); install what fsspec needs for "
+            f"it, or fetch the file yourself and give its path"
+        ) from error
+    return system, str(path)
+
+
+def _protocols(system: Any) -> tuple[str, ...]:
+    return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
+
+
+def _described(url: str, info: Mapping[str, Any]) -> File:
+    size = info.get("size")
+    marks = [str(info[mark]) for mark in MARKS if info.get(mark)]
+    return File(url, None if size is None else int(size), " ".join(marks))
+
+
+def check_unchanged(inputs: Iterable[Input]) -> None:
+    """Raise CorpusError for the first file that is no longer what it was when it was found."""
+    for source in inputs:
+        for file in source.files:
+            if is_url(file.path):
+                with _fetchable(file.path):
+                    system, path = _file_system(file.path)
+                    system.invalidate_cache()
+                    now = _described(file.path, system.info(path))
+            else:
+                now = _local(Path(file.path))
+            if now != file:
+                raise CorpusError(
+                    f"{file.path}: changed while it was read (source {source.name!r}); run again "
+                    f"once it is at rest"
+                )
+
+
+def hash_input(source: Input) -> str:
+    """Hex sha256 of a source: of its file, as ``sha256sum`` prints it, or of its files' hashes."""
+    reading = Reading()
+    for file in source.files:
+        with (
+            _stored(file) as raw,
+            io.BufferedReader(_Watched(raw, file, reading), CHUNK) as stored,
+        ):
+            while stored.read(CHUNK):
+                pass
+    return combined(reading.hashes)
+
+
+def combined(hashes: Sequence[str]) -> str:
+    """The hash of a source from those of its files, in order."""
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("".join(f"{each}\n" for each in hashes).encode()).hexdigest()
+
+
+@contextmanager
+def open_file(file: File, reading: Reading | None = None) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed as its suffix says; ``reading`` counts and hashes them.
+
+    Reading raises CorpusError where the file is damaged, cut short or followed by something else,
+    so what was read up to the end is whole.
+    """
+    reading = Reading() if reading is None else reading
+    found = kind_of(file.path)
+    compression = found[1] if found else ""
+    with _stored(file) as raw:
+        stored = io.BufferedReader(_Watched(raw, file, reading), CHUNK)
+        yield (
+            io.BufferedReader(_Decompressed(stored, file, compression), CHUNK)
+            if (compression)
+            else stored
+        )
+
+
+@contextmanager
+def open_seekable(file: File, reading: Reading | None = None) -> Iterator[BinaryIO]:
+    """Like ``open_file``, for readers that jump: what is compressed or far away is copied first."""
+    found = kind_of(file.path)
+    copied = is_url(file.path) or (found is not None and found[1] != "")
+    try:
+        with tempfile.TemporaryFile() if copied else Path(file.path).open("rb") as whole:
+            with open_file(file, reading) as stream:
+                while chunk := stream.read(CHUNK):
+                    if copied:
+                        whole.write(chunk)
+            whole.seek(0)
+            yield cast(BinaryIO, whole)
+    except OSError as error:
+        where = f"a copy of it in {tempfile.gettempdir()} (TMPDIR chooses another folder)"
+        raise CorpusError(
+            f"{file.path}: {where if copied else 'it'} cannot be read or written ({error})"
+        ) from error
+
+
+@contextmanager
+def _stored(file: File) -> Iterator[Any]:
+    if is_url(file.path):
+        with _fetchable(file.path):
+            system, path = _file_system(file.path)
+            # Zero streams; otherwise every block would be a request of its own.
+            options = {"block_size": 0} if "http" in _protocols(system) else {}
+            raw = system.open(path, "rb", **options)
+    else:
+        try:
+            raw = Path(file.path).open("rb", buffering=0)  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise CorpusError(f"{file.path}: cannot be read ({error})") from error
+    try:
+        yield raw
+    finally:
+        raw.close()
+
+
+class _Watched(io.RawIOBase):
+    """A file that hashes and counts what is read from it, so that one pass is enough."""
+
+    def __init__(self, raw: Any, file: File, reading: Reading) -> None:
+        self.raw, self.file, self.reading = raw, file, reading
+        self.digest, self.count, self.ended = hashlib.sha256(), 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ended:
+            return 0
+        if is_url(self.file.path):
+            with _fetchable(self.file.path):
+                count = _filled(self._read_url, buffer)
+        else:
+            try:
+                count = self.raw.readinto(buffer)
+            except OSError as error:
+                raise CorpusError(f"{self.file.path}: cannot be read ({error})") from error
+        self.digest.update(memoryview(buffer)[:count])
+        self.count += count
+        self.reading.bytes += count
+        if not count:
+            self._end()
+        return count
+
+    def _read_url(self, buffer: memoryview) -> int:
+        data = self.raw.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _end(self) -> None:
+        self.ended = True
+        if self.file.size is not None and self.count != self.file.size:
+            raise CorpusError(
+                f"{self.file.path}: {self.count} bytes came, but it has {self.file.size}; the "
+                f"transfer was cut, or the file changed while it was read: run again"
+            )
+        self.reading.hashes.append(self.digest.hexdigest())
+
+
+def _filled(read_some: Callable[[memoryview], int], buffer: memoryview) -> int:
+    # As much as fits, however little comes at a time: a short read means the end.
+    view, count = memoryview(buffer), 0
+    while count < len(view) and (some := read_some(view[count:])):
+        count += some
+    return count
+
+
+class _Decompressed(io.RawIOBase):
+    """The inside of a compressed file, whole or a CorpusError that names it."""
+
+    def __init__(self, stored: Any, file: File, compression: str) -> None:
+        self.file, self.some = file, bool(stored.peek(1))
+        self.read_some = _decompressor(stored, compression, file)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            if not self.some:
+                raise EOFError("it is empty")
+            return _filled(self.read_some, buffer)
+        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+            raise CorpusError(
+                f"{self.file.path}: damaged or cut short ({error}); fetch it again"
+            ) from error
+
+
+def _decompressor(stored: Any, compression: str, file: File) -> Callable[[memoryview], int]:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=stored, mode="rb").readinto
+    if compression == ".zst":
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise CorpusError(
+                f"{file.path}: reading .zst needs the `pyarrow` package; "
+                f"pip install 'siftloader[prepare]', or unpack the file"
+            ) from error
+        inside = pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd")
+        return lambda buffer: int(inside.readinto(buffer))
+    members = _members(stored, bz2.BZ2Decompressor if compression == ".bz2" else None)
+    next(members)
+
+    def readinto(buffer: memoryview) -> int:
+        data = members.send(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    return readinto
+
+
+def _members(stored: Any, bzip2: type[bz2.BZ2Decompressor] | None) -> Generator[bytes, int, None]:
+    # Streams end to end, up to the end of the file: the readers of bz2 and lzma stop in silence at
+    # whatever does not look like another stream, so at garbage, and at half a file that was patched.
+    limit = yield b""
+    data = stored.read(CHUNK)
+    while data:
+        decoder: Any = bzip2() if bzip2 else lzma.LZMADecompressor()
+        while not decoder.eof:
+            if decoder.needs_input:
+                data = data or stored.read(CHUNK)
+                if not data:
+                    raise EOFError("it ends within a compressed stream")
+            some = decoder.decompress(data, limit)
+            data = b""
+            if some:
+                limit = yield some
+        data = decoder.unused_data or stored.read(CHUNK)
+        while not bzip2 and data and not data.strip(b"\0"):  # xz may be padded
+            data = stored.read(CHUNK)
+        if not bzip2:
+            data = data.lstrip(b"\0")
+    while True:
+        yield b""
