@@ -74,8 +74,8 @@ class Split:
     @property
     def text(self) -> int:
         """Tokens that are no padding and no frame ([CLS], [SEP], end of text) either."""
-        frame = {self.special[key] for key in ("pad", "cls", "sep", "eos") if key in self.special}
-        return int(self.counts.sum() - self.counts[sorted(frame)].sum())
+        frame = {self.special[key] for key in ("cls", "sep", "eos") if key in self.special}
+        return self.tokens - sum(int(self.counts[number]) for number in frame)
 
     @property
     def unknown(self) -> int | None:
