@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from siftloader.cli import main
-from siftloader.shards import ShardSet
+from siftloader.shards import Layout, ShardSet, Source, write_dataset, write_shard
+from siftloader.tokens import describe_tokenizer, load_tokenizer
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,10 +59,12 @@ def test_shard_verify_and_inspect_tell_one_story(text, tmp_path, capsys):
     assert main(["inspect", str(out), "--samples", "1"]) == 0
     printed = capsys.readouterr().out
     assert f"train: 1 shards, {counts['train']} samples" in printed
-    assert f"{counts['val']} samples of tale" in printed
-    assert "| 2 " in printed, "ids, where no tokenizer is at hand"
+    assert re.search(rf"tale +{counts['val']}  100.00%", printed)
+    assert re.search(r"\n +0  tale .*  2 \d+ \d+", printed), "ids, where no tokenizer is at hand"
     assert main(["inspect", str(out), "--tokenizer", str(DEMO)]) == 0
-    assert "call me ishmael" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "call me ishmael" in printed
+    assert "note:" not in printed, "it is the tokenizer they were made with"
 
 
 def test_a_second_run_says_that_all_is_done(text, tmp_path, capsys):
@@ -129,7 +135,154 @@ def test_verify_names_the_first_bad_shard_and_sample(tmp_path, capsys):
     data[1024 * 17 + 3] ^= 1  # in the name of member 17
     path.write_bytes(data)
     assert main(["verify", str(folder)]) == 1
-    assert "train-000002: sample 17 does not start with the header" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"train-000002: sample 17, byte {1024 * 17 + 3} of train-000002.tar (header)" in message
+
+
+@pytest.fixture
+def ready(tmp_path):
+    """Shards as some other run of this tokenizer made them: two samples, one of them held out."""
+    folder, path = tmp_path / "ready", DEMO / "tokenizer.json"
+    folder.mkdir()
+    tokenizer = load_tokenizer(path)
+    rows = [
+        tokenizer.encode(text, add_special_tokens=False).ids for text in ("the whale", "a ship")
+    ]
+    ids = np.array([[2, *row[:5], *[0] * (5 - len(row)), 3] for row in rows])
+    about = describe_tokenizer(tokenizer, path, "mlm")
+    shards = [
+        write_shard(folder, f"{split}-000000", ids[[n]], np.zeros(1, np.uint8), Layout(7))
+        for n, split in enumerate(("train", "val"))
+    ]
+    write_dataset(
+        folder,
+        shards,
+        layout=Layout(7),
+        objective="mlm",
+        tokenizer=about,
+        sources=[Source("sea", "0" * 64, 2)],
+        unigrams=np.bincount(ids[0], minlength=about.vocab_size),
+        seed=0,
+    )
+    return folder
+
+
+def test_verify_as_json_says_all_is_well(ready, capsys):
+    assert main(["verify", str(ready), "--json"]) == 0
+    printed, complaints = capsys.readouterr()
+    assert complaints == "", "no progress bar where nobody watches"
+    assert json.loads(printed) == {
+        "folder": str(ready),
+        "ok": True,
+        "shards": 2,
+        "samples": 2,
+        "bytes": 2 * 2048,
+        "fingerprint": ShardSet.open(ready).fingerprint,
+        "error": None,
+    }
+
+
+def test_verify_as_json_names_the_byte(ready, capsys):
+    path = ready / "val-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[642] ^= 0x10
+    path.write_bytes(data)
+    assert main(["verify", str(ready), "--json"]) == 1
+    printed, complaints = capsys.readouterr()
+    verdict = json.loads(printed)
+    assert complaints == ""
+    assert (verdict["ok"], verdict["shards"], verdict["samples"], verdict["bytes"]) == (
+        False,
+        1,
+        1,
+        2048,
+    )
+    message = verdict["error"].pop("message")
+    assert verdict["error"] == {"shard": "val-000000", "sample": 0, "byte": 642}
+    assert message.startswith(
+        "val-000000: sample 0, byte 642 of val-000000.tar (token 1): found 0x"
+    )
+    assert main(["verify", str(ready)]) == 1
+    assert capsys.readouterr() == ("", f"siftloader: {message}\n")
+
+
+@pytest.mark.parametrize("what", ["no folder", "no manifest", "no shard"])
+def test_verify_as_json_of_what_is_missing(ready, capsys, what):
+    folder = ready / "gone" if what == "no folder" else ready
+    lost = {"no manifest": "manifest.jsonl", "no shard": "train-000000.tar"}
+    if what in lost:
+        (ready / lost[what]).unlink()
+    assert main(["verify", str(folder), "--json"]) == 1
+    verdict = json.loads(capsys.readouterr().out)
+    assert not verdict["ok"] and verdict["shards"] == 0
+    assert (verdict["fingerprint"] is None) == (what != "no shard")
+    assert verdict["error"]["shard"] == ("train-000000" if what == "no shard" else None)
+    assert verdict["error"]["message"]
+
+
+def test_verify_shows_its_progress_to_a_terminal(ready, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main(["verify", str(ready)]) == 0
+    assert "verifying: " in capsys.readouterr().err
+
+
+def test_inspect_tells_of_a_tokenizer_that_is_another(ready, tmp_path, capsys):
+    tokenizer = json.loads((DEMO / "tokenizer.json").read_text())
+    other = tmp_path / "other.json"
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["the"], vocabulary["a"] = vocabulary["a"], vocabulary["the"]
+    other.write_text(json.dumps(tokenizer))
+    assert main(["inspect", str(ready), "--tokenizer", str(other)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"note: .*other.json is not the tokenizer .* \(.*\); the texts may be wrong", printed
+    )
+    assert "[CLS] a whale" in printed, "as it reads them"
+    assert main(["inspect", str(ready), "--tokenizer", str(other), "--json"]) == 0
+    assert "is not the tokenizer" in json.loads(capsys.readouterr().out)["notes"][0]
+    vocabulary["[gone]"] = vocabulary.pop("[MASK]")
+    tokenizer["added_tokens"] = [
+        token for token in tokenizer["added_tokens"] if token["content"] != "[MASK]"
+    ]
+    other.write_text(json.dumps(tokenizer))  # one that could not have made them
+    assert main(["inspect", str(ready), "--tokenizer", str(other)]) == 0
+    assert "is not the tokenizer" in capsys.readouterr().out
+
+
+def test_inspect_reads_a_tokenizer_that_lies_beside_the_shards(ready, capsys):
+    shutil.copy(DEMO / "tokenizer.json", ready)
+    assert main(["inspect", str(ready), "--split", "val"]) == 0
+    printed = capsys.readouterr().out
+    assert "[CLS] a ship" in printed and "note:" not in printed
+    assert "train:" not in printed
+    assert main(["inspect", str(ready), "--json", "--samples", "9"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["splits"]) == ["train", "val"]
+    assert found["notes"] == []
+    assert found["splits"]["train"]["examples"][0]["text"].startswith("[CLS] the whale")
+
+
+def test_inspect_draws(ready, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    drawn = tmp_path / "drawn.png"
+    assert main(["inspect", str(ready), "--plot", str(drawn)]) == 0
+    assert capsys.readouterr().out.endswith(f"wrote {drawn}\n")
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--samples", "-1"], 2, "--samples must be 0 or more, got -1"),
+        (["--split", "test"], 1, "no shards of split 'test', only of ['train', 'val']"),
+        (["--tokenizer", "gone.json"], 1, "gone.json: no such tokenizer file"),
+    ],
+    ids=["samples", "split", "tokenizer"],
+)
+def test_inspect_says_what_is_wrong(ready, capsys, more, status, message):
+    assert main(["inspect", str(ready), *more]) == status
+    printed, complaint = capsys.readouterr()
+    assert printed == "" and message in complaint
 
 
 def test_the_demo_is_as_it_was_written_and_small_enough_to_carry(capsys):

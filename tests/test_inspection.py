@@ -88,9 +88,10 @@ ROWS = st.lists(st.lists(st.integers(0, V - 1), min_size=6, max_size=6), min_siz
     objective=st.sampled_from(["mlm", "mlm-nsp", "clm"]),
     unk=st.booleans(),
     wanted=st.integers(0, 30),
+    chunk=st.sampled_from([1, 12, 1 << 20]),
 )
 def test_every_figure_is_what_a_loop_over_the_samples_counts(
-    tmp_path_factory, train, val, objective, unk, wanted
+    tmp_path_factory, train, val, objective, unk, wanted, chunk
 ):
     shards = {f"train-{number:06d}": rows for number, rows in enumerate(train)}
     special = {key: number for key, number in SPECIAL.items() if unk or key != "unk"}
@@ -99,7 +100,9 @@ def test_every_figure_is_what_a_loop_over_the_samples_counts(
     )
     first_id = 0
     for split, rows in (("train", [row for part in train for row in part]), ("val", val)):
-        found = look(dataset, split, wanted)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("siftloader.inspection.CHUNK_TOKENS", chunk)
+            found = look(dataset, split, wanted)
         padded = objective != "clm"
         real = [[token for token in row if not (padded and token == 0)] for row in rows]
         unknown = [row.count(1) for row in rows]
