@@ -220,7 +220,9 @@ def _expand(path: str) -> tuple[tuple[File, ...], int]:
     place = Path(path)
     if place.is_dir():
         inside = [file for file in _walk(place) if not _hidden(file.relative_to(place))]
-        found = [file for file in inside if kind_of(file.name)]
+        readable = [file for file in inside if kind_of(file.name)]
+        # A .json beside other text says something about it; read by its name, a glob, or when alone.
+        found = [file for file in readable if file.suffix.lower() != ".json"] or readable
         ignored = len(inside) - len(found)
         if not found:
             raise CorpusError(
