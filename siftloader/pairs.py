@@ -31,7 +31,7 @@ ROWS = 256  # pairs that random numbers are drawn for at a time
 
 # After these a full stop ends no sentence; after those in the second row only before a number.
 _TITLES = "Mr Ms Dr St Sr Jr Lt vs cf Mrs Mme Rev Gen Col Sgt Gov Sen Hon e.g i.e Prof Capt Messrs"
-_COUNTED = "No no pp vol Vol fig Fig"
+_COUNTED = "No no p pp vol Vol fig Fig"
 _SMALL = "a-zß-öø-ÿα-ωа-џ"  # a sentence does not begin with one of these
 _OPEN, _CLOSE = r"\"'“‘«»„(\[{¿¡_*—–\-", r"\"'“”’«»)\]}_*"
 _END = re.compile(
@@ -228,9 +228,8 @@ def _draws(room: int, key: tuple[int, ...]) -> Iterator[tuple[int, int, int, int
         targets = np.where(words[:, 0] < int(SHORT * (1 << 32)), lengths, np.uint64(room))
         coins = words[:, 2] >> np.uint64(31)
         numbers = np.column_stack([targets, coins, words[:, 3:]]).tolist()
-        for first, (target, coin, split, other, start) in zip(
-            range(24, len(block), size), numbers
-        ):
+        places = range(24, len(block), size)
+        for first, (target, coin, split, other, start) in zip(places, numbers, strict=True):
             yield target, coin, split, other, start, block[first : first + flips]
 
 
