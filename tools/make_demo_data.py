@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from siftloader.cli import report  # noqa: E402
-from siftloader.corpus import find_inputs, read_documents  # noqa: E402
+from siftloader.corpus import read_documents  # noqa: E402
+from siftloader.files import find_inputs  # noqa: E402
 from siftloader.prepare import Preparation, prepare  # noqa: E402
 
 
