@@ -290,9 +290,10 @@ def _collect(
 
 def _hand_out(pool: list[_Worker], waiting: deque[tuple[int, bytes]]) -> None:
     ready = [worker for worker in pool if worker.ready]
+    starting = len(ready) < len(pool)
     while waiting and ready:
         worker = min(ready, key=lambda worker: len(worker.numbers))
-        if len(worker.numbers) >= _QUEUED:
+        if len(worker.numbers) >= (1 if starting else _QUEUED):
             return
         number, message = waiting.popleft()
         try:
