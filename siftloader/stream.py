@@ -30,7 +30,6 @@ from siftloader.errors import EmptyEpoch, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
 from siftloader.order import Order
 from siftloader.shards import Shard, ShardSet
-from siftloader.stack import unwrap
 from siftloader.world import World
 
 
@@ -137,7 +136,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         tokenizer = self.shard_set.tokenizer
         whose = f"tokenizer {tokenizer.name!r} of {self.shard_set.folder}"
         rows = check_vocabulary(model, tokenizer.vocab_size, whose)
-        config = getattr(unwrap(model) if isinstance(model, nn.Module) else model, "config", model)
+        config = getattr(_inside(model), "config", model)
         for key, recorded in sorted(tokenizer.special_ids.items()):
             found = getattr(config, f"{key}_token_id", None)
             # One beyond the embeddings is a default that nobody set: GPT-2's end of text, say.
@@ -467,7 +466,8 @@ def check_vocabulary(model: Any, vocab_size: int, whose: str = "the data set") -
 
     Returns how many it embeds, None where that cannot be told.
     """
-    rows = _embeddings(unwrap(model)) if isinstance(model, nn.Module) else None
+    model = _inside(model)
+    rows = _embeddings(model) if isinstance(model, nn.Module) else None
     if rows is None:
         rows = getattr(getattr(model, "config", model), "vocab_size", None)
     if not isinstance(rows, int):
@@ -479,6 +479,12 @@ def check_vocabulary(model: Any, vocab_size: int, whose: str = "the data set") -
             f"more, or prepare the text with the model's own tokenizer"
         )
     return rows
+
+
+def _inside(model: Any) -> Any:
+    # Of a data-parallel wrapper, the model; a compiled one passes questions on by itself.
+    parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
+    return model.module if isinstance(model, parallel) else model
 
 
 def _embeddings(model: nn.Module) -> int | None:

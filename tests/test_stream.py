@@ -397,7 +397,8 @@ class Plain(torch.nn.Module):
 MODELS = {
     "model": bert,
     "config": lambda vocab_size: bert(vocab_size).config,
-    "wrapped": lambda vocab_size: torch.nn.DataParallel(bert(vocab_size)),
+    "data parallel": lambda vocab_size: torch.nn.DataParallel(bert(vocab_size)),
+    "compiled": lambda vocab_size: torch.compile(bert(vocab_size), backend="eager"),
     "not of Hugging Face": Plain,
 }
 
