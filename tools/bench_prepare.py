@@ -342,6 +342,7 @@ def measure(python: str, arm: str, job: dict[str, Any], limit: float) -> Row:
     waited = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     row.cpu = max(waited, row.cpu)
     row.kept = size_of(work / "out")
+    row.disk = max(row.disk, size_of(work))
     if process.returncode and not row.failed:
         row.failed = last_line(work / "log.txt") or f"exit status {process.returncode}"
     elif not row.failed:
@@ -594,20 +595,24 @@ def remarks(best: dict[str, Row], options: argparse.Namespace) -> list[str]:
 
 
 def extrapolated(once: Row, twice: Row, scale: float) -> str:
-    """What ``scale`` bytes of text would take, on the line through both runs, never below them."""
+    """What ``scale`` bytes of text would take, on the line through both runs, never below them.
+
+    Memory that grew by less than a tenth, as it does from one run to the next, is called flat.
+    """
     step = twice.text - once.text
 
     def at_scale(small: float, large: float) -> float:
         return max(large, large + (large - small) / step * (scale - twice.text))
 
     seconds = at_scale(once.seconds, twice.seconds)
-    memory = at_scale(once.peak, twice.peak)
+    flat = twice.peak < 1.1 * once.peak
+    memory = max(once.peak, twice.peak) if flat else at_scale(once.peak, twice.peak)
     disk, kept = at_scale(once.disk, twice.disk), at_scale(once.kept, twice.kept)
     took = f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
     return (
         f"{scale / 1e9:g} GB of text ({once.arm}), on a line through these two: {took}, "
         f"{disk / 1e9:.1f} GB of disk while it runs, {kept / 1e9:.1f} GB of it the shards, "
-        f"{memory / 1e6:.0f} MB of memory."
+        f"{memory / 1e6:,.0f} MB of memory ({'flat' if flat else 'it grew'})."
     )
 
 
