@@ -83,7 +83,7 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "However often it is killed, the same command continues."
         ),
         epilog=(
-            "examples: siftloader shard books=gutenberg/ 'wiki=wiki/*.parquet' --out shards/mix "
+            "example: siftloader shard books=gutenberg/ 'wiki=wiki/*.parquet' --out shards/mix "
             "--tokenizer bert-base-uncased --objective mlm-nsp | siftloader shard "
             "enwiki-pages-articles.xml.bz2 --source books=books/:2 --out shards/wikibooks "
             "--tokenizer bert-base-uncased --workers 8 --max-bad 100"

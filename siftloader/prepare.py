@@ -481,6 +481,7 @@ def _claimed(
         _check_free(out, recipe)  # another run may have been faster
         finished = _finished(out, recipe, inputs)
         if finished is None:
+            _check_foreign(out)
             # The manifest first: from here on, whatever happens, the folder is unfinished.
             (out / MANIFEST).unlink(missing_ok=True)
             if _read_json(out / WORK / RECIPE) != recipe:  # none, or of a job that made nothing
@@ -519,16 +520,25 @@ def _check_free(out: Path, recipe: Mapping[str, Any]) -> None:
     if not out.is_dir():
         raise CorpusError(f"{out}: a file; give a folder for the shards")
     names = sorted(entry.name for entry in out.iterdir())
-    foreign = [name for name in names if not _ours(name)]
-    marked = _read_json(out / RECIPE) or WORK in names
-    if foreign or (names and not marked):
-        what = "besides an earlier run" if marked else f"and no {RECIPE} of an earlier run"
+    if names and WORK not in names and _read_json(out / RECIPE) is None:
         raise CorpusError(
-            f"{out}: holds {_some(foreign or names)} {what}; give another folder, or empty this one"
+            f"{out}: holds {_some(names)}, and no {RECIPE} that would mark it as an earlier run; "
+            f"give another folder, or empty this one"
         )
+    if not (out / MANIFEST).exists():  # beside finished shards others may put what they like
+        _check_foreign(out)
     unfinished = _read_json(out / WORK / RECIPE)
     if unfinished is not None and any((out / WORK).glob("*.run")):
         _refuse_other(out, unfinished, recipe, "an unfinished job", "finish it as it was begun")
+
+
+def _check_foreign(out: Path) -> None:
+    foreign = sorted(entry.name for entry in out.iterdir() if not _ours(entry.name))
+    if foreign:
+        raise CorpusError(
+            f"{out}: holds {_some(foreign)} besides an earlier run; move it out, or give another "
+            f"folder"
+        )
 
 
 def _refuse_other(

@@ -489,6 +489,15 @@ def test_a_finished_set_is_left_alone_quickly(desk, tmp_path, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+def test_what_others_put_beside_finished_shards_is_theirs(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("mine")
+    assert run(desk, tmp_path / "out").reused
+    (tmp_path / "out" / "train-000000.tar").unlink()
+    with pytest.raises(CorpusError, match=r"holds README\.md besides an earlier run"):
+        run(desk, tmp_path / "out")
+
+
 def test_a_finished_set_that_lost_a_shard_is_made_again(desk, tmp_path):
     run(desk, tmp_path / "out")
     before = hashes(tmp_path / "out")
