@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -229,6 +230,26 @@ def test_stride_by_hand(seq_len, dtype, stride):
         assert layout.stride == (stride if labels is None else stride + 1024)
         assert layout.size(3) == 3 * layout.stride + 1024
         assert len(whole("train-000000", ids, layout, labels)) == layout.size(3)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the file open
+def test_the_format_on_one_screen_is_the_format():
+    """The strides in the drawing, the fields that hold the CRC, and the blocks of code, one by one."""
+    screen = Path("shards/README.md").read_text()
+    drawn = [
+        [int(cell.replace(",", "")) for cell in match.groups()]
+        for match in re.finditer(r" {6,}(\d,\d{3}) {4}(\d,\d{3})$", screen, flags=re.MULTILINE)
+    ]
+    kinds = [("<u2", False), ("<u4", False), ("<u2", True), ("<u4", True)]
+    assert drawn == [[Layout(n, *kind).stride for n in (128, 512)] for kind in kinds]
+    read = []
+    for block in re.findall(r"```python\n(.*?)```", screen, flags=re.DOTALL):
+        names: dict[str, np.ndarray] = {}
+        exec(compile(block, "shards/README.md", "exec"), names)
+        read.append(names["ids"])
+    by_numpy, by_webdataset, by_us = read
+    assert np.array_equal(by_numpy, by_us)
+    assert np.array_equal(by_webdataset, by_us[0])
 
 
 @pytest.mark.parametrize(
@@ -531,6 +552,14 @@ def test_a_label_that_is_no_label_is_named_even_where_all_hashes_fit():
         check_samples("train-000000", np.frombuffer(raw, np.uint8), 3, layout)
 
 
+def test_where_the_damage_is_survives_the_way_out_of_a_worker():
+    error = CorruptShard("what, and what to do", shard="val-000000", sample=3, byte=9)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.shard, copy.sample, copy.byte) == (str(error), "val-000000", 3, 9)
+    plain = ShardError("what")  # torch makes errors of workers anew, of their text alone
+    assert (plain.shard, plain.sample, plain.byte) == (None, None, None)
+
+
 def peak_of(call: Callable[[], object]) -> int:
     tracemalloc.start()
     try:
@@ -587,6 +616,14 @@ FAULTS = {
     "empty manifest": (lambda f: (f / "manifest.jsonl").write_text(""), "at least one shard"),
     "error page": (lambda f: (f / "manifest.jsonl").write_text("<html>"), "line 1 is not a"),
     "shard twice": (lambda f: double_first_line(f / "manifest.jsonl"), "every name once"),
+    "other count": (
+        lambda f: edit_line(f / "manifest.jsonl", num_sequences=4),
+        r"manifest\.jsonl and dataset\.json do not belong together",
+    ),
+    "other size": (
+        lambda f: edit_line(f / "manifest.jsonl", bytes=4),
+        r"manifest\.jsonl: says that train-000000 has 3 samples and 4 bytes",
+    ),
     "no tar": (lambda f: (f / "train-000001.tar").unlink(), "train-000001: cannot be read"),
     "no sources": (
         lambda f: (f / "val-000000.sources.npy").unlink(),
@@ -615,6 +652,11 @@ def test_a_folder_that_lost_something_says_what(copy, fault):
 def double_first_line(path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([lines[0], *lines]))
+
+
+def edit_line(path: Path, **changes: object) -> None:
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps(json.loads(first) | changes), *rest]) + "\n")
 
 
 def edit(path: Path, **changes: object) -> None:
