@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -207,7 +208,9 @@ def _stem(path: str) -> str:
     if is_url(path):
         path = urlsplit(path).path if path.startswith("http") else path.partition("://")[2]
     parts = [part for part in Path(os.path.normpath(path)).parts if not glob.has_magic(part)]
-    name = parts[-1] if parts and parts[-1] not in ("/", ".", "..") else Path(path).resolve().name
+    if not parts or parts[-1] in ("/", ".", ".."):
+        parts = [Path(*parts).resolve().name]
+    name = parts[-1]
     for suffixes in (COMPRESSIONS, KINDS):
         stem, suffix = os.path.splitext(name)  # noqa: PTH122
         if suffix.lower() in suffixes and kind_of(name):
@@ -218,7 +221,7 @@ def _stem(path: str) -> str:
 def _expand(path: str) -> tuple[tuple[File, ...], int]:
     ignored = 0
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - a Path raises for a name that is too long
         inside = [file for file in _walk(place) if not _hidden(file.relative_to(place))]
         readable = [file for file in inside if kind_of(file.name)]
         # A .json beside other text says something about it; read by its name, a glob, or when alone.
@@ -289,7 +292,7 @@ def _local(path: Path) -> File:
         raise CorpusError(f"{path}: cannot be read ({error})") from error
     if not stat.S_ISREG(about.st_mode):
         raise CorpusError(f"{path}: not a regular file; it could not be read twice, so copy it")
-    return File(path.as_posix(), about.st_size, f"{about.st_size} {about.st_mtime_ns}")
+    return File(path.as_posix(), about.st_size, f"mtime_ns {about.st_mtime_ns}")
 
 
 def _expand_url(url: str) -> tuple[tuple[File, ...], int]:
@@ -304,7 +307,7 @@ def _expand_url(url: str) -> tuple[tuple[File, ...], int]:
             what = "no text in this folder"
         else:
             _check_kind(url)
-            return (_described(url, system.info(path)),), 0
+            return (_described(url, system.info(path), web),), 0
         files, ignored = [], 0
         for name, info in found.items():
             if info.get("type") == "directory":
@@ -313,7 +316,7 @@ def _expand_url(url: str) -> tuple[tuple[File, ...], int]:
                 ignored += 1
                 continue
             info = info if info.get("size") is not None else system.info(name)
-            files.append(_described(str(system.unstrip_protocol(name)), info))
+            files.append(_described(str(system.unstrip_protocol(name)), info, web))
     if not files:
         raise CorpusError(f"{url}: {what}; readable are {READABLE}")
     return tuple(sorted(files, key=lambda file: os.fsencode(file.path))), ignored
@@ -367,10 +370,32 @@ def _protocols(system: Any) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
 
 
-def _described(url: str, info: Mapping[str, Any]) -> File:
+def _described(url: str, info: Mapping[str, Any], web: bool) -> File:
     size = info.get("size")
-    marks = [str(info[mark]) for mark in MARKS if info.get(mark)]
-    return File(url, None if size is None else int(size), " ".join(marks))
+    if (
+        web
+        and size is None
+        and kind_of(url) in [(kind, "") for kind in ("txt", "jsonl", "csv", "tsv")]
+    ):
+        raise CorpusError(
+            f"{url}: the server does not say how long it is, and such a file does not know its "
+            f"own end, so a cut connection would go unnoticed; fetch the file yourself and give "
+            f"its path, or have it compressed"
+        )
+    marks = [f"{mark} {_moment(info[mark])}" for mark in MARKS if info.get(mark)]
+    return File(url, None if size is None else int(size), "\n".join(marks))
+
+
+def _moment(mark: Any) -> Any:  # lists have times as numbers where single files have dates
+    return mark.timestamp() if isinstance(mark, datetime) else mark
+
+
+def _same(now: File, then: File) -> bool:
+    # A list of files tells less of each than asking for one of them.
+    marks = [dict(mark.split(" ", 1) for mark in each.stamp.splitlines()) for each in (now, then)]
+    return now.size == then.size and all(
+        marks[0][key] == marks[1][key] for key in marks[0].keys() & marks[1].keys()
+    )
 
 
 def check_unchanged(inputs: Iterable[Input]) -> None:
@@ -381,7 +406,7 @@ def check_unchanged(inputs: Iterable[Input]) -> None:
                 with _fetchable(file.path):
                     system, path = _file_system(file.path)
                     system.invalidate_cache()
-                    now = _described(file.path, system.info(path))
+                    now = _described(file.path, system.info(path), web=False)
             else:
                 now = _local(Path(file.path))
             if now != file:

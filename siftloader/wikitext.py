@@ -17,18 +17,140 @@ from siftloader.errors import CorpusError
 
 
 DROPPED = frozenset(  # tags whose contents are not prose
-    ["ce", "chem", "gallery", "graph", "hiero", "imagemap", "indicator", "inputbox", "mapframe", "maplink", "math", "pages", "ref", "references", "score", "section", "source", "style", "syntaxhighlight", "table", "templatedata", "templatestyles", "timeline", "tr", "td", "th"]
+    [
+        "ce",
+        "chem",
+        "gallery",
+        "graph",
+        "hiero",
+        "imagemap",
+        "indicator",
+        "inputbox",
+        "mapframe",
+        "maplink",
+        "math",
+        "pages",
+        "ref",
+        "references",
+        "score",
+        "section",
+        "source",
+        "style",
+        "syntaxhighlight",
+        "table",
+        "templatedata",
+        "templatestyles",
+        "timeline",
+        "tr",
+        "td",
+        "th",
+    ]
 )
-LINES = frozenset(["br", "hr", "p", "div", "li", "ul", "ol", "dl", "dt", "dd", "blockquote", "center", "poem"])  # begin a line
+LINES = frozenset(
+    ["br", "hr", "p", "div", "li", "ul", "ol", "dl", "dt", "dd", "blockquote", "center", "poem"]
+)  # begin a line
 
 # What wikis in common languages call the namespaces whose links show no text of their own.
 HIDDEN = frozenset(
-    ["file", "image", "media", "category", "datei", "bild", "kategorie", "fichier", "catégorie", "archivo", "imagen", "categoría", "immagine", "categoria", "ficheiro", "imagem", "arquivo", "bestand", "afbeelding", "categorie", "plik", "grafika", "kategoria", "файл", "изображение", "категория", "зображення", "категорія", "ファイル", "画像", "カテゴリ", "文件", "檔案", "圖像", "图像", "分类", "分類", "파일", "그림", "분류", "fil", "kategori", "tiedosto", "kuva", "luokka", "fájl", "kép", "kategória", "soubor", "kategorie", "dosya", "resim", "kategori", "berkas", "gambar", "kategori", "tập_tin", "hình", "thể_loại", "ملف", "صورة", "تصنيف", "پرونده", "تصویر", "رده", "קובץ", "תמונה", "קטגוריה", "चित्र", "श्रेणी", "αρχείο", "εικόνα", "κατηγορία", "fișier", "imagine", "датотека", "слика", "категорија", "fitxer", "imatge", "датотека", "категория", "ไฟล์", "ภาพ", "หมวดหมู่"]
+    [
+        "file",
+        "image",
+        "media",
+        "category",
+        "datei",
+        "bild",
+        "kategorie",
+        "fichier",
+        "catégorie",
+        "archivo",
+        "imagen",
+        "categoría",
+        "immagine",
+        "categoria",
+        "ficheiro",
+        "imagem",
+        "arquivo",
+        "bestand",
+        "afbeelding",
+        "categorie",
+        "plik",
+        "grafika",
+        "kategoria",
+        "файл",
+        "изображение",
+        "категория",
+        "зображення",
+        "категорія",
+        "ファイル",
+        "画像",
+        "カテゴリ",
+        "文件",
+        "檔案",
+        "圖像",
+        "图像",
+        "分类",
+        "分類",
+        "파일",
+        "그림",
+        "분류",
+        "fil",
+        "kategori",
+        "tiedosto",
+        "kuva",
+        "luokka",
+        "fájl",
+        "kép",
+        "kategória",
+        "soubor",
+        "kategorie",
+        "dosya",
+        "resim",
+        "kategori",
+        "berkas",
+        "gambar",
+        "kategori",
+        "tập_tin",
+        "hình",
+        "thể_loại",
+        "ملف",
+        "صورة",
+        "تصنيف",
+        "پرونده",
+        "تصویر",
+        "رده",
+        "קובץ",
+        "תמונה",
+        "קטגוריה",
+        "चित्र",
+        "श्रेणी",
+        "αρχείο",
+        "εικόνα",
+        "κατηγορία",
+        "fișier",
+        "imagine",
+        "датотека",
+        "слика",
+        "категорија",
+        "fitxer",
+        "imatge",
+        "датотека",
+        "категория",
+        "ไฟล์",
+        "ภาพ",
+        "หมวดหมู่",
+    ]
 )
 
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(-[a-z]{2,})*|simple")  # [[de:Ada]] is a link to elsewhere
 _SWITCH = re.compile(r"__([^\W\d_]+)__")
-_LEFT_OVER = re.compile(r"(?m)'{2,}|\[\[|\]\]|\{\{|\}\}|^[ \t]*(?:\{\||\|[-}+]?|!).*$")
+# What the parser could not make sense of, and so left as text.
+_LEFT_OVER = re.compile(
+    r"(?m)<ref\b[^<>\n]*/>|<ref\b[^<>\n]*>[^\n]{0,2000}?</ref>"
+    r"|</?(?:ref|references|blockquote|div|span|small|big|su[bp]|center|br|font|nowiki|poem)"
+    r"\b[^<>\n]*>"
+    r"|^[^\n]*\|(?:thumb|thumbnail)\|[^\n]*$|^[ \t]*(?:\{\||\|[-}+]?|!)[^\n]*$"
+    r"|'{2,}|\[\[|\]\]|\{\{|\}\}"
+)
 _EMPTY_BRACKETS = re.compile(r"[ \t\xa0]*[(（][\s,;:，；]*[)）]")
 _SPACES = re.compile(r"[^\S\n]+")
 
