@@ -165,7 +165,9 @@ def _offsets(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 def _ranges(first: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
     # first[0]..end[0] - 1, first[1]..end[1] - 1, ... end to end
     lengths = end - first
-    return np.arange(lengths.sum()) + np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
+    shifts: NDArray[np.int64] = np.repeat(first - (np.cumsum(lengths) - lengths), lengths)
+    shifts += np.arange(len(shifts))
+    return shifts
 
 
 @lru_cache(maxsize=1)
