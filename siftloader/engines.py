@@ -23,12 +23,15 @@ import queue
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
 from typing import Any, TypeVar
 
 from siftloader.errors import CorpusError
@@ -79,6 +82,26 @@ def run_processes(
     return _in_processes(function, job, tasks, workers, ahead)
 
 
+def run_ray(
+    function: Callable[[J, T], R],
+    job: J,
+    tasks: Iterable[T],
+    workers: int | None = None,
+    ahead: int = 2,
+) -> Iterator[R]:
+    """Yield ``function(job, task)`` of every task in order, worked out by a Ray cluster, a core each.
+
+    The cluster is the one this process is connected to, RAY_ADDRESS names, or runs on this machine; else
+    one of ``workers`` cores (all of them) is started here, and stopped at the end. On a running cluster
+    ``workers`` only bounds the look-ahead; it has as many as the cluster has cores. Tasks of a machine that
+    is lost are done again on another.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    _check(function, ahead)
+    return _on_ray(function, job, tasks, workers, ahead)
+
+
 def _check(function: Callable[..., Any], ahead: int) -> None:
     if ahead < 1:
         raise ValueError(f"ahead must be at least 1, got {ahead}")
@@ -122,11 +145,11 @@ def _failure(error: BaseException) -> _Failure:
     return _Failure(error, told)
 
 
-def _outcome(function: Callable[..., Any], *arguments: Any) -> _Result | _Failure:
+def _answer(function: Callable[..., Any], *arguments: Any) -> bytes:
     try:
-        return _Result(function(*arguments))
-    except BaseException as error:
-        return _failure(error)
+        return pickle.dumps(_Result(function(*arguments)))
+    except BaseException as error:  # of the function, or a result that cannot travel
+        return pickle.dumps(_failure(error))
 
 
 # ---- the side of the worker
@@ -151,12 +174,7 @@ def _work(handle: int) -> None:
         return function(job, pickle.loads(message))
 
     while message := inbox.get():
-        outcome = _outcome(step, message)
-        try:
-            answer = pickle.dumps(outcome)
-        except Exception as error:  # a result that cannot travel
-            answer = pickle.dumps(_failure(error))
-        _send(connection, answer)
+        _send(connection, _answer(step, message))
 
 
 def _send(connection: Connection[Any, Any], message: bytes) -> None:
@@ -346,3 +364,109 @@ def _end(pool: list[_Worker]) -> None:
             worker.process.kill()
             worker.process.wait()
         worker.connection.close()
+
+
+# ---- Ray
+
+
+def _on_ray(
+    function: Callable[[J, T], R], job: J, tasks: Iterable[T], workers: int | None, ahead: int
+) -> Iterator[R]:
+    try:
+        ray: Any = import_module("ray")
+    except ImportError as error:
+        raise CorpusError(
+            "a Ray cluster needs the `ray` package; pip install 'siftloader[ray]'"
+        ) from error
+    connected = _connect(ray, workers)
+    pending: deque[Any] = deque()
+    failure: _Failure | None = None
+    more = True
+    try:
+        cores = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        call = ray.put((function, job))
+        remote = ray.remote(_ray_task).options(
+            num_cpus=1, runtime_env={"env_vars": _environment()}
+        )
+        source = iter(tasks)
+        while True:
+            while more and len(pending) < ahead * cores:
+                try:
+                    task = next(source)
+                except StopIteration:
+                    more = False
+                except Exception as error:  # takes its turn like the failure of a task
+                    failure, more = _Failure(error, ""), False
+                else:
+                    pending.append(remote.remote(call, task))
+                    del task
+            if pending:
+                outcome = pickle.loads(_awaited(ray, pending.popleft()))
+            elif failure:
+                outcome = failure
+            else:
+                return
+            if isinstance(outcome, _Failure):
+                raise outcome.raised()
+            yield outcome.value
+            del outcome
+    finally:
+        _cancel(ray, pending)
+        if connected:
+            ray.shutdown()  # disconnects, and stops what _connect started
+
+
+def _ray_task(call: tuple[Callable[[Any, Any], Any], Any], task: Any) -> bytes:
+    function, job = call
+    return _answer(function, job, task)
+
+
+def _connect(ray: Any, workers: int | None) -> bool:
+    # Whether a connection was made, which is then ours to end.
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except Exception as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if address or not isinstance(error, ConnectionError):  # there is one, and it is not well
+            where = (
+                f"at {address} (RAY_ADDRESS)" if address else "though one left its address here"
+            )
+            raise CorpusError(
+                f"no Ray cluster answers {where}: {error}; start it, or clear that address (unset "
+                f"RAY_ADDRESS, `ray stop`) for one of this machine alone"
+            ) from error
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    return True
+
+
+def _environment() -> dict[str, str]:
+    # Of the workers: they import siftloader from where it is here, unless it is installed.
+    found = {**ONE_THREAD}
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    if Path(root) not in installed:
+        paths.insert(0, root)
+    if paths:
+        found["PYTHONPATH"] = os.pathsep.join(paths)
+    return found
+
+
+def _awaited(ray: Any, reference: Any) -> bytes:
+    try:
+        answer: bytes = ray.get(reference)
+    except ray.exceptions.RayError as error:  # of the cluster: those of the function are answers
+        raise CorpusError(
+            f"the Ray cluster lost a task and gave it up ({type(error).__name__}: {error}); run the "
+            f"same again, with less memory for each worker if that was short"
+        ) from error
+    return answer
+
+
+def _cancel(ray: Any, pending: deque[Any]) -> None:
+    for reference in pending:
+        ray.cancel(reference)
+    if pending:
+        ray.wait(list(pending), num_returns=len(pending), timeout=_PATIENCE)
