@@ -451,6 +451,54 @@ def test_a_full_disk_is_named_and_leaves_no_file_that_looks_whole(desk, tmp_path
     list(verify(tmp_path / "out"))
 
 
+def test_a_disk_that_runs_full_is_named_and_the_job_continues_on_a_larger_one(tmp_path):
+    """A real file system, too small at every size up to the one that is enough; then it grows."""
+    words = np.random.default_rng(0).integers(0, WORDS, 60_000)
+    (tmp_path / "t.txt").write_text(
+        "\n\n".join(" ".join(f"w{n}" for n in part) for part in np.split(words, 200))
+    )
+    tokenizer = save_tokenizer(tmp_path / "tiny" / "tokenizer.json")
+    (tmp_path / "disk").mkdir()
+    command = (
+        f"{sys.executable} -m siftloader.cli shard {tmp_path}/t.txt --out {tmp_path}/disk/set"
+        f" --tokenizer {tokenizer} --seq-len 16 --samples-per-shard 1000 --workers 2"
+    )
+    script = f"""
+        mount -t tmpfs -o size=64k none {tmp_path}/disk || exit 99
+        for size in 100k 200k 400k 800k; do
+            {command} 2>> {tmp_path}/errors && exit 98
+            test ! -e {tmp_path}/disk/set/manifest.jsonl || exit 97
+            mount -o remount,size=$size {tmp_path}/disk
+        done
+        mount -o remount,size=16m {tmp_path}/disk
+        {command} > /dev/null && cp -r {tmp_path}/disk/set {tmp_path}/set
+    """
+    root = str(Path(siftloader.prepare.__file__).parents[1])
+    done = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", script],
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode in (1, 99) and not (tmp_path / "errors").exists():
+        pytest.skip(f"this machine lets nobody mount a small disk: {done.stderr.strip()}")
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    told = (tmp_path / "errors").read_text().splitlines()
+    warnings, errors = told[::2], told[1::2]
+    assert len(warnings) == len(errors) == 4
+    assert all("warning: the disk may be too small: about 2" in line for line in warnings)
+    assert all("cannot be written" in line and "No space left" in line for line in errors)
+    assert all("once it can, run the same again" in line for line in errors)
+    options = Preparation(
+        out=tmp_path / "straight" / "set",
+        tokenizer=tokenizer,
+        seq_len=16,
+        samples_per_shard=1000,
+    )
+    prepare([str(tmp_path / "t.txt")], options)
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "straight" / "set")
+
+
 def test_a_process_that_dies_leaves_what_the_next_one_can_use(desk, tmp_path):
     """No exception, no clean-up: the process is gone, in the middle of a shard."""
     program = (
