@@ -329,24 +329,22 @@ def _cut_tar(
     column, blocks = format.column, _Blocks(stream)
     for group in _tar_groups(file, blocks):
         # Beside a text of the same name, a .json says something about it.
-        texts = [name for name in group if name.lower().endswith(".txt")]
-        records = [name for name in group if name.lower().endswith(".json")]
-        wanted = set(texts or records)
+        suffix = ".txt" if any(name.lower().endswith(".txt") for name in group) else ".json"
         for name, data in group.items():
-            shown = f"{file.path}: {name.encode('utf-8', 'backslashreplace').decode()}"
-            if name not in wanted:
+            shown = f"{file.path}: {_printable(name)}"
+            if data is None or not name.lower().endswith(suffix):
                 reading.skipped["tar members that are not text"] += 1
-            elif texts:
+            elif suffix == ".txt":
                 yield Piece("file", shown, 1, 0, data)
             else:
                 column = column or _json_column(shown, b" ".join(data.splitlines()))
                 yield Piece(f"json:{column or ''}", shown, 1, 0, data)
 
 
-def _tar_groups(file: File, blocks: _Blocks) -> Iterator[dict[str, bytes]]:
-    # Neighbours that share their name up to the first dot, as WebDataset has it; what is not text
-    # without its bytes. Links, folders and devices are passed over: nothing is ever extracted.
-    group: dict[str, bytes] = {}
+def _tar_groups(file: File, blocks: _Blocks) -> Iterator[dict[str, bytes | None]]:
+    # Neighbours that share their name up to the first dot, as WebDataset has it; None for what is
+    # not text. Links, folders and devices are passed over: nothing is ever extracted.
+    group: dict[str, bytes | None] = {}
     key = None
     try:
         with tarfile.open(fileobj=blocks, mode="r|", bufsize=512) as tar:  # type: ignore[call-overload]
@@ -365,7 +363,7 @@ def _tar_groups(file: File, blocks: _Blocks) -> Iterator[dict[str, bytes]]:
                     raise CorpusError(
                         f"{file.path}: two members named {member.name!r}; leave one of them out"
                     )
-                group[member.name] = inside.read() if inside else b""
+                group[member.name] = inside.read() if inside else None
     except tarfile.TarError as error:
         raise CorpusError(
             f"{file.path}: damaged or cut short ({error}); fetch it again"
@@ -504,9 +502,11 @@ def _tables(file: File) -> Iterator[None]:
         ) from error
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        # MemoryError: a damaged length asks for more bytes than there are.
+        cause = str(error) or "it claims to hold more than memory does"
         raise CorpusError(
-            f"{file.path}: damaged or cut short ({error}); fetch it again, or write it anew"
+            f"{file.path}: damaged or cut short ({cause}); fetch it again, or write it anew"
         ) from error
 
 
@@ -621,6 +621,8 @@ def _parse_text(piece: Piece, divided: bool, parsed: Parsed) -> None:
         text, good = data.decode("utf-8", "surrogateescape"), False
     if not good:
         text = _without_bad(text, piece, offset, divided, parsed)
+    elif not divided and not text.strip():
+        parsed.skipped["empty documents"] += 1
     text = _with_plain_ends(text)
     for document in _BETWEEN_DOCUMENTS.split(text) if divided else [text]:
         if stripped := document.strip():

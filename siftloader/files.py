@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from siftloader.errors import CorpusError
@@ -459,19 +459,26 @@ def open_file(file: File, reading: Reading | None = None) -> Iterator[BinaryIO]:
 def open_seekable(file: File, reading: Reading | None = None) -> Iterator[BinaryIO]:
     """Like ``open_file``, for readers that jump: what is compressed or far away is copied first."""
     found = kind_of(file.path)
-    copied = is_url(file.path) or (found is not None and found[1] != "")
+    if is_url(file.path) or (found is not None and found[1]):
+        whole: Any = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    else:
+        whole = io.BufferedReader(_opened(file))
+    with whole:
+        with open_file(file, reading) as stream:
+            while chunk := stream.read(CHUNK):
+                if whole.writable():
+                    _copy(chunk, whole, file)
+        whole.seek(0)
+        yield whole
+
+
+def _copy(chunk: bytes, whole: BinaryIO, file: File) -> None:
     try:
-        with tempfile.TemporaryFile() if copied else Path(file.path).open("rb") as whole:
-            with open_file(file, reading) as stream:
-                while chunk := stream.read(CHUNK):
-                    if copied:
-                        whole.write(chunk)
-            whole.seek(0)
-            yield cast(BinaryIO, whole)
+        whole.write(chunk)
     except OSError as error:
-        where = f"a copy of it in {tempfile.gettempdir()} (TMPDIR chooses another folder)"
         raise CorpusError(
-            f"{file.path}: {where if copied else 'it'} cannot be read or written ({error})"
+            f"{file.path}: no copy of it can be written to {tempfile.gettempdir()} ({error}); "
+            f"set TMPDIR to a folder with more room, or unpack the file yourself"
         ) from error
 
 
@@ -484,14 +491,18 @@ def _stored(file: File) -> Iterator[Any]:
             options = {"block_size": 0} if "http" in _protocols(system) else {}
             raw = system.open(path, "rb", **options)
     else:
-        try:
-            raw = Path(file.path).open("rb", buffering=0)  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise CorpusError(f"{file.path}: cannot be read ({error})") from error
+        raw = _opened(file)
     try:
         yield raw
     finally:
         raw.close()
+
+
+def _opened(file: File) -> io.FileIO:
+    try:
+        return Path(file.path).open("rb", buffering=0)
+    except OSError as error:
+        raise CorpusError(f"{file.path}: cannot be read ({error})") from error
 
 
 class _Watched(io.RawIOBase):
