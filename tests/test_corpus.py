@@ -9,7 +9,9 @@ import hashlib
 import io
 import json
 import lzma
+import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from effort import examples
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from siftloader.corpus import Format, Parsed, Reading, cut_blocks, parse, read_documents
 from siftloader.errors import CorpusError
@@ -516,6 +518,7 @@ def test_a_container_cut_anywhere_is_refused(folder, container, cut_at):
     value=st.integers(1, 255),
     container=st.sampled_from(["parquet", "arrow", "feather", "tar"]),
 )
+@example(where=613, value=1, container="arrow")  # asks for more memory than there is
 def test_a_flipped_byte_is_an_error_that_names_the_file_or_another_text(
     folder, where, value, container
 ):
@@ -528,6 +531,46 @@ def test_a_flipped_byte_is_an_error_that_names_the_file_or_another_text(
         parsed(path)
     except CorpusError as error:
         assert str(path) in str(error)
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_refused(tmp_path):
+    path = tmp_path / "a.arrow"
+    data = as_arrow(path, ["one", "two", "three"])
+    path.write_bytes(data[:-8])
+    with pytest.raises(CorpusError, match=r"a\.arrow: damaged or cut short \(no end-of-stream"):
+        cut(path)
+    path.write_bytes(data + b"x")
+    with pytest.raises(CorpusError, match=r"a\.arrow: damaged or cut short \(no end-of-stream"):
+        cut(path)
+
+
+def test_offsets_that_lead_outside_of_a_table_are_never_followed(tmp_path):
+    path = tmp_path / "a.arrow"
+    data = as_arrow(path, ["one", "three"])
+    right, wrong = (struct.pack("<3i", 0, 3, last) for last in (8, 1 << 30))
+    assert data.count(right) == 1
+    path.write_bytes(data.replace(right, wrong))
+    with pytest.raises(CorpusError, match=r"a\.arrow: damaged"):
+        cut(path)
+
+
+@examples(60)
+@given(
+    documents=st.lists(records, min_size=1, max_size=12),
+    chunk=st.integers(1, 12),
+    block_bytes=st.integers(1, 200),
+)
+def test_how_a_table_groups_its_rows_moves_no_cut(folder, documents, chunk, block_bytes):
+    pa = pytest.importorskip("pyarrow")
+    rows = table(documents)
+    found = []
+    for size in (chunk, len(documents)):
+        path = folder / "grouped.arrow"
+        with pa.ipc.new_stream(str(path), rows.schema) as sink:
+            sink.write_table(rows, max_chunksize=size)
+        blocks = cut(path, block_bytes=block_bytes)
+        found.append([parse(block, Format()).texts for block in blocks])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "parquet", "arrow", "feather"])
@@ -792,3 +835,29 @@ def test_a_large_file_is_never_held_whole(tmp_path):
     tracemalloc.stop()
     assert count == 52
     assert peak < 8 << 20, f"{peak:,} bytes held"
+
+
+DIGESTS = """
+import sys
+from siftloader.corpus import Format, cut_blocks, parse
+from siftloader.files import find_inputs
+for block in cut_blocks(find_inputs([sys.argv[1]]), Format(block_bytes=1)):
+    print(block.digest, ascii(parse(block, Format()).texts))
+"""
+
+
+def test_blocks_depend_on_no_locale_and_no_hash_seed(tmp_path):
+    for name in ("é.txt", "b.txt", "Ünder/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"größe of {name}", "utf-8")
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", DIGESTS, str(tmp_path)],
+            env={**os.environ, "LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for locale, seed in [("C", "1"), ("C.UTF-8", "2"), ("en_US.ISO-8859-1", "3")]
+    }
+    assert len(printed) == 1
+    assert printed.pop().count(b"gr\\xf6\\xdfe of") == 3
