@@ -18,8 +18,9 @@ start to exit, on the same documents, after all files were read once (so from th
 
 Steady: tokens per second after the first --skip seconds, while all workers work. Memory: the most that
 the processes took together (PSS, so shared pages count once), sampled every 0.2 s; "anonymous" is the
-part that cannot be dropped under pressure. Disk: the most that lay in the arm's folder. CPU: seconds of all cores.
-Of several repeats the median is printed. Linux only.
+part that cannot be dropped under pressure. Disk: the most that lay in the arm's folder. CPU: seconds of
+all cores. "x bare": the steady rate, where there is none that of the whole run, over bare's steady rate.
+Of several repeats the run of median time is printed. Linux only.
 """
 
 from __future__ import annotations
