@@ -544,10 +544,14 @@ def test_an_arrow_stream_cut_between_two_batches_is_refused(tmp_path):
         cut(path)
 
 
-def test_offsets_that_lead_outside_of_a_table_are_never_followed(tmp_path):
+@pytest.mark.parametrize(
+    "offsets", [(0, 1 << 30, 8), (0, 3, 1 << 30), (0, 9, 8), (1 << 20, 3, 8), (0, -5, 8)], ids=str
+)
+def test_offsets_that_lead_outside_of_a_table_are_never_followed(tmp_path, offsets):
+    """Followed, some of them end the process."""
     path = tmp_path / "a.arrow"
     data = as_arrow(path, ["one", "three"])
-    right, wrong = (struct.pack("<3i", 0, 3, last) for last in (8, 1 << 30))
+    right, wrong = struct.pack("<3i", 0, 3, 8), struct.pack("<3i", *offsets)
     assert data.count(right) == 1
     path.write_bytes(data.replace(right, wrong))
     with pytest.raises(CorpusError, match=r"a\.arrow: damaged"):
