@@ -2,7 +2,7 @@
 
     inputs = find_inputs(["books=gutenberg/", "wiki/*.xml.bz2", "news.jsonl.zst"])
     for block in cut_blocks(inputs, Format()):      # one process: sequential, on bytes, cheap
-        parse(block, Format()).texts                # any process: decode, parse, strip markup
+        parse(block).texts                          # any process: decode, parse, strip markup
 
 Where the blocks are cut depends on what the files hold and on ``Format`` alone, and the documents
 depend on neither blocks nor compression.
@@ -32,13 +32,11 @@ import numpy as np
 
 from siftloader.errors import CorpusError
 from siftloader.files import (
-    Bad as Bad,
-    File as File,
-    Input as Input,
-    Reading as Reading,
+    Bad,
+    File,
+    Input,
+    Reading,
     combined,
-    find_inputs as find_inputs,
-    hash_input as hash_input,
     kind_of,
     open_file,
     open_seekable,
@@ -146,7 +144,7 @@ def read_documents(
     format = Format(documents=boundary)  # type: ignore[arg-type]  # noqa: A001 - checks itself
     reading = Reading() if reading is None else reading
     for block in cut_blocks(inputs, format, reading):
-        parsed = parse(block, format)
+        parsed = parse(block)
         for bad in (*reading.bad, *parsed.bad):
             raise CorpusError(bad.message)
         reading.skipped += parsed.skipped
@@ -589,9 +587,11 @@ def _packed(file: File, row: int, arrays: Sequence[Any]) -> Piece:
     return Piece("arrow", file.path, row, 0, sink.getvalue().to_pybytes())
 
 
-def parse(block: Block, format: Format) -> Parsed:  # noqa: A002
-    """The documents of a block; what cannot be one is told in ``bad``, and never raised."""
-    del format  # what of it matters is written on the pieces
+def parse(block: Block) -> Parsed:
+    """The documents of a block; what cannot be one is told in ``bad``, and never raised.
+
+    How to parse them is written on the pieces.
+    """
     parsed = Parsed()
     for piece in block.pieces:
         kind, _, option = piece.kind.partition(":")

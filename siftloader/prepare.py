@@ -168,7 +168,6 @@ def prepare(
             objective=options.objective,
             seed=options.seed,
             val_fraction=options.val_fraction,
-            format=options.format,
             weights=tuple(source.weight for source in inputs),
             tokenizer=tokenizer.to_str(),
             about=about,
@@ -227,7 +226,7 @@ def _tokenise(
     total: _Total,
     progress: _Progress,
 ) -> Iterator[str]:
-    blocks = cut_blocks(inputs, job.format, reading)
+    blocks = cut_blocks(inputs, options.format, reading)
     size = _size(inputs)
     with progress.bar("tokenising", size, "B") as bar:
         for name in _each(options, make_run, job, blocks, options.workers):
@@ -254,7 +253,12 @@ def _pack_carried(
     tasks = gather(job, runs)
     # Tails are nothing; only documents that wait for partners can be worth more processes.
     many = sum(len(task.runs) for task in tasks) * options.seq_len > 1 << 24
-    for name in _each(options, make_last_run, job, tasks, options.workers if many else 1):
+    made = (
+        _each(options, make_last_run, job, tasks, options.workers)
+        if many
+        else run_here(make_last_run, job, tasks)
+    )
+    for name in made:
         total.add(RunFile.open(job.work / name))
         yield name
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftloader.corpus import Block, Format, parse
+from siftloader.corpus import Block, parse
 from siftloader.errors import CorpusError
 from siftloader.packing import Documents, Packed, Packing, pack_clm, pack_mlm
 from siftloader.pairs import Pairing, Segmented, pack_pairs, segment
@@ -45,7 +45,6 @@ class Job:
     objective: str
     seed: int
     val_fraction: float
-    format: Format
     weights: tuple[float, ...]  # by source
     tokenizer: str  # serialised
     about: Tokenizer
@@ -57,7 +56,7 @@ def make_run(job: Job, block: Block) -> str:
     name = f"{block.number:08d}-{block.digest[:16]}.run"
     if _finished(job.work / name):
         return name
-    parsed = parse(block, job.format)
+    parsed = parse(block)
     skipped = Counter(parsed.skipped)
     documents = _tokenised(job, parsed.texts)
     empty = np.diff(documents.ids_at_documents) == 0

@@ -16,35 +16,12 @@ from typing import Any
 from siftloader.errors import CorpusError
 
 
-DROPPED = frozenset(  # tags whose contents are not prose
-    [
-        "ce",
-        "chem",
-        "gallery",
-        "graph",
-        "hiero",
-        "imagemap",
-        "indicator",
-        "inputbox",
-        "mapframe",
-        "maplink",
-        "math",
-        "pages",
-        "ref",
-        "references",
-        "score",
-        "section",
-        "source",
-        "style",
-        "syntaxhighlight",
-        "table",
-        "templatedata",
-        "templatestyles",
-        "timeline",
-        "tr",
-        "td",
-        "th",
-    ]
+DROPPED = frozenset(
+    """
+    ce chem gallery graph hiero imagemap indicator inputbox mapframe maplink math
+    pages ref references score section source style syntaxhighlight table
+    templatedata templatestyles timeline tr td th
+    """.split()  # noqa: SIM905 - one word a line is no table
 )
 LINES = frozenset(
     ["br", "hr", "p", "div", "li", "ul", "ol", "dl", "dt", "dd", "blockquote", "center", "poem"]
@@ -52,93 +29,16 @@ LINES = frozenset(
 
 # What wikis in common languages call the namespaces whose links show no text of their own.
 HIDDEN = frozenset(
-    [
-        "file",
-        "image",
-        "media",
-        "category",
-        "datei",
-        "bild",
-        "kategorie",
-        "fichier",
-        "catégorie",
-        "archivo",
-        "imagen",
-        "categoría",
-        "immagine",
-        "categoria",
-        "ficheiro",
-        "imagem",
-        "arquivo",
-        "bestand",
-        "afbeelding",
-        "categorie",
-        "plik",
-        "grafika",
-        "kategoria",
-        "файл",
-        "изображение",
-        "категория",
-        "зображення",
-        "категорія",
-        "ファイル",
-        "画像",
-        "カテゴリ",
-        "文件",
-        "檔案",
-        "圖像",
-        "图像",
-        "分类",
-        "分類",
-        "파일",
-        "그림",
-        "분류",
-        "fil",
-        "kategori",
-        "tiedosto",
-        "kuva",
-        "luokka",
-        "fájl",
-        "kép",
-        "kategória",
-        "soubor",
-        "kategorie",
-        "dosya",
-        "resim",
-        "kategori",
-        "berkas",
-        "gambar",
-        "kategori",
-        "tập_tin",
-        "hình",
-        "thể_loại",
-        "ملف",
-        "صورة",
-        "تصنيف",
-        "پرونده",
-        "تصویر",
-        "رده",
-        "קובץ",
-        "תמונה",
-        "קטגוריה",
-        "चित्र",
-        "श्रेणी",
-        "αρχείο",
-        "εικόνα",
-        "κατηγορία",
-        "fișier",
-        "imagine",
-        "датотека",
-        "слика",
-        "категорија",
-        "fitxer",
-        "imatge",
-        "датотека",
-        "категория",
-        "ไฟล์",
-        "ภาพ",
-        "หมวดหมู่",
-    ]
+    """
+    file image media category datei bild kategorie fichier catégorie archivo imagen
+    categoría immagine categoria ficheiro imagem arquivo bestand afbeelding
+    categorie plik grafika kategoria файл изображение категория зображення категорія
+    ファイル 画像 カテゴリ 文件 檔案 圖像 图像 分类 分類 파일 그림 분류 fil kategori tiedosto kuva luokka fájl
+    kép kategória soubor kategorie dosya resim kategori berkas gambar kategori
+    tập_tin hình thể_loại ملف صورة تصنيف پرونده تصویر رده קובץ תמונה קטגוריה चित्र
+    श्रेणी αρχείο εικόνα κατηγορία fișier imagine датотека слика категорија fitxer
+    imatge датотека категория ไฟล์ ภาพ หมวดหมู่
+    """.split()  # noqa: SIM905 - one word a line is no table
 )
 
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(-[a-z]{2,})*|simple")  # [[de:Ada]] is a link to elsewhere

@@ -21,9 +21,9 @@ import pytest
 from effort import examples
 from hypothesis import example, given, strategies as st
 
-from siftloader.corpus import Format, Parsed, Reading, cut_blocks, parse, read_documents
+from siftloader.corpus import Format, Parsed, cut_blocks, parse, read_documents
 from siftloader.errors import CorpusError
-from siftloader.files import find_inputs, hash_input
+from siftloader.files import Reading, find_inputs, hash_input
 
 
 def zstd(data: bytes) -> bytes:
@@ -67,7 +67,7 @@ def parsed(*arguments: object, reading: Reading | None = None, **options) -> Par
     """Everything at once, and what does not depend on how it was cut checked on the way."""
     whole = Parsed()
     for block in cut(*arguments, reading=reading, **options):
-        part = parse(pickle.loads(pickle.dumps(block)), Format(**options))
+        part = parse(pickle.loads(pickle.dumps(block)))
         whole.texts += part.texts
         whole.skipped += part.skipped
         whole.bad += part.bad
@@ -252,7 +252,7 @@ def test_many_small_files_share_blocks(tmp_path_factory, documents, block_bytes,
         for text in documents
         for part in ([text] if boundary == "file" else text.split("\n\n"))
     ]
-    found = [parse(block, Format(documents=boundary)) for block in blocks]
+    found = [parse(block) for block in blocks]
     assert [text for part in found for text in part.texts] == [text for text in expected if text]
     assert reading.skipped["files without text"] == documents.count("")
     sizes = [sum(len(piece.data) for piece in block.pieces) for block in blocks]
@@ -573,7 +573,7 @@ def test_how_a_table_groups_its_rows_moves_no_cut(folder, documents, chunk, bloc
         with pa.ipc.new_stream(str(path), rows.schema) as sink:
             sink.write_table(rows, max_chunksize=size)
         blocks = cut(path, block_bytes=block_bytes)
-        found.append([parse(block, Format()).texts for block in blocks])
+        found.append([parse(block).texts for block in blocks])
     assert found[0] == found[1]
 
 
@@ -788,7 +788,7 @@ def test_a_digest_tells_apart_all_that_parsing_tells_apart(tmp_path):
     # A mark is one only where a file begins.
     (tmp_path / "b.txt").write_bytes(b"\n\n\xef\xbb\xbfx")
     marked = cut(tmp_path / "b.txt", block_bytes=1)
-    assert [parse(block, Format()).texts for block in marked] == [["\ufeffx"]]
+    assert [parse(block).texts for block in marked] == [["\ufeffx"]]
     assert marked[0].digest != digest("c.txt", b"\xef\xbb\xbfx")
 
 
@@ -798,7 +798,7 @@ from siftloader.corpus import Format, cut_blocks, parse
 from siftloader.files import find_inputs
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (block,) = cut_blocks(find_inputs([sys.argv[1]]), Format())
-(text,) = parse(block, Format()).texts
+(text,) = parse(block).texts
 print(len(text), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 """
 
@@ -846,7 +846,7 @@ import sys
 from siftloader.corpus import Format, cut_blocks, parse
 from siftloader.files import find_inputs
 for block in cut_blocks(find_inputs([sys.argv[1]]), Format(block_bytes=1)):
-    print(block.digest, ascii(parse(block, Format()).texts))
+    print(block.digest, ascii(parse(block).texts))
 """
 
 

@@ -544,3 +544,16 @@ def test_a_page_that_changed_since_it_was_found_is_named(web):
     web.edition += 1
     with pytest.raises(CorpusError, match="changed while it was read"):
         check_unchanged(inputs)
+
+
+def test_a_json_beside_other_text_in_a_folder_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "about.json").write_text("{}")
+    (source,) = find_inputs([str(tmp_path)])
+    assert [Path(file.path).name for file in source.files] == ["a.txt"]
+    assert source.ignored == 1
+    (source,) = find_inputs([str(tmp_path / "*.json")])
+    assert [Path(file.path).name for file in source.files] == ["about.json"]
+    (tmp_path / "a.txt").unlink()
+    (source,) = find_inputs([str(tmp_path)])
+    assert [Path(file.path).name for file in source.files] == ["about.json"]

@@ -237,7 +237,8 @@ def test_what_cannot_be_paired_is_refused(make, message):
 @pytest.fixture(scope="module")
 def novels():
     tokenizers = pytest.importorskip("tokenizers")
-    from siftloader.corpus import find_inputs, read_documents
+    from siftloader.corpus import read_documents
+    from siftloader.files import find_inputs
 
     tokenizer = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     texts, length = [], 0

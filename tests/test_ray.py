@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 from siftloader.engines import WorkerTraceback, run_here, run_ray
 from siftloader.errors import CorpusError, CorruptShard
+from siftloader.prepare import Preparation, prepare
 
 
 ray = pytest.importorskip("ray")
@@ -209,3 +211,42 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
 def test_options_are_checked_at_once(options):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         run_ray(scaled, 1, [1], **options)
+
+
+# The whole job.
+
+DEMO = Path(__file__).parents[1] / "shards" / "demo"
+
+
+@pytest.mark.parametrize("objective", ["mlm", "mlm-nsp", "clm"])
+def test_a_corpus_prepared_on_ray_has_the_bytes_of_one_prepared_here(cluster, tmp_path, objective):
+    """Law 7, across engines: eight blocks, two nodes."""
+    text = lzma.decompress((DEMO / "embedded_pd.txt.xz").read_bytes()).decode()[: 1 << 20]
+    (tmp_path / "t.txt").write_text(text)
+    found = {}
+    for engine, workers in (("local", 1), ("ray", None), ("ray", 3)):
+        out = tmp_path / f"{engine}-{workers}" / "set"
+        options = Preparation(
+            out=out,
+            tokenizer=DEMO / "tokenizer.json",
+            objective=objective,
+            seq_len=64,
+            val_fraction=0.1,
+            samples_per_shard=500,
+            block_bytes=1 << 17,
+            engine=engine,
+            workers=workers,
+        )
+        prepare([str(tmp_path / "t.txt")], options)
+        found[engine, workers] = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert len(found["local", 1]) > 8
+    assert found["ray", None] == found["ray", 3] == found["local", 1]
+
+
+def test_bad_text_met_on_ray_is_told_as_it_is_here(cluster, tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"good\n\nbad \xff\n")
+    options = Preparation(
+        out=tmp_path / "out", tokenizer=DEMO / "tokenizer.json", engine="ray", workers=None
+    )
+    with pytest.raises(CorpusError, match=r"t\.txt: line 3, byte 10: not UTF-8"):
+        prepare([str(tmp_path / "t.txt")], options)
