@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from siftloader.prepare import Preparation, prepare
 
 
 ray = pytest.importorskip("ray")
-psutil = pytest.importorskip("psutil")
+pytest.importorskip("psutil")
 
 pytestmark = [
     pytest.mark.slow,
@@ -181,24 +182,37 @@ def test_an_address_nobody_answers_at_is_an_error(monkeypatch):
         list(run_ray(scaled, 2, range(3)))
 
 
-def test_without_a_cluster_one_is_started_and_stopped(monkeypatch):
-    real = ray.init
+ALONE = """
+import psutil, ray
+from siftloader.engines import run_ray
+from test_ray import scaled
 
-    def init(address: str, **options: object) -> object:
-        if address == "auto":  # would find the cluster of the other tests
-            raise ConnectionError("none is running")
-        return real(address, **options)
+real = ray.init
 
-    monkeypatch.setattr(ray, "init", init)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    results = run_ray(scaled, 3, range(6), workers=1)
-    assert next(results) == 0
-    during = {child.pid for child in psutil.Process().children(recursive=True)} - before
-    assert during
-    assert list(results) == [3, 6, 9, 12, 15]
-    assert not any(map(psutil.pid_exists, during))
+def init(address, **options):
+    if address == "auto":  # would find the cluster of the other tests
+        raise ConnectionError("none is running")
+    return real(address, **options)
+
+ray.init = init
+results = run_ray(scaled, 3, range(6), workers=1)
+assert next(results) == 0
+during = psutil.Process().children(recursive=True)
+assert during
+assert list(results) == [3, 6, 9, 12, 15]
+assert not any(child.is_running() for child in during), during
+"""
+
+
+def test_without_a_cluster_one_is_started_and_stopped():
+    """In a process of its own: one that has used two clusters loses the objects of the first."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
