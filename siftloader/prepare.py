@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,7 +33,7 @@ from siftloader.cells import Shuffle, Written, count_keys, plan_cells, shards_pe
 from siftloader.corpus import Format, cut_blocks
 from siftloader.engines import run_here, run_processes, run_ray
 from siftloader.errors import CorpusError, ShardError
-from siftloader.files import Input, Reading, check_unchanged, find_inputs, hash_input
+from siftloader.files import Input, Reading, check_unchanged, find_inputs, hash_input, kind_of
 from siftloader.packing import Packing
 from siftloader.runs import SPLITS, RunFile
 from siftloader.samples import Job, gather, make_last_run, make_run
@@ -50,6 +51,7 @@ from siftloader.shards import (
     write_dataset,
 )
 from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
+from siftloader.wikitext import wikitext_parser
 
 
 RECIPE = "prepare.json"  # marks a folder as ours, and says what it was asked to hold
@@ -448,9 +450,19 @@ def _recipe(options: Preparation, about: Tokenizer, inputs: Sequence[Input]) -> 
         "documents": options.documents,
         "column": options.column,
         "block_bytes": options.block_bytes,
+        "markup": _markup(inputs),
         "tokenizer": asdict(about),
         "sources": [{"name": source.name, "weight": source.weight} for source in inputs],
     }
+
+
+def _markup(inputs: Sequence[Input]) -> str | None:
+    # The version of what strips the markup, where there is any to strip.
+    kinds = {(kind_of(file.path) or ("", ""))[0] for source in inputs for file in source.files}
+    if "wiki" not in kinds:
+        return None
+    wikitext_parser()  # or the error that says how to get it
+    return version("mwparserfromhell")
 
 
 def _without_hashes(found: Mapping[str, Any]) -> dict[str, Any]:
