@@ -30,6 +30,7 @@ from siftloader.shards import Layout, Shard, sha256, write_atomically, write_sha
 
 BUCKETS = 1 << 16  # keys are counted by their highest 16 bits
 SHIFT = np.uint64(48)
+COUNTED = 1 << 20  # ids that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Shuffle:
 
     out: Path
     work: Path
-    runs: tuple[str, ...]  # in the order of their blocks
+    runs: tuple[str, ...]  # their names, in the order of their blocks
     layout: Layout
     vocab_size: int
 
@@ -111,10 +112,13 @@ class Written:
 def write_cell(job: Shuffle, cell: Cell) -> Written:
     """Write the shards of a cell, unless they are there to the last byte.
 
-    Memory: the token ids of the cell, and once more those of one shard.
+    Memory: the token ids of the cell, once more those of one shard, and some MiB.
     """
     unigrams = np.zeros(job.vocab_size, np.int64)
-    shards = [_finished(job, stem, unigrams) for stem in cell.stems]
+    shards = [
+        _finished(job, stem, count, unigrams)
+        for stem, count in zip(cell.stems, cell.counts, strict=True)
+    ]
     if not all(shards):
         unigrams[:] = 0
         shards = list(_write(job, cell, unigrams))
@@ -133,7 +137,7 @@ def _write(job: Shuffle, cell: Cell, unigrams: NDArray[np.int64]) -> Iterator[Sh
         shard = write_shard(
             job.out, stem, rows, arrays["sources"][chosen], job.layout, labels=labels
         )
-        unigrams += np.bincount(rows.ravel(), minlength=len(unigrams))
+        _count(rows, unigrams)
         write_atomically(_note(job, stem), json.dumps(asdict(shard)).encode())
         yield shard
 
@@ -177,39 +181,45 @@ def _note(job: Shuffle, stem: str) -> Path:
     return job.work / f"{stem}.{job.digest}.json"
 
 
-def _finished(job: Shuffle, stem: str, unigrams: NDArray[np.int64]) -> Shard | None:
-    # The shard as noted, if its bytes are those; its ids are counted on the way.
+def _count(rows: NDArray[Any], unigrams: NDArray[np.int64]) -> None:
+    # A part at a time: counting takes eight bytes for every id.
+    part = max(1, COUNTED // rows.shape[1])
+    for first in range(0, len(rows), part):
+        ids = rows[first : first + part].ravel()
+        unigrams += np.bincount(ids, minlength=len(unigrams))
+
+
+def _finished(job: Shuffle, stem: str, count: int, unigrams: NDArray[np.int64]) -> Shard | None:
+    # The shard as noted, if it is the one wanted and its bytes are those; ids are counted on the way.
+    layout = job.layout
     try:
         shard = Shard(**json.loads(_note(job, stem).read_bytes()))
+        if (shard.shard, shard.num_sequences, shard.bytes) != (stem, count, layout.size(count)):
+            return None
         data = np.memmap(job.out / f"{stem}.tar", np.uint8, mode="r")
         sources = (job.out / f"{stem}.sources.npy").read_bytes()
     except (OSError, ValueError, TypeError):
         return None
     if sha256(data) != shard.sha256 or sha256(sources) != shard.sources_sha256:
         return None
-    layout = job.layout
+    if len(data) != shard.bytes:
+        return None
     ids = np.ndarray(
-        (shard.num_sequences, layout.seq_len),
+        (count, layout.seq_len),
         layout.dtype,
         buffer=data,
         offset=layout.offset,
         strides=(layout.stride, np.dtype(layout.dtype).itemsize),
     )
-    unigrams += np.bincount(ids.ravel(), minlength=len(unigrams))
+    _count(ids, unigrams)
     return shard
 
 
 def shards_per_cell(shards: int, workers: int, memory: int, shard_bytes: int) -> tuple[int, int]:
     """How many shards a cell may cover, and how many workers may write at once.
 
-    A worker holds the ids of its cell and once more those of a shard. Raises CorpusError where the
-    memory is too little for one worker with one shard.
+    A worker holds the ids of its cell, once more those of a shard, and what is small beside a third.
     """
-    if memory < 3 * shard_bytes:
-        raise CorpusError(
-            f"a memory cap of {memory:,} bytes is less than the {3 * shard_bytes:,} that writing a "
-            f"shard takes; allow more, or ask for fewer samples_per_shard"
-        )
     writers = max(1, min(workers, memory // (3 * shard_bytes), shards))
     most = memory // writers // shard_bytes - 2
     return max(1, min(most, -(-shards // (2 * writers)))), writers

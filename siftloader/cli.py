@@ -118,8 +118,8 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--objective",
         choices=list(NEEDED),
         default=Preparation.objective,
-        help="mlm: [CLS] text [SEP], the tail padded; mlm-nsp: BERT's sentence pairs, half of them "
-        "random; clm: running text with an end-of-text id after every document "
+        help="mlm: [CLS] text [SEP], the tail padded; mlm-nsp: BERT's sentence pairs, about half "
+        "of them random; clm: running text with an end-of-text id after every document "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -179,7 +179,7 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--engine",
         choices=ENGINES,
         default=Preparation.engine,
-        help="ray: on the Ray cluster that runs here or at RAY_ADDRESS; --out must be on storage "
+        help="ray: on the cluster at RAY_ADDRESS, or that `ray start` began here; --out must be on storage "
         "that all its machines share (default: %(default)s)",
     )
     parser.add_argument(
@@ -187,7 +187,7 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_bytes,
         default=Preparation.memory,
         metavar="SIZE",
-        help="for writing shards, all workers together: 500MB, 4GB (default: 1GiB); tokenising "
+        help="for writing shards, all workers together: 500MB, 4GB (default: 1GiB, or what three shards take); tokenising "
         "takes about 150 MB a worker besides",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -233,7 +233,7 @@ def _tell_estimate(progress: dict[str, Any]) -> None:
     )
     if needed > progress["free"]:
         print(f"siftloader: warning: the disk may be too small: {line}", file=sys.stderr)
-    elif sys.stderr.isatty():
+    elif sys.stderr is not None and sys.stderr.isatty():
         print(line, file=sys.stderr)
 
 
@@ -264,9 +264,7 @@ def report(summary: Summary) -> str:
         rows.append((f"{split} samples", f"{count:,}"))
         if packing := summary.packing.get(split):
             rows += [(f"{split} tokens", line) for line in _accounts(packing)]
-    tokens = summary.packing["train"].tokens if summary.packing else 0
-    if tokens:
-        rows.append(("unknown tokens", f"{summary.unknown / tokens:.4%} of train"))
+    rows.append(("unknown tokens", f"{summary.unknown:.4%} of the train text"))
     if not summary.samples.get("val"):
         rows.append(("note", "nothing was held out; raise --val-fraction for a val split"))
     rows += [
@@ -284,7 +282,7 @@ def _accounts(packing: Packing) -> list[str]:
         yielded[0] += f" + {packing.tail_kept:,} in padded tails"
     yielded[0] += f" + {packing.dropped:,} dropped"
     if packing.carried:
-        yielded.append(f"{packing.carried:,} of them packed with the tails of other blocks")
+        yielded.append(f"{packing.carried:,} of them waited for the end, to be packed with others")
     if packing.random or packing.alone:
         yielded.append(
             f"{packing.random:,} pairs random, with {packing.reused:,} tokens used again; "

@@ -120,8 +120,8 @@ class Format:
             )
         if self.column == "":
             raise ValueError("column must name a field, or be None to have it found; got ''")
-        if self.block_bytes < 1:
-            raise ValueError(f"block_bytes must be positive, got {self.block_bytes}")
+        if not 1 <= self.block_bytes <= 1 << 30:
+            raise ValueError(f"block_bytes must be in 1..2^30, got {self.block_bytes}")
 
 
 @dataclass

@@ -27,7 +27,7 @@ import sysconfig
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
@@ -61,7 +61,9 @@ _QUEUED = (
 _PATIENCE = 5.0  # seconds between asking a worker to end and making it
 
 
-def run_here(function: Callable[[J, T], R], job: J, tasks: Iterable[T]) -> Iterator[R]:
+def run_here(
+    function: Callable[[J, T], R], job: J, tasks: Iterable[T]
+) -> Generator[R, None, None]:
     """Yield ``function(job, task)`` of every task, each when it is asked for."""
     for task in tasks:
         yield function(job, task)
@@ -69,7 +71,7 @@ def run_here(function: Callable[[J, T], R], job: J, tasks: Iterable[T]) -> Itera
 
 def run_processes(
     function: Callable[[J, T], R], job: J, tasks: Iterable[T], workers: int, ahead: int = 2
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Yield ``function(job, task)`` of every task in order, worked out by ``workers`` processes.
 
     ``job`` is sent to each of them once. A worker that dies is a CorpusError.
@@ -88,13 +90,13 @@ def run_ray(
     tasks: Iterable[T],
     workers: int | None = None,
     ahead: int = 2,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Yield ``function(job, task)`` of every task in order, worked out by a Ray cluster, a core each.
 
-    The cluster is the one this process is connected to, RAY_ADDRESS names, or runs on this machine; else
-    one of ``workers`` cores (all of them) is started here, and stopped at the end. On a running cluster
-    ``workers`` only bounds the look-ahead; it has as many as the cluster has cores. Tasks of a machine that
-    is lost are done again on another.
+    The cluster is the one this process is connected to, RAY_ADDRESS names, or `ray start` began on this
+    machine; else one is started here, and stopped at the end. ``workers`` (None: as many as there are cores)
+    bounds the look-ahead: with ``ahead`` 1, no more tasks run at a time. Tasks of a machine that is lost are
+    done again on another.
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -213,7 +215,7 @@ class _Worker:
 
 def _in_processes(
     function: Callable[[J, T], R], job: J, tasks: Iterable[T], workers: int, ahead: int
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     call = pickle.dumps((function, job))
     source = iter(tasks)
     pool: list[_Worker] = []
@@ -371,14 +373,14 @@ def _end(pool: list[_Worker]) -> None:
 
 def _on_ray(
     function: Callable[[J, T], R], job: J, tasks: Iterable[T], workers: int | None, ahead: int
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     try:
         ray: Any = import_module("ray")
     except ImportError as error:
         raise CorpusError(
             "a Ray cluster needs the `ray` package; pip install 'siftloader[ray]'"
         ) from error
-    connected = _connect(ray, workers)
+    connected = _connect(ray)
     pending: deque[Any] = deque()
     failure: _Failure | None = None
     more = True
@@ -421,23 +423,21 @@ def _ray_task(call: tuple[Callable[[Any, Any], Any], Any], task: Any) -> bytes:
     return _answer(function, job, task)
 
 
-def _connect(ray: Any, workers: int | None) -> bool:
+def _connect(ray: Any) -> bool:
     # Whether a connection was made, which is then ours to end.
     if ray.is_initialized():
         return False
     try:
-        ray.init(address="auto", log_to_driver=False)
+        # Without an address: RAY_ADDRESS, else what `ray start` began here, else one of its own. ("auto"
+        # would join whatever private cluster another program runs on this machine.)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         address = os.environ.get("RAY_ADDRESS")
-        if address or not isinstance(error, ConnectionError):  # there is one, and it is not well
-            where = (
-                f"at {address} (RAY_ADDRESS)" if address else "though one left its address here"
-            )
-            raise CorpusError(
-                f"no Ray cluster answers {where}: {error}; start it, or clear that address (unset "
-                f"RAY_ADDRESS, `ray stop`) for one of this machine alone"
-            ) from error
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        where = f"at {address} (RAY_ADDRESS)" if address else "where one left its address"
+        raise CorpusError(
+            f"no Ray cluster answers {where}: {error}; start it, or clear that address (unset "
+            f"RAY_ADDRESS, `ray stop`) for one of this machine alone"
+        ) from error
     return True
 
 

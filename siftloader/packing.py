@@ -11,7 +11,7 @@ Letters: n samples, T tokens of a sample, D documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,7 +89,9 @@ def pack_mlm(
         rows[-1, len(rest) + 1] = sep
         rest = rest[:0]
     packing.samples = len(rows)
-    return Packed(rows, _documents(rest, documents), packing)
+    tail = _documents(rest, documents)
+    tail = replace(tail, lengths=tail.lengths[tail.lengths > 0])
+    return Packed(rows, tail, packing)
 
 
 def pack_clm(documents: Documents, seq_len: int, *, eos: int, last: bool = False) -> Packed:
@@ -100,6 +102,7 @@ def pack_clm(documents: Documents, seq_len: int, *, eos: int, last: bool = False
     if seq_len < 2:
         raise ValueError(f"seq_len must be at least 2: a token and its successor; got {seq_len}")
     stream, packing = _stream(documents, after_last=True)
+    # Every document that came in ends: one whose tokens all went before is here for its end alone.
     body, rest = _cut(stream, seq_len)
     packing.kept = int((body != _BREAK).sum())
     if last:
@@ -107,18 +110,18 @@ def pack_clm(documents: Documents, seq_len: int, *, eos: int, last: bool = False
         rest = rest[:0]
     rows = np.where(body == _BREAK, eos, body).astype(documents.ids.dtype)
     packing.samples = len(rows)
-    return Packed(rows, _documents(rest, documents), packing)
+    return Packed(rows, _documents(rest[:-1] if len(rest) else None, documents), packing)
 
 
 def _stream(documents: Documents, after_last: bool) -> tuple[NDArray[np.int64], Packing]:
     # All ids, with a break after each document, or between any two.
-    lengths = documents.lengths[documents.lengths > 0]
+    lengths = documents.lengths if after_last else documents.lengths[documents.lengths > 0]
     ids = documents.ids.astype(np.int64)
     if len(ids) and ids.min() < 0:
         raise ValueError(f"token ids must not be negative, got {ids.min()}")
     ends = np.cumsum(lengths)
     stream = np.insert(ids, ends if after_last else ends[:-1], _BREAK)
-    return stream, Packing(documents=len(lengths), tokens=len(ids))
+    return stream, Packing(documents=int((lengths > 0).sum()), tokens=len(ids))
 
 
 def _cut(stream: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -127,7 +130,9 @@ def _cut(stream: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDAr
     return stream[: rows * width].reshape(rows, width), stream[rows * width :]
 
 
-def _documents(rest: NDArray[np.int64], like: Documents) -> Documents:
+def _documents(rest: NDArray[np.int64] | None, like: Documents) -> Documents:
+    # What lies between the breaks, if only an end; None is nothing at all.
+    if rest is None:
+        return Documents(like.ids[:0], np.empty(0, np.int64))
     breaks = np.flatnonzero(np.concatenate([[_BREAK], rest, [_BREAK]]) == _BREAK)
-    lengths = np.diff(breaks) - 1
-    return Documents(rest[rest != _BREAK].astype(like.ids.dtype), lengths[lengths > 0])
+    return Documents(rest[rest != _BREAK].astype(like.ids.dtype), np.diff(breaks) - 1)

@@ -7,21 +7,20 @@ shards, in the order of random keys. What decides the bytes is the text, the opt
 the workers, not the engine, not how often the job was killed on the way.
 
 While it runs, ``<out>/.work`` holds what was made so far; the manifest comes last. Memory: about
-200 MB for each worker that tokenises; ``memory`` for those that write, all together. Disk: the token
-ids once in ``.work`` until the end, and the shards.
+150 MB for each worker that tokenises; ``memory`` for those that write, all together. Disk: the token
+ids in ``.work`` until the end, and the shards.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,34 +28,39 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from siftloader.cells import Shuffle, Written, count_keys, plan_cells, shards_per_cell, write_cell
+from siftloader.cells import Shuffle, count_keys, plan_cells, shards_per_cell, write_cell
 from siftloader.corpus import Format, cut_blocks
 from siftloader.engines import run_here, run_processes, run_ray
-from siftloader.errors import CorpusError, ShardError
-from siftloader.files import Input, Reading, check_unchanged, find_inputs, hash_input, kind_of
+from siftloader.errors import CorpusError
+from siftloader.files import (
+    Input,
+    Reading,
+    check_unchanged,
+    find_inputs,
+    hash_input,
+    is_url,
+    kind_of,
+)
+from siftloader.folder import WORK, claimed, close, remove_work
 from siftloader.packing import Packing
 from siftloader.runs import SPLITS, RunFile
 from siftloader.samples import Job, gather, make_last_run, make_run
 from siftloader.shards import (
-    DESCRIPTION,
     FORMAT_VERSION,
-    MANIFEST,
-    UNIGRAMS,
     Layout,
     Shard,
     ShardSet,
     Source,
     Tokenizer,
-    write_atomically,
     write_dataset,
 )
 from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
 from siftloader.wikitext import wikitext_parser
 
 
-RECIPE = "prepare.json"  # marks a folder as ours, and says what it was asked to hold
-WORK = ".work"  # in the folder, until it is finished
 ENGINES = ("local", "ray")
+MEMORY = 1 << 30  # bytes
+MANY = 1 << 22  # tokens that are worth starting processes for
 METHOD = 1  # of making samples; another number, other bytes
 INFLATES = {".gz": 2.8, ".tgz": 2.8, ".bz2": 3.6, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.8}
 BYTES_PER_TOKEN = 4.4  # of English text, for estimates only
@@ -88,13 +92,18 @@ class Preparation:
     max_bad: int = 0  # bad records that may be skipped and counted before the job gives up
     workers: int | None = 1  # processes; on Ray, tasks at a time (None: as many as there are CPUs)
     engine: Literal["local", "ray"] = "local"
-    memory: int = 1 << 30  # bytes, for writing the shards
+    memory: int | None = (
+        None  # bytes, for writing the shards; None: 1 GiB, or what three shards take
+    )
 
     def __post_init__(self) -> None:
         if self.objective not in NEEDED:
             raise ValueError(
                 f"objective must be one of {', '.join(NEEDED)}; got {self.objective!r}"
             )
+        for name in ("seq_len", "seed", "samples_per_shard", "max_bad"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number, got {getattr(self, name)!r}")
         least = 5 if self.objective == "mlm-nsp" else 3
         if self.seq_len < least:
             raise ValueError(f"seq_len must be at least {least} tokens, got {self.seq_len}")
@@ -113,7 +122,7 @@ class Preparation:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}; got {self.engine!r}")
-        if self.memory < 1:
+        if self.memory is not None and self.memory < 1:
             raise ValueError(f"memory must be a number of bytes, got {self.memory}")
         _ = self.format  # checks itself
 
@@ -138,7 +147,7 @@ class Summary:
     skipped: dict[str, int] = field(default_factory=dict)  # by reason
     bad: dict[str, int] = field(default_factory=dict)  # by reason; at most max_bad together
     packing: dict[str, Packing] = field(default_factory=dict)  # by split
-    unknown: int = 0  # tokens of the train split the vocabulary has no word for
+    unknown: float = 0.0  # share of the train split's text that the vocabulary has no word for
 
 
 Report = Callable[[dict[str, Any]], None]
@@ -158,13 +167,15 @@ def prepare(
     """
     begun = time.perf_counter()
     out = Path(options.out).absolute()
-    inputs = find_inputs(paths)
+    inputs = _outside(find_inputs(paths), out)
     tokenizer = load_tokenizer(options.tokenizer)
     about = describe_tokenizer(tokenizer, options.tokenizer, options.objective)
     recipe = _recipe(options, about, inputs)
-    with _claimed(out, recipe, inputs) as finished:
+    layout = _layout(options, about)
+    memory = _memory(options, layout)
+    with claimed(out, recipe, lambda: [hash_input(source) for source in inputs]) as finished:
         if finished:
-            return _reuse(options.out, finished, time.perf_counter() - begun)
+            return _summary(options.out, finished, time.perf_counter() - begun, reused=True)
         job = Job(
             work=out / WORK,
             objective=options.objective,
@@ -173,7 +184,7 @@ def prepare(
             weights=tuple(source.weight for source in inputs),
             tokenizer=tokenizer.to_str(),
             about=about,
-            layout=_layout(options, about),
+            layout=layout,
         )
         progress = _Progress(on_progress, begun)
         progress.estimate(estimate(inputs, job.layout, out))
@@ -181,12 +192,53 @@ def prepare(
         runs = list(_tokenise(inputs, job, options, reading, total, progress))
         runs += list(_pack_carried(job, options, runs, total))
         check_unchanged(inputs)
-        return _write(job, options, inputs, recipe, runs, reading, total, progress)
+        _write(job, options, memory, inputs, recipe, runs, reading, total, progress)
+        finished = ShardSet.open(out)
+        remove_work(out)
+        return _summary(options.out, finished, time.perf_counter() - begun)
 
 
 def _layout(options: Preparation, about: Tokenizer) -> Layout:
     dtype = Layout.for_vocabulary(options.seq_len, about.vocab_size).dtype
     return Layout(options.seq_len, dtype, labels=options.objective == "mlm-nsp")
+
+
+def _outside(inputs: Sequence[Input], out: Path) -> list[Input]:
+    # Without what lies in the folder of the shards: with it in an input, they would be read as text.
+    real = os.path.realpath(out)
+    kept = [
+        replace(
+            source,
+            files=tuple(
+                file
+                for file in source.files
+                if is_url(file.path)
+                or os.path.commonpath([real, os.path.realpath(file.path)]) != real
+            ),
+        )
+        for source in inputs
+    ]
+    for source in kept:
+        if not source.files:
+            raise CorpusError(
+                f"source {source.name!r}: all its files lie in {out}, the folder to write"
+            )
+    return kept
+
+
+def _memory(options: Preparation, layout: Layout) -> int:
+    # Enough for one writer with one shard, or an error before hours of work.
+    least = 3 * options.samples_per_shard * (layout.payload + 16)
+    if options.memory is None:
+        return max(MEMORY, least)
+    if options.memory < least:
+        most = options.memory // (3 * (layout.payload + 16))
+        raise CorpusError(
+            f"a memory cap of {options.memory:,} bytes is less than the {least:,} that writing shards of "
+            f"{options.samples_per_shard:,} samples takes; allow more, or ask for at most {most:,} "
+            f"samples_per_shard"
+        )
+    return options.memory
 
 
 class _Total:
@@ -210,6 +262,15 @@ class _Total:
             self.tokens[run.source] += packing["tokens"]
         self.add_bad(counted.get("bad", {}), counted.get("told", ()))
 
+    def accounts(self) -> dict[str, Any]:
+        """What became of the text, as JSON: to be kept with the shards."""
+        return {
+            "documents": self.documents.total(),
+            "skipped": dict(sorted(self.skipped.items())),
+            "bad": dict(sorted(self.bad.items())),
+            "packing": {split: asdict(packing) for split, packing in self.packing.items()},
+        }
+
     def add_bad(self, bad: Mapping[str, int], told: Sequence[str]) -> None:
         self.bad.update(bad)
         self.told += told[: 5 - len(self.told)]
@@ -230,9 +291,14 @@ def _tokenise(
 ) -> Iterator[str]:
     blocks = cut_blocks(inputs, options.format, reading)
     size = _size(inputs)
-    with progress.bar("tokenising", size, "B") as bar:
-        for name in _each(options, make_run, job, blocks, options.workers):
+    told = 0  # of what the reader itself found bad
+    names = _each(options, make_run, job, blocks, options.workers)
+    with progress.bar("tokenising", size, "B") as bar, closing(names):
+        for name in names:
             total.add(RunFile.open(job.work / name))
+            for bad in reading.bad[told:]:
+                total.add_bad({bad.reason: 1}, [bad.message])
+            told = len(reading.bad)
             yield name
             tokens = sum(packing.tokens for packing in total.packing.values())
             bar.update(reading.bytes - bar.n)
@@ -245,8 +311,8 @@ def _tokenise(
                 total_bytes=size,
             )
     total.skipped.update(reading.skipped)
-    bad = Counter(bad.reason for bad in reading.bad)
-    total.add_bad(bad, [bad.message for bad in reading.bad])
+    for bad in reading.bad[told:]:
+        total.add_bad({bad.reason: 1}, [bad.message])
 
 
 def _pack_carried(
@@ -254,35 +320,39 @@ def _pack_carried(
 ) -> Iterator[str]:
     tasks = gather(job, runs)
     # Tails are nothing; only documents that wait for partners can be worth more processes.
-    many = sum(len(task.runs) for task in tasks) * options.seq_len > 1 << 24
-    made = (
+    many = sum(task.tokens for task in tasks) > MANY
+    names = (
         _each(options, make_last_run, job, tasks, options.workers)
         if many
         else run_here(make_last_run, job, tasks)
     )
-    for name in made:
-        total.add(RunFile.open(job.work / name))
-        yield name
+    with closing(names):
+        for name in names:
+            total.add(RunFile.open(job.work / name))
+            yield name
 
 
 def _write(
     job: Job,
     options: Preparation,
+    memory: int,
     inputs: Sequence[Input],
     recipe: Mapping[str, Any],
     runs: Sequence[str],
     reading: Reading,
     total: _Total,
     progress: _Progress,
-) -> Summary:
+) -> None:
     out, layout = job.work.parent, job.layout
     keys = count_keys(job.work, runs)
     samples = {split: int(keys[split].sum()) for split in SPLITS}
-    _check_some(samples, total, options)
+    if not samples["train"]:
+        remove_work(out)  # nothing worth keeping, and nothing that binds the next try
+        raise CorpusError(_nothing(total, options))
     shuffle = Shuffle(out, job.work, tuple(runs), layout, job.about.vocab_size)
-    shard_bytes = options.samples_per_shard * (layout.payload + 16)
     shards = sum(-(-count // options.samples_per_shard) for count in samples.values())
-    each, writers = shards_per_cell(shards, _writers(options), options.memory, shard_bytes)
+    shard_bytes = options.samples_per_shard * (layout.payload + 16)
+    each, writers = shards_per_cell(shards, _writers(options), memory, shard_bytes)
     cells = [
         cell
         for split in SPLITS
@@ -290,8 +360,8 @@ def _write(
     ]
     done: list[Shard] = []
     unigrams = np.zeros(job.about.vocab_size, np.int64)
-    with progress.bar("writing", sum(samples.values()), "samples") as bar:
-        results: Iterator[Written] = _each(options, write_cell, shuffle, cells, writers)
+    results = _each(options, write_cell, shuffle, cells, writers, ahead=1)
+    with progress.bar("writing", sum(samples.values()), "samples") as bar, closing(results):
         for cell, written in zip(cells, results, strict=True):
             done += written.shards
             if cell.split == "train":
@@ -299,43 +369,36 @@ def _write(
             bar.update(sum(cell.counts))
             progress.tell("writing", bar, samples=int(bar.n), total_samples=sum(samples.values()))
 
-    sources = [
-        Source(
-            source.name,
-            reading.sha256[index],
-            total.documents[index],
-            tokens=total.tokens[index],
-            weight=source.weight,
-        )
-        for index, source in enumerate(inputs)
-    ]
-    hashes = [{"name": source.name, "sha256": source.sha256} for source in sources]
-    _tidy(out, {shard.shard for shard in done})
-    write_atomically(out / RECIPE, _json(dict(recipe, sources=_merged(recipe, hashes))))
-    fingerprint = write_dataset(
+    hashes = [reading.sha256[index] for index in range(len(inputs))]
+    close(out, recipe, hashes, {shard.shard for shard in done})
+    write_dataset(
         out,
         done,
         layout=layout,
         objective=options.objective,
         tokenizer=job.about,
-        sources=sources,
+        sources=[
+            Source(
+                source.name,
+                hashes[index],
+                total.documents[index],
+                tokens=total.tokens[index],
+                weight=source.weight,
+            )
+            for index, source in enumerate(inputs)
+        ],
         unigrams=unigrams,
         seed=options.seed,
+        accounts=total.accounts(),
     )
-    shutil.rmtree(job.work)
-    unknown = job.about.special_ids.get("unk")
-    return Summary(
-        out=Path(options.out),
-        fingerprint=fingerprint,
-        samples=samples,
-        bytes=sum(shard.bytes for shard in done),
-        seconds=time.perf_counter() - progress.begun,
-        documents=total.documents.total(),
-        sources=sources,
-        skipped=dict(total.skipped),
-        bad=dict(total.bad),
-        packing=total.packing,
-        unknown=0 if unknown is None else int(unigrams[unknown]),
+
+
+def _nothing(total: _Total, options: Preparation) -> str:
+    return (
+        f"nothing to train on: {total.documents.total()} documents, "
+        f"{total.packing['train'].tokens} tokens of them outside the held-out split, no full sample "
+        f"of {options.seq_len}; give more text, a shorter seq_len or a smaller val_fraction (it is "
+        f"{options.val_fraction})"
     )
 
 
@@ -345,12 +408,14 @@ def _each(
     job: Any,
     tasks: Iterable[T],
     workers: int | None,
-) -> Iterator[R]:
+    ahead: int = 2,
+) -> Generator[R, None, None]:
+    # ``workers`` at a time; with ``ahead`` 1, no more of them on any engine.
     if options.engine == "ray":
-        return run_ray(function, job, iter(tasks), workers=options.workers)
+        return run_ray(function, job, tasks, workers=workers, ahead=ahead)
     if workers == 1:
-        return run_here(function, job, iter(tasks))
-    return run_processes(function, job, iter(tasks), workers=workers or _cores())
+        return run_here(function, job, tasks)
+    return run_processes(function, job, tasks, workers=workers or _cores(), ahead=ahead)
 
 
 def _writers(options: Preparation) -> int:
@@ -372,7 +437,7 @@ class Estimate:
     text: int
     work: int  # in .work, until the end
     shards: int
-    free: int  # on the disk of the folder
+    free: int  # on the disk of the folder, or taken by this job already
 
 
 def estimate(inputs: Sequence[Input], layout: Layout, out: Path) -> Estimate:
@@ -386,11 +451,12 @@ def estimate(inputs: Sequence[Input], layout: Layout, out: Path) -> Estimate:
     if layout.labels:
         samples *= 1.4  # random second segments are used twice, and short pairs are padded
     home = next(folder for folder in (out, *out.parents) if folder.exists())
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return Estimate(
         text=int(text),
         work=int(samples * (layout.payload + 8)),
         shards=int(samples * layout.stride),
-        free=shutil.disk_usage(home).free,
+        free=shutil.disk_usage(home).free + there,
     )
 
 
@@ -406,8 +472,14 @@ class _Progress:
 
     @staticmethod
     def bar(what: str, total: int, unit: str) -> Any:
-        return tqdm(  # silent unless stderr is a terminal
-            total=total or None, desc=what, unit=unit, unit_scale=True, disable=None, leave=False
+        # Silent unless stderr is a terminal; there may be none at all.
+        return tqdm(
+            total=total or None,
+            desc=what,
+            unit=unit,
+            unit_scale=True,
+            disable=None if sys.stderr else True,
+            leave=False,
         )
 
     def tell(self, stage: str, bar: Any, **done: int) -> None:
@@ -426,17 +498,6 @@ def _size(inputs: Sequence[Input]) -> int:
     return sum(file.size or 0 for source in inputs for file in source.files)
 
 
-def _check_some(samples: Mapping[str, int], total: _Total, options: Preparation) -> None:
-    if samples["train"]:
-        return
-    raise CorpusError(
-        f"nothing to train on: {total.documents.total()} documents, "
-        f"{total.packing['train'].tokens} tokens of them outside the held-out split, no full sample "
-        f"of {options.seq_len}; give more text, a shorter seq_len or a smaller val_fraction (it is "
-        f"{options.val_fraction})"
-    )
-
-
 def _recipe(options: Preparation, about: Tokenizer, inputs: Sequence[Input]) -> dict[str, Any]:
     # All that decides the bytes but the text; no path, time or host, so it may lie beside the shards.
     return {
@@ -451,7 +512,7 @@ def _recipe(options: Preparation, about: Tokenizer, inputs: Sequence[Input]) -> 
         "column": options.column,
         "block_bytes": options.block_bytes,
         "markup": _markup(inputs),
-        "tokenizer": asdict(about),
+        "tokenizer": {key: value for key, value in asdict(about).items() if key != "name"},
         "sources": [{"name": source.name, "weight": source.weight} for source in inputs],
     }
 
@@ -465,183 +526,31 @@ def _markup(inputs: Sequence[Input]) -> str | None:
     return version("mwparserfromhell")
 
 
-def _without_hashes(found: Mapping[str, Any]) -> dict[str, Any]:
-    sources = [
-        {key: value for key, value in source.items() if key != "sha256"}
-        for source in found.get("sources", ())
-    ]
-    return dict(found, sources=sources)
-
-
-def _merged(
-    recipe: Mapping[str, Any], hashes: Sequence[Mapping[str, str]]
-) -> list[dict[str, Any]]:
-    return [{**source, **more} for source, more in zip(recipe["sources"], hashes, strict=True)]
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-@contextmanager
-def _claimed(
-    out: Path, recipe: Mapping[str, Any], inputs: Sequence[Input]
-) -> Iterator[ShardSet | None]:
-    """Hold the folder alone, ready to begin or to continue; or the finished set."""
-    handle = None
-    try:
-        _check_free(out, recipe)  # before anything is made
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        _lock(handle, out)
-        _check_free(out, recipe)  # another run may have been faster
-        finished = _finished(out, recipe, inputs)
-        if finished is None:
-            _check_foreign(out)
-            # The manifest first: from here on, whatever happens, the folder is unfinished.
-            (out / MANIFEST).unlink(missing_ok=True)
-            if _read_json(out / WORK / RECIPE) != recipe:  # none, or of a job that made nothing
-                shutil.rmtree(out / WORK, ignore_errors=True)
-                (out / WORK).mkdir()
-                write_atomically(out / WORK / RECIPE, _json(recipe))
-        else:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-        yield finished
-    except OSError as error:
-        raise CorpusError(
-            f"{out}: cannot be written ({error}); once it can, run the same again"
-        ) from error
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _lock(handle: int, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no such lock here: two runs into one folder are the user's to avoid
-        return
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise CorpusError(
-            f"{out}: another run is writing here; wait for it, or give another folder"
-        ) from error
-
-
-def _check_free(out: Path, recipe: Mapping[str, Any]) -> None:
-    # Nothing of anybody else's is in the folder, nor the work of another job.
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise CorpusError(f"{out}: a file; give a folder for the shards")
-    names = sorted(entry.name for entry in out.iterdir())
-    if names and WORK not in names and _read_json(out / RECIPE) is None:
-        raise CorpusError(
-            f"{out}: holds {_some(names)}, and no {RECIPE} that would mark it as an earlier run; "
-            f"give another folder, or empty this one"
-        )
-    if not (out / MANIFEST).exists():  # beside finished shards others may put what they like
-        _check_foreign(out)
-    unfinished = _read_json(out / WORK / RECIPE)
-    if unfinished is not None and any((out / WORK).glob("*.run")):
-        _refuse_other(out, unfinished, recipe, "an unfinished job", "finish it as it was begun")
-
-
-def _check_foreign(out: Path) -> None:
-    foreign = sorted(entry.name for entry in out.iterdir() if not _ours(entry.name))
-    if foreign:
-        raise CorpusError(
-            f"{out}: holds {_some(foreign)} besides an earlier run; move it out, or give another "
-            f"folder"
-        )
-
-
-def _refuse_other(
-    out: Path, found: Mapping[str, Any], asked: Mapping[str, Any], what: str, remedy: str
-) -> None:
-    different = [key for key in asked if found.get(key) != asked[key]]
-    if different:
-        named = ", ".join(_difference(key, found, asked) for key in different)
-        raise CorpusError(
-            f"{out}: holds {what} with other options ({named}); {remedy}, give another folder, or "
-            f"remove this one"
-        )
-
-
-def _difference(key: str, found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    if isinstance(asked[key], list | dict):
-        return f"other {key}"
-    return f"{key} {found.get(key)!r} there, {asked[key]!r} asked"
-
-
-def _finished(out: Path, recipe: Mapping[str, Any], inputs: Sequence[Input]) -> ShardSet | None:
-    # The finished set if it is exactly the one asked for; None if it is to be made.
-    if not (out / MANIFEST).exists():
-        return None
-    found = _read_json(out / RECIPE) or {}
-    _refuse_other(out, _without_hashes(found), recipe, "finished shards", "keep them")
-    hashes = [{"name": source.name, "sha256": hash_input(source)} for source in inputs]
-    asked = dict(recipe, sources=_merged(recipe, hashes))
-    _refuse_other(out, found, asked, "finished shards", "keep them")
-    return _intact(out)
-
-
-def _intact(out: Path) -> ShardSet | None:
-    # Quick: names and sizes only. `siftloader verify` reads every byte.
-    try:
-        finished = ShardSet.open(out)
-    except ShardError:
-        return None
-    for shard in finished.manifest:
-        tar = out / f"{shard.shard}.tar"
-        if not tar.is_file() or tar.stat().st_size != shard.bytes:
-            return None
-        if not (out / f"{shard.shard}.sources.npy").is_file():
-            return None
-    return finished if (out / UNIGRAMS).is_file() else None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _ours(name: str) -> bool:
-    files = "|".join(map(re.escape, (RECIPE, MANIFEST, DESCRIPTION, UNIGRAMS)))
-    return name == WORK or bool(
-        re.fullmatch(rf"({files}|({'|'.join(SPLITS)})-\d{{6}}\.(tar|sources\.npy))(\.part)?", name)
-    )
-
-
-def _tidy(out: Path, stems: set[str]) -> None:
-    # Shards that a run before this one left, of text that changed since, and half-written files.
-    for entry in sorted(out.iterdir()):
-        stem = entry.name.split(".")[0]
-        kept = entry.name == WORK or stem in stems or entry.name == RECIPE
-        if not kept or entry.name.endswith(".part"):
-            entry.unlink()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def _reuse(out: str | os.PathLike[str], finished: ShardSet, seconds: float) -> Summary:
+def _summary(
+    out: str | os.PathLike[str], finished: ShardSet, seconds: float, reused: bool = False
+) -> Summary:
+    # From what lies in the folder, so that a run that finds it finished tells the same.
     samples = dict.fromkeys(SPLITS, 0)
     for shard in finished.manifest:
         samples[shard.split] += shard.num_sequences
+    special, unigrams, accounts = (
+        finished.tokenizer.special_ids,
+        finished.unigrams,
+        finished.accounts,
+    )
+    unknown = int(unigrams[special["unk"]]) if "unk" in special else 0
+    frame = sum(int(unigrams[number]) for number in set(special.values())) - unknown
     return Summary(
         out=Path(out),
         fingerprint=finished.fingerprint,
         samples=samples,
         bytes=sum(shard.bytes for shard in finished.manifest),
         seconds=seconds,
-        reused=True,
-        documents=sum(source.documents for source in finished.sources),
+        reused=reused,
+        documents=accounts["documents"],
         sources=list(finished.sources),
+        skipped=accounts["skipped"],
+        bad=accounts["bad"],
+        packing={split: Packing(**counts) for split, counts in accounts["packing"].items()},
+        unknown=unknown / max(1, int(unigrams.sum()) - frame),
     )

@@ -6,7 +6,7 @@
 
 Every sample draws a 64-bit key from (seed, split, number of the block, its place in the block). The
 final order of a split is the order of the keys: a true shuffle of all samples, whoever made them, with
-however little memory. A run file appears at once or not at all, and holds its own sha256: a finished
+however little memory. A run file appears at once or not at all, and ends in its own sha256: a finished
 file is also the note that its block is done.
 
 Letters: n samples, T tokens of a sample, D documents.
@@ -31,6 +31,8 @@ from siftloader.shards import write_atomically
 SPLITS = ("train", "val")
 MAGIC = b"siftrun1"
 HEADER = 16  # bytes: the magic, and the length of the JSON after it
+DIGEST = hashlib.sha256().digest_size  # bytes at the end: of everything before them
+KEYS, PAIRS, COPIES = 1, 2, 3  # what random numbers are for: no two of them share a stream
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,13 @@ def sample_keys(count: int, seed: int, split: str, number: int) -> NDArray[np.ui
 
     The raw stream of a bit generator is guaranteed to stay as it is; ``Generator`` methods are not.
     """
-    sequence = np.random.SeedSequence((seed, SPLITS.index(split), number))
-    return np.random.PCG64(sequence).random_raw(count).astype(np.uint64, copy=False)
+    keys: NDArray[np.uint64] = stream(KEYS, seed, SPLITS.index(split), number).random_raw(count)
+    return keys
+
+
+def stream(purpose: int, *key: int) -> Any:
+    """A bit generator of its own for every purpose and key."""
+    return np.random.PCG64(np.random.SeedSequence((purpose, *key)))
 
 
 def write_run(path: Path, run: Run, *, seed: int, number: int) -> RunFile:
@@ -74,24 +81,24 @@ def write_run(path: Path, run: Run, *, seed: int, number: int) -> RunFile:
         if samples.labels is not None:
             arrays[f"{split}.labels"] = samples.labels[order]
     arrays |= run.carried
-    digest, layout, at = hashlib.sha256(), {}, 0
-    pieces = []
+    layout, at, pieces = {}, 0, []
     for name, array in arrays.items():
         data = np.ascontiguousarray(array)
         layout[name] = {"dtype": data.dtype.str, "shape": data.shape, "at": at}
         at += data.nbytes
         pieces.append(memoryview(data).cast("B") if data.size else b"")
-        digest.update(pieces[-1])
     about = {
         "source": run.source,
         "counted": run.counted,
         "arrays": layout,
         "bytes": at,
-        "sha256": digest.hexdigest(),
     }
     header = json.dumps(about).encode()
-    start = MAGIC + len(header).to_bytes(HEADER - len(MAGIC), "little")
-    write_atomically(path, b"".join([start, header, *pieces]))
+    pieces = [MAGIC, len(header).to_bytes(HEADER - len(MAGIC), "little"), header, *pieces]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    write_atomically(path, b"".join([*pieces, digest.digest()]))
     return RunFile(path, HEADER + len(header), about)
 
 
@@ -111,13 +118,14 @@ class RunFile:
                 start, size = file.read(HEADER), path.stat().st_size
                 length = int.from_bytes(start[len(MAGIC) :], "little")
                 whole = start.startswith(MAGIC) and HEADER + length <= size
-                about = json.loads(file.read(length)) if whole else None
-        except (OSError, ValueError) as error:
-            raise CorpusError(
-                f"{path}: cannot be read ({error}); remove it, and run again"
-            ) from error
-        if about is None or size != HEADER + length + about["bytes"]:
-            raise CorpusError(f"{path}: not a whole run of samples; remove it, and run again")
+                about = json.loads(file.read(length)) if whole else {}
+                whole = whole and size == HEADER + length + about["bytes"] + DIGEST
+        except OSError as error:
+            raise CorpusError(f"{path}: cannot be read ({error}); run the same again") from error
+        except (ValueError, TypeError, KeyError):
+            whole = False
+        if not whole:
+            raise CorpusError(f"{path}: not a whole run of samples; run the same again")
         return cls(path, HEADER + length, about)
 
     @property
@@ -157,9 +165,9 @@ class RunFile:
 
     def whole(self) -> bool:
         """Whether every byte is as it was written. Reads them all."""
-        digest = hashlib.sha256()
+        digest, left = hashlib.sha256(), self.offset + int(self.about["bytes"])
         with self.path.open("rb") as file:
-            file.seek(self.offset)
-            while chunk := file.read(1 << 20):
+            while left > 0 and (chunk := file.read(min(left, 1 << 20))):
                 digest.update(chunk)
-        return bool(digest.hexdigest() == self.about["sha256"])
+                left -= len(chunk)
+            return file.read() == digest.digest()

@@ -27,7 +27,7 @@ from siftloader.corpus import Block, parse
 from siftloader.errors import CorpusError
 from siftloader.packing import Documents, Packed, Packing, pack_clm, pack_mlm
 from siftloader.pairs import Pairing, Segmented, pack_pairs, segment
-from siftloader.runs import SPLITS, Run, RunFile, Samples, write_run
+from siftloader.runs import COPIES, PAIRS, SPLITS, Run, RunFile, Samples, stream, write_run
 from siftloader.shards import Layout, Tokenizer
 from siftloader.tokens import restore_tokenizer, tokenise
 
@@ -75,7 +75,7 @@ def make_run(job: Job, block: Block) -> str:
         samples[split], packing[split] = made.samples, asdict(made.packing)
         carried |= made.carried
     counted = {
-        "documents": len(parsed.texts),
+        "documents": int((~empty).sum()),
         "skipped": dict(skipped),
         "bad": dict(Counter(bad.reason for bad in parsed.bad)),
         "told": [bad.message for bad in parsed.bad[:TOLD]],
@@ -116,8 +116,7 @@ def _copies(
     yield np.flatnonzero(times > 0)
     for copy in range(1, int(times.max(initial=0))):
         chosen = np.flatnonzero(times > copy)
-        sequence = np.random.SeedSequence((job.seed, len(SPLITS) + copy, block.number))
-        keys = np.random.PCG64(sequence).random_raw(len(chosen))
+        keys = stream(COPIES, job.seed, copy, block.number).random_raw(len(chosen))
         yield chosen[np.argsort(keys, kind="stable")]
 
 
@@ -234,7 +233,7 @@ def _pack_pairs(job: Job, groups: Sequence[_Texts], split: str, number: int) -> 
             documents, tokens = len(texts.documents) - 1, len(texts.ids)
             total += Packing(documents=documents, tokens=tokens, carried=tokens)
             continue
-        block, label, packing = _paired(job, texts, (job.seed, SPLITS.index(split), number, copy))
+        block, label, packing = _paired(job, texts, (SPLITS.index(split), number, copy))
         rows.append(block)
         labels.append(label)
         total += packing
@@ -251,19 +250,26 @@ def _paired(
         cls=special["cls"],
         sep=special["sep"],
         pad=special["pad"],
-        key=key,
+        key=(PAIRS, job.seed, *key),
         pairing=pairing,
     )
-    counted = {
-        each.name: getattr(pairing, each.name)
-        for each in fields(Packing)
-        if hasattr(pairing, each.name)
-    }
-    return rows.astype(job.layout.dtype), labels, Packing(**counted)
+    packing = Packing(
+        documents=pairing.documents,
+        tokens=pairing.tokens,
+        kept=pairing.kept,
+        dropped=pairing.dropped,
+        reused=pairing.reused,
+        padding=pairing.padding,
+        samples=pairing.samples,
+        random=pairing.random,
+        short=pairing.short,
+        alone=pairing.alone,
+    )
+    return rows.astype(job.layout.dtype), labels, packing
 
 
 def _named(prefix: str, texts: _Texts) -> dict[str, NDArray[Any]]:
-    if not len(texts.ids):
+    if len(texts.documents) == 1:
         return {}
     return {f"{prefix}.{name}": array for name, array in vars(texts).items()}
 
@@ -276,6 +282,7 @@ class Gathered:
     source: int
     prefix: str  # of the carried arrays: "train.0"
     runs: tuple[str, ...]
+    tokens: int
 
 
 def gather(job: Job, names: Sequence[str]) -> list[Gathered]:
@@ -295,7 +302,8 @@ def gather(job: Job, names: Sequence[str]) -> list[Gathered]:
     for (source, prefix), parts in sorted(waiting.items()):
         for group in _grouped(parts) if job.objective == "mlm-nsp" else [parts]:
             runs = tuple(name for name, _, _ in group)
-            found.append(Gathered(len(names) + len(found), source, prefix, runs))
+            tokens = sum(count for _, _, count in group)
+            found.append(Gathered(len(names) + len(found), source, prefix, runs, tokens))
     return found
 
 
@@ -329,7 +337,7 @@ def make_last_run(job: Job, task: Gathered) -> str:
     )
     split, _, copy = task.prefix.partition(".")
     if job.objective == "mlm-nsp":
-        key = (job.seed, SPLITS.index(split), task.number, int(copy))
+        key = (SPLITS.index(split), task.number, int(copy))
         rows, labels, packing = _paired(job, texts, key)
         samples = Samples(rows, labels)
     else:
@@ -349,5 +357,5 @@ def _finished(path: Path) -> bool:
         return False
     try:
         return RunFile.open(path).whole()
-    except CorpusError:
+    except (CorpusError, ValueError, TypeError, KeyError):
         return False

@@ -484,6 +484,7 @@ def write_dataset(
     sources: Sequence[Source],
     unigrams: NDArray[np.int64],
     seed: int,
+    accounts: Mapping[str, Any] | None = None,
 ) -> str:
     """Write what surrounds the shards, the manifest last; return the fingerprint.
 
@@ -509,7 +510,9 @@ def write_dataset(
     description = {
         # The wids keys list the train split only: a reader of this list must not train on val.
         "wids_version": 1,
-        "name": folder.name,
+        "name": "+".join(
+            source.name for source in sources
+        ),  # not the folder's: a copy is the same
         "shardlist": [
             {"url": f"{shard.shard}.tar", "nsamples": shard.num_sequences}
             for shard in ordered
@@ -520,6 +523,7 @@ def write_dataset(
         "seed": seed,
         "tokenizer": asdict(tokenizer),
         "sources": [asdict(source) for source in sources],
+        "accounts": dict(accounts or {}),  # what became of the text: skipped, dropped, padded
         "unigrams_sha256": sha256(counts),
         "fingerprint": _fingerprint(ordered, schema),
     }
@@ -572,6 +576,7 @@ class ShardSet:
     seed: int
     fingerprint: str
     unigrams_sha256: str
+    accounts: Mapping[str, Any] = field(default_factory=dict)  # as the preparation counted
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> ShardSet:
@@ -598,6 +603,7 @@ class ShardSet:
                 seed=about["seed"],
                 fingerprint=about["fingerprint"],
                 unigrams_sha256=about["unigrams_sha256"],
+                accounts=about.get("accounts", {}),
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ShardError(

@@ -85,6 +85,8 @@ def _plain(tokenizer: Any) -> Any:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):  # of merges, at random: other ids in every run
+        tokenizer.model.dropout = None
     return tokenizer
 
 
@@ -96,6 +98,9 @@ def describe_tokenizer(tokenizer: Any, name: str | os.PathLike[str], objective: 
         found = [number for number in ids if number is not None]
         if found:
             special[key] = found[0]
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if "unk" not in special and unknown and tokenizer.token_to_id(unknown) is not None:
+        special["unk"] = tokenizer.token_to_id(unknown)
     if objective == "clm" and "eos" not in special and "sep" in special:
         special["eos"] = special["sep"]  # BERT's vocabulary ends its texts with [SEP]
     missing = [key for key in NEEDED[objective] if key not in special]
@@ -119,7 +124,7 @@ def _tokenizer_name(name: str | os.PathLike[str]) -> str:
     path = Path(name)
     if not path.exists():
         return str(name)
-    path = path.resolve()
+    path = path.absolute()  # a link keeps its own name: hubs link to files named by their hash
     return path.parent.name if path.name == "tokenizer.json" else path.stem
 
 

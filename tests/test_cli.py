@@ -80,7 +80,11 @@ def test_a_second_run_says_that_all_is_done(text, tmp_path, capsys):
         (["--val-fraction", "1"], 2, "val_fraction must be in [0, 1), got 1.0"),
         (["--tokenizer", "gone/tokenizer.json"], 1, "no such tokenizer file or folder"),
         (["--out", __file__], 1, "a file; give a folder for the shards"),
-        (["--out", str(DEMO)], 1, "holds finished shards with other options (seq_len 128 there, 16 asked"),
+        (
+            ["--out", str(DEMO)],
+            1,
+            "holds finished shards of another job (seq_len 128 there, 16 asked",
+        ),
         (["--val-fraction", "0.9999999"], 1, "nothing to train on"),
     ],
     ids=str,
@@ -100,6 +104,14 @@ def test_an_interruption_is_one_line_too(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("siftloader.prepare.cut_blocks", interrupted)
     assert main(shard(text, tmp_path / "out")) == 130
     assert capsys.readouterr() == ("", "siftloader: interrupted; the same command continues\n")
+
+
+def test_without_any_standard_error_it_works_as_well(text, tmp_path):
+    """As under pythonw, or with `2>&-`."""
+    command = " ".join([sys.executable, "-m", "siftloader.cli", *shard(text, tmp_path / "out")])
+    done = subprocess.run(f"{command} 2>&-", shell=True, cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "out" / "manifest.jsonl").exists()
 
 
 def test_a_missing_file_is_named(tmp_path, capsys):

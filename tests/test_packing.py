@@ -50,7 +50,8 @@ def clm(documents, seq_len):
 
 
 def joined(documents, separator, after):
-    documents = [document for document in documents if document]
+    if not after:
+        documents = [document for document in documents if document]
     stream = [token for document in documents for token in [*document, separator]]
     return stream if after else stream[:-1]
 
@@ -84,7 +85,7 @@ def test_tokens_in_are_tokens_kept_plus_tokens_dropped(pack, documents, seq_len)
     assert packing.tokens == packing.kept + packing.tail_kept + packing.dropped
     assert packing.documents == sum(map(bool, documents))
     assert packing.samples == len(samples)
-    breaks = packing.documents - 1 if pack is mlm else packing.documents
+    breaks = packing.documents - 1 if pack is mlm else len(documents)
     if pack is mlm:
         assert packing.dropped == 0
         ends = 2 * packing.samples
@@ -102,7 +103,8 @@ def test_blocks_and_their_carried_tails_keep_every_token(pack, blocks, seq_len):
     for block in blocks:
         packed = pack(block, seq_len, last=False)
         carried = lists(packed.tail)
-        assert all(carried) and sum(map(len, carried)) < seq_len
+        assert all(carried) or pack is pack_all_clm  # an end may be all that is left of a document
+        assert sum(map(len, carried)) < seq_len
         assert packed.packing.tokens == packed.packing.kept + sum(map(len, carried))
         assert packed.packing.padding == packed.packing.dropped == packed.packing.tail_kept == 0
         tails += carried
@@ -118,6 +120,24 @@ def test_blocks_and_their_carried_tails_keep_every_token(pack, blocks, seq_len):
     if pack is pack_all_mlm:
         assert all(text[token] == kept[token] for token in range(TEXT, 10))
     assert len(packed.tail.ids) == len(packed.tail.lengths) == 0
+
+
+@given(
+    blocks=st.lists(st.lists(st.lists(token, min_size=1, max_size=9), max_size=5), max_size=5),
+    seq_len=st.integers(2, 9),
+)
+def test_every_document_of_a_causal_corpus_has_its_end_wherever_blocks_and_samples_end(
+    blocks, seq_len
+):
+    """Also one whose last token is the last of a block's last full sample."""
+    rows, tails = [], []
+    for block in blocks:
+        packed = pack_all_clm(block, seq_len, last=False)
+        rows += packed.rows.ravel().tolist()
+        tails += lists(packed.tail)
+    last = pack_all_clm(tails, 2 + sum(map(len, tails)) + len(tails), last=False)
+    left = [token for tail in lists(last.tail) for token in [*tail, EOS]]
+    assert (rows + left).count(EOS) == sum(map(len, blocks))
 
 
 @pytest.mark.parametrize(

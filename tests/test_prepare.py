@@ -12,14 +12,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from effort import examples
 from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+import siftloader.folder
 import siftloader.prepare
 import siftloader.samples
 import siftloader.shards
@@ -76,9 +79,15 @@ def no_waiting_for_the_disk(monkeypatch):
 
 
 def options(desk: Path, out: Path, **changes) -> Preparation:
-    given = {"seq_len": 16, "val_fraction": 0.2, "samples_per_shard": 20, "seed": 3}
+    given = {
+        "tokenizer": desk / "tiny",
+        "seq_len": 16,
+        "val_fraction": 0.2,
+        "samples_per_shard": 20,
+        "seed": 3,
+    }
     given["block_bytes"] = 900  # so that there are many
-    return Preparation(out=out, tokenizer=desk / "tiny", **(given | changes))
+    return Preparation(out=out, **(given | changes))
 
 
 def run(desk: Path, out: Path, *paths: Path, **changes):
@@ -559,7 +568,7 @@ def test_a_repair_begins_by_taking_the_manifest_away(desk, tmp_path, monkeypatch
     run(desk, tmp_path / "out")
     (tmp_path / "out" / "val-000000.sources.npy").unlink()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(siftloader.prepare, "write_atomically", killed)
+        patch.setattr(siftloader.folder, "write_atomically", killed)
         run(desk, tmp_path / "out")
     assert "manifest.jsonl" not in hashes(tmp_path / "out")
     run(desk, tmp_path / "out")
@@ -575,11 +584,11 @@ def test_an_unfinished_job_is_not_taken_over_with_other_options(desk, tmp_path, 
         patch.setattr(siftloader.prepare, "count_keys", killed)
         run(desk, tmp_path / "out")
     before = hashes(tmp_path / "out")
-    with pytest.raises(
-        CorpusError, match=r"an unfinished job with other options \(seed 3 there, 9"
-    ):
+    with pytest.raises(CorpusError, match=r"an unfinished job of another job \(seed 3 there, 9"):
         run(desk, tmp_path / "out", seed=9)
-    with pytest.raises(CorpusError, match=r"an unfinished job .*other sources.*finish it as"):
+    with pytest.raises(
+        CorpusError, match=r"unfinished.*sources a, b there, a asked.*finish it as"
+    ):
         run(desk, tmp_path / "out", desk / "a.txt")
     assert hashes(tmp_path / "out") == before
     run(desk, tmp_path / "out")
@@ -591,6 +600,174 @@ def test_a_job_that_made_nothing_yet_may_be_given_other_options(desk, tmp_path, 
         run(desk, tmp_path / "out")
     run(desk, tmp_path / "out", seed=9)
     list(verify(tmp_path / "out"))
+
+
+def test_what_others_put_into_the_folder_meanwhile_stays(desk, tmp_path):
+    out = tmp_path / "out"
+
+    def meddle(progress):
+        if progress["stage"] == "writing":
+            (out / "notes.txt").write_text("mine")
+            (out / "sub").mkdir(exist_ok=True)
+
+    paths = [str(desk / "a.txt")]
+    prepare(paths, options(desk, out), meddle)
+    assert (out / "notes.txt").read_text() == "mine" and (out / "sub").is_dir()
+    list(verify(out))
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "sub/00000000-0123456789abcdef.run"])
+def test_a_work_folder_of_somebody_else_is_refused_untouched(desk, tmp_path, name):
+    mine = tmp_path / "out" / ".work" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(CorpusError, match=r"its \.work is not of a preparation \(it holds "):
+        run(desk, tmp_path / "out")
+    assert mine.read_text() == "mine"
+
+
+def test_a_prepare_json_of_somebody_else_is_no_mark(desk, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prepare.json").write_text('{"my": "config"}')
+    with pytest.raises(CorpusError, match=r"holds prepare\.json, and no prepare\.json that would"):
+        run(desk, tmp_path / "out")
+
+
+def test_an_unfinished_job_without_its_recipe_is_not_thrown_away(desk, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "count_keys", killed)
+        run(desk, tmp_path / "out")
+    (tmp_path / "out" / ".work" / "prepare.json").write_text("{")
+    before = hashes(tmp_path / "out")
+    with pytest.raises(CorpusError, match=r"cannot be read.*remove \.work to begin again"):
+        run(desk, tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+
+
+def test_what_is_left_of_shards_made_otherwise_is_not_overwritten(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    (tmp_path / "out" / "manifest.jsonl").unlink()
+    with pytest.raises(CorpusError, match=r"finished shards of another job \(seed 3 there, 4"):
+        run(desk, tmp_path / "out", seed=4)
+    run(desk, tmp_path / "out")
+    list(verify(tmp_path / "out"))
+
+
+def test_text_that_changed_since_the_shards_were_made_is_named(desk, tmp_path):
+    for name in "ab":
+        shutil.copyfile(desk / f"{name}.txt", tmp_path / f"{name}.txt")
+    paths = (tmp_path / "a.txt", tmp_path / "b.txt")
+    run(desk, tmp_path / "out", *paths)
+    write_text(tmp_path / "b.txt", 20, seed=9)
+    with pytest.raises(CorpusError, match=r"finished shards.*\(the text of 'b' is another\)"):
+        run(desk, tmp_path / "out", *paths)
+    with pytest.raises(CorpusError, match=r"\(the weight of 'a' is another\)"):
+        run(desk, tmp_path / "out", f"{paths[0]}:2", paths[1])
+
+
+@pytest.mark.parametrize("name", ["train-000001.tar", "val-000000.sources.npy", "unigrams.npy"])
+def test_a_flipped_bit_in_finished_shards_is_mended_by_the_same_command(desk, tmp_path, name):
+    run(desk, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    path = tmp_path / "out" / name
+    data = path.read_bytes()
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    assert not run(desk, tmp_path / "out").reused
+    assert hashes(tmp_path / "out") == before
+
+
+def test_the_names_of_folders_do_not_show_in_the_bytes(desk, tmp_path):
+    shutil.copytree(desk / "tiny", tmp_path / "also" / "tiny")
+    run(desk, tmp_path / "one")
+    prepare(
+        [str(desk / "a.txt"), str(desk / "b.txt")],
+        options(desk, tmp_path / "two", tokenizer=tmp_path / "also" / "tiny"),
+    )
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_a_copy_of_the_tokenizer_under_another_name_is_the_same_job(desk, tmp_path):
+    run(desk, tmp_path / "out")
+    shutil.copytree(desk / "tiny", tmp_path / "other")
+    paths = [str(desk / "a.txt"), str(desk / "b.txt")]
+    assert prepare(paths, options(desk, tmp_path / "out", tokenizer=tmp_path / "other")).reused
+
+
+def test_shards_inside_the_folder_of_the_text_are_not_text(desk, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copyfile(desk / "a.txt", folder / "a.txt")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "write_dataset", killed)
+        run(desk, folder / "out", folder)
+    run(desk, folder / "out", folder)
+    assert run(desk, folder / "out", folder).reused
+    shutil.copytree(folder / "out", tmp_path / "kept")
+    shutil.rmtree(folder / "out")
+    run(desk, tmp_path / "aside", folder)
+    assert hashes(tmp_path / "kept") == hashes(tmp_path / "aside")
+    with pytest.raises(CorpusError, match=r"all its files lie in .*out, the folder to write"):
+        run(desk, tmp_path / "aside", tmp_path / "aside")
+
+
+def test_too_little_memory_is_told_before_anything_is_done(desk, tmp_path):
+    with pytest.raises(CorpusError, match=r"999 bytes is less than .* at most \d+ samples_per_"):
+        run(desk, tmp_path / "out", memory=999)
+    assert not (tmp_path / "out").exists()
+    run(desk, tmp_path / "out", samples_per_shard=1_000_000)  # more than there are, or will be
+
+
+def test_nothing_to_train_on_does_not_bind_the_folder(desk, tmp_path):
+    (tmp_path / "t.txt").write_text("w1 w2 w3")
+    with pytest.raises(CorpusError, match="give more text, a shorter seq_len"):
+        run(desk, tmp_path / "out", tmp_path / "t.txt", val_fraction=0, objective="clm")
+    run(desk, tmp_path / "out", tmp_path / "t.txt", val_fraction=0, objective="clm", seq_len=3)
+
+
+def test_a_run_that_finds_all_done_tells_the_same_summary(desk, tmp_path):
+    text = (desk / "a.txt").read_bytes() + b"\n\nw1 \xff w2\n"
+    (tmp_path / "t.txt").write_bytes(text)
+    first = run(desk, tmp_path / "out", tmp_path / "t.txt", max_bad=1)
+    second = run(desk, tmp_path / "out", tmp_path / "t.txt", max_bad=1)
+    assert first.bad == {"not UTF-8": 1}
+    told = [replace(summary, seconds=0.0, reused=False) for summary in (first, second)]
+    assert told[0] == told[1]
+
+
+def test_unknown_words_are_a_share_of_the_text(desk, tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n".join(["w1 strange w2 stranger"] * 50))
+    for objective in OBJECTIVES:
+        summary = run(
+            desk, tmp_path / objective, tmp_path / "t.txt", objective=objective, val_fraction=0
+        )
+        assert abs(summary.unknown - 0.5) < 0.05
+
+
+def test_an_error_while_writing_leaves_no_worker_behind(desk, tmp_path):
+    def stop(progress):
+        if progress["stage"] == "writing":
+            raise RuntimeError("enough")
+
+    paths = [str(desk / "a.txt"), str(desk / "b.txt")]
+    asked = options(desk, tmp_path / "out", workers=2, samples_per_shard=3)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    with pytest.raises(RuntimeError, match="enough"):
+        prepare(paths, asked, stop)
+    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+
+
+def test_a_tokenizer_that_draws_its_merges_is_made_to_decide(tmp_path):
+    """BPE dropout gives other ids in every run."""
+    vocabulary = {
+        each: n for n, each in enumerate(["<unk>", "</s>", "a", "b", "ab", "aba", "abab"])
+    }
+    merges = [("a", "b"), ("ab", "a"), ("ab", "ab")]
+    model = models.BPE(vocabulary, merges, dropout=0.5, unk_token="<unk>")
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    found = {tuple(tokenise(["ababababa"], tokenizer)[0].tolist()) for _ in range(20)}
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("name", ["notes.md", "train-000000.tar", "manifest.jsonl", ".hidden"])
@@ -618,7 +795,7 @@ def test_finished_shards_made_otherwise_are_refused_with_the_difference(desk, tm
     before = hashes(tmp_path / "out")
     with pytest.raises(CorpusError, match=r"seed 3 there, 4 asked"):
         run(desk, tmp_path / "out", seed=4)
-    with pytest.raises(CorpusError, match=r"other sources"):
+    with pytest.raises(CorpusError, match=r"\(sources a, b there, a asked\)"):
         run(desk, tmp_path / "out", desk / "a.txt")
     assert hashes(tmp_path / "out") == before
 
@@ -761,7 +938,7 @@ def test_options_check_themselves(changes, message):
     [
         (BERT, "mlm", {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}),
         (BERT, "clm", {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4, "eos": 3}),
-        (("<|endoftext|>", "?"), "clm", {"eos": 0}),
+        (("<|endoftext|>", "?"), "clm", {"eos": 0, "unk": 1}),
         (("<s>", "<unk>", "</s>"), "clm", {"unk": 1, "cls": 0, "sep": 2, "eos": 2}),
         (("<s>", "<unk>", "<pad>", "</s>", "<mask>"), "mlm", None),
         (("[PAD]", "[UNK]", "[CLS]", "[SEP]"), "mlm", r"lacks: mask \(\[MASK\], <mask>\)"),
@@ -879,7 +1056,7 @@ def test_nothing_on_disk_tells_where_when_or_by_whom_it_was_made(desk, tmp_path)
         text = (tmp_path / "out" / name).read_text()
         assert str(desk) not in text and str(tmp_path) not in text and os.sep not in text
     recipe = json.loads((tmp_path / "out" / "prepare.json").read_text())
-    assert recipe["tokenizer"]["name"] == "tiny"
+    assert ShardSet.open(tmp_path / "out").tokenizer.name == "tiny"
     assert [source["name"] for source in recipe["sources"]] == ["a", "b"]
 
 
