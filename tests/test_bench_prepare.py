@@ -183,6 +183,16 @@ def test_a_rival_that_wins_or_works_less_is_printed() -> None:
     assert len(widths) == 1
 
 
+def test_a_busy_machine_is_said_to_be_one() -> None:
+    options = bench_prepare.parse(["--arms", "mlm,clm"])
+    about = {"seconds": 1.0, "result": {"tokens": 1}}
+    said = bench_prepare.report(
+        [Row("mlm", others=0.1, **about), Row("clm", others=1.3, **about)], options
+    )
+    assert "while clm ran, other programs kept 1.3 cores busy" in said
+    assert "while mlm ran" not in said
+
+
 def test_a_failed_arm_is_a_row_that_says_why() -> None:
     options = bench_prepare.parse(["--arms", "bare,mlm"])
     lines = bench_prepare.report([Row("mlm", failed="no room"), Row("bare", failed="x")], options)
@@ -260,6 +270,16 @@ def job(tmp_path: Path) -> dict[str, object]:
 
 
 @linux
+def test_the_work_of_this_process_is_seen() -> None:
+    busy, mine = bench_prepare.busy_seconds(), time.process_time()
+    while time.process_time() - mine < 0.5:
+        pass
+    assert bench_prepare.busy_seconds() - busy > 0.4
+    assert bench_prepare.cpu_of(os.getpid()) >= 0.5
+    assert bench_prepare.cpu_of(2**22 + 1) == 0.0
+
+
+@linux
 def test_bare_is_measured(job: dict[str, object]) -> None:
     pytest.importorskip("tokenizers")
     row = bench_prepare.measure(sys.executable, "bare", job, 60)
@@ -269,7 +289,9 @@ def test_bare_is_measured(job: dict[str, object]) -> None:
     assert row.tokens > 0
     assert row.seconds > 0.5
     assert row.cpu > 0.3
+    assert 0 <= row.others < (os.cpu_count() or 1)
     assert row.peak >= row.anonymous > 10 << 20
+    assert 0 < row.peak_at <= row.seconds
     assert not Path(str(job["work"])).exists()
 
 

@@ -232,6 +232,8 @@ class Row:
     cpu: float = 0.0
     peak: int = 0  # bytes of memory
     anonymous: int = 0
+    peak_at: float = 0.0  # seconds after the start
+    others: float = 0.0  # cores that other programs kept busy meanwhile
     disk: int = 0  # bytes, the most there were
     kept: int = 0  # bytes of the result
     text: int = 0  # bytes of text it was given
@@ -323,6 +325,7 @@ def measure(python: str, arm: str, job: dict[str, Any], limit: float) -> Row:
     environment = dict(os.environ, TMPDIR=str(work / "tmp"), HF_HOME=str(work / "tmp"), **QUIET)
     row = Row(arm)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = busy_seconds()
     start = time.perf_counter()
     with (work / "log.txt").open("wb") as log:
         process = subprocess.Popen(
@@ -342,6 +345,7 @@ def measure(python: str, arm: str, job: dict[str, Any], limit: float) -> Row:
     # Of children that were waited for; a forkserver's are not, and are found by looking.
     waited = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     row.cpu = max(waited, row.cpu)
+    row.others = max(0.0, busy_seconds() - busy - row.cpu) / row.seconds
     row.kept = size_of(work / "out")
     row.disk = max(row.disk, size_of(work))
     if process.returncode and not row.failed:
@@ -366,6 +370,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def watch(process: subprocess.Popen[bytes], work: Path, row: Row) -> None:
+    start = time.perf_counter()
     used: dict[int, float] = {}
     while process.poll() is None:
         members = family(process.pid)
@@ -373,7 +378,9 @@ def watch(process: subprocess.Popen[bytes], work: Path, row: Row) -> None:
             used[pid] = max(cpu_of(pid), used.get(pid, 0.0))
         row.cpu = sum(used.values())
         peak, anonymous = memory_of(members)
-        row.peak, row.anonymous = max(row.peak, peak), max(row.anonymous, anonymous)
+        if peak > row.peak:
+            row.peak, row.peak_at = peak, time.perf_counter() - start
+        row.anonymous = max(row.anonymous, anonymous)
         row.disk = max(row.disk, size_of(work))
         time.sleep(0.2)
 
@@ -400,6 +407,13 @@ def family(pid: int) -> set[int]:
         found.add(here)
         waiting += [child for child in children.get(here, []) if child not in found]
     return found
+
+
+def busy_seconds() -> float:
+    """Seconds that all cores together have worked since the machine started."""
+    times = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _, _, interrupts, soft_interrupts = times[:7]  # not idle, not waiting
+    return (user + nice + system + interrupts + soft_interrupts) / os.sysconf("SC_CLK_TCK")
 
 
 def cpu_of(pid: int) -> float:
@@ -571,7 +585,11 @@ def bare_of(arm: str) -> str:
 
 def remarks(best: dict[str, Row], options: argparse.Namespace) -> list[str]:
     done = {arm: row for arm, row in best.items() if not row.failed}
-    lines = []
+    lines = [
+        f"Not to be trusted: while {arm} ran, other programs kept {row.others:.1f} cores busy."
+        for arm, row in done.items()
+        if row.others > 0.2
+    ]
     ours = done.get("mlm")
     for arm, row in done.items():
         if arm not in RIVALS:
