@@ -25,6 +25,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -280,7 +281,8 @@ def _digits(numbers: NDArray[np.int64], width: int, base: int) -> NDArray[np.uin
 def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layout) -> None:
     """Raise CorruptShard, naming sample and byte, unless ``raw`` is what ``encode`` writes.
 
-    With the size known to be right, this makes the strided view the only possible reading.
+    With the size known to be right, this makes the strided view the only possible reading. A shard from
+    before samples had checksums is a ShardError: nothing can be said of it.
     """
     body = raw[: samples * layout.stride].reshape(samples, layout.stride)
     for first, last in _spans(samples, layout):
@@ -292,6 +294,12 @@ def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layou
         if labels is not None:
             wrong |= ~np.isin(labels[:, 0], (ZERO, ZERO + 1))
         if wrong.any():
+            if first == 0 and _without_checksums(found[:8], expected[:8]):
+                raise ShardError(
+                    f"{stem}: {stem}.tar was written by an older siftloader without checksums, so no "
+                    f"sample of it can be checked; prepare it again",
+                    shard=stem,
+                )
             row = int(wrong.argmax())
             raise _damaged(stem, first + row, found[row], expected[row], layout)
     if raw[samples * layout.stride :].any():
@@ -304,6 +312,17 @@ def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layou
         )
 
 
+def _without_checksums(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> bool:
+    # Whether samples [n, stride] differ from what is expected in one thing: no CRC was ever written.
+    fields = slice(DEVMAJOR, DEVMINOR + 8)
+    if not np.isin(found[:, fields], (0, ZERO)).all():
+        return False
+    plain = expected.copy()
+    plain[:, fields] = found[:, fields]  # zeros or nothing, as the tarfile of the day had it
+    _summed(plain[:, :BLOCK])
+    return bool((plain == found).all())
+
+
 def _damaged(
     stem: str, sample: int, found: NDArray[np.uint8], expected: NDArray[np.uint8], layout: Layout
 ) -> CorruptShard:
@@ -311,9 +330,13 @@ def _damaged(
     first, last, written = _blame(stem, sample, found, expected, layout)
     byte = sample * layout.stride + first
     if other := _other_name(found, expected):
-        what = (
-            f"byte {byte} of {stem}.tar: found {other!r}, so this is another shard under its name"
+        same = re.fullmatch(rf"{re.escape(stem)}-\d{{6}}\.input_ids\.npy", other)
+        it = (
+            "another sample of the same shard in its place"
+            if same
+            else "another shard under its name"
         )
+        what = f"byte {byte} of {stem}.tar: found {other!r}, so this is {it}"
     elif written is not None:
         what = (
             f"byte {byte} of {stem}.tar ({_part(first, layout)}): found {found[first]:#04x} where "
@@ -607,7 +630,7 @@ class ShardSet:
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ShardError(
-                f"{root / DESCRIPTION}: not a shard description ({error!r})"
+                f"{root / DESCRIPTION}: not a shard description ({error!r}); {AGAIN}"
             ) from error
         if opened.fingerprint != _fingerprint(shards, schema):
             raise ShardError(
@@ -743,16 +766,20 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
             check_ids(dataset, shard, rows, first)
             if shard.split == "train":
                 counted += np.bincount(rows.ravel(), minlength=len(counted))
-        sources = dataset.read_sources(shard)
-        if sources.shape != (shard.num_sequences,) or (sources >= len(dataset.sources)).any():
-            raise CorruptShard(
-                f"{shard.shard}.sources.npy: needs {shard.num_sequences} numbers below "
-                f"{len(dataset.sources)}; prepare the shards again",
-                shard=shard.shard,
-            )
+        check_sources(dataset, shard, dataset.read_sources(shard))
         yield shard
     if not np.array_equal(dataset.unigrams, counted):
         raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
+
+
+def check_sources(dataset: ShardSet, shard: Shard, sources: NDArray[np.uint8]) -> None:
+    """Raise CorruptShard unless every sample has a source, and one that there is."""
+    if sources.shape != (shard.num_sequences,) or (sources >= len(dataset.sources)).any():
+        raise CorruptShard(
+            f"{shard.shard}.sources.npy: needs {shard.num_sequences} numbers below "
+            f"{len(dataset.sources)}; prepare the shards again",
+            shard=shard.shard,
+        )
 
 
 def check_ids(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -> None:
@@ -787,6 +814,9 @@ def _read_hashed(path: Path, expected: str, shard: str | None = None) -> bytes:
 
 def _read_manifest(root: Path) -> tuple[Shard, ...]:
     path = root / MANIFEST
+    if not root.is_dir():
+        found = "a file" if root.exists() else f"no such folder (looked from {Path.cwd()})"
+        raise ShardError(f"{root}: {found}; give the folder that holds {MANIFEST}")
     if not path.is_file():
         raise ShardError(
             f"{root}: no {MANIFEST}, so this is not a finished shard folder; finish it with "
@@ -796,11 +826,17 @@ def _read_manifest(root: Path) -> tuple[Shard, ...]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             shards.append(Shard(**json.loads(line)))
+            if not isinstance(shards[-1].shard, str):
+                raise TypeError(f"shard must be a name, got {shards[-1].shard!r}")
         except (ValueError, TypeError) as error:
-            raise ShardError(f"{path}: line {number} is not a manifest line ({error})") from error
+            raise ShardError(
+                f"{path}: line {number} is not a manifest line ({error}); {AGAIN}"
+            ) from error
     stems = [shard.shard for shard in shards]
     if not shards or stems != sorted(set(stems)):
-        raise ShardError(f"{path}: needs at least one shard, every name once and in order")
+        raise ShardError(
+            f"{path}: needs at least one shard, every name once and in order; {AGAIN}"
+        )
     return tuple(shards)
 
 
@@ -808,9 +844,11 @@ def _read_description(root: Path) -> dict[str, Any]:
     try:
         about = json.loads((root / DESCRIPTION).read_bytes())
     except (OSError, ValueError) as error:
-        raise ShardError(f"{root / DESCRIPTION}: cannot be read ({error})") from error
+        raise ShardError(f"{root / DESCRIPTION}: cannot be read ({error}); {AGAIN}") from error
     if not isinstance(about, dict):
-        raise ShardError(f"{root / DESCRIPTION}: needs a JSON object, got {type(about).__name__}")
+        raise ShardError(
+            f"{root / DESCRIPTION}: needs a JSON object, got {type(about).__name__}; {AGAIN}"
+        )
     if about.get("sha256") != _sealed(about):
         raise ShardError(
             f"{root / DESCRIPTION}: not as it was written (its own sha256 differs); copy it again, "

@@ -532,6 +532,86 @@ def test_shards_that_changed_places_are_told_by_their_names(tmp_path):
         list(verify(tmp_path))
 
 
+def swapped(data: bytes, one: int, other: int, stride: int) -> bytes:
+    rows = [data[at : at + stride] for at in range(0, len(data) - 1024, stride)]
+    rows[one], rows[other] = rows[other], rows[one]
+    return b"".join(rows) + bytes(1024)
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["tar", "tar and manifest"])
+def test_samples_that_changed_places_are_samples_of_the_same_shard(finished, tmp_path, sealed):
+    """Also where whoever sorted them wrote the manifest anew."""
+    rows = {"train-000000": some_ids(4, 0)}
+    dataset = ShardSet.open(finished)
+    write_set(tmp_path, rows, labels=dataset.layout.labels)
+    path, stride = tmp_path / "train-000000.tar", dataset.layout.stride
+    data = swapped(path.read_bytes(), 1, 3, stride)
+    path.unlink()
+    path.write_bytes(data)
+    if sealed:
+        reseal(tmp_path, sha256=sha256(data))
+    with pytest.raises(CorruptShard) as caught:
+        list(verify(tmp_path))
+    assert (caught.value.shard, caught.value.sample) == ("train-000000", 1)
+    assert (
+        "found 'train-000000-000003.input_ids.npy', so this is another sample of the same"
+        in str(caught.value)
+    )
+    assert "another shard" not in str(caught.value)
+
+
+def reseal(folder: Path, **changes: object) -> None:
+    """Change the first line of the manifest, and make what is said about it fit."""
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    lines[0] |= changes
+    about = json.loads((folder / "dataset.json").read_text())
+    keys = ("shard", "num_sequences", "sha256", "sources_sha256")
+    content = {
+        "schema": about["schema"],
+        "shards": [[line[key] for key in keys] for line in lines],
+    }
+    about["fingerprint"] = sha256((json.dumps(content) + "\n").encode())
+    rest = {key: value for key, value in about.items() if key != "sha256"}
+    about["sha256"] = sha256(json.dumps(rest, sort_keys=True).encode())
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "dataset.json").write_text(json.dumps(about))
+
+
+def without_checksums(data: bytes, stride: int, blank: bytes) -> bytes:
+    """The shard as it was before samples had a CRC: fields for devices as tarfile fills them."""
+    old = bytearray(data)
+    for at in range(0, len(data) - 1024, stride):
+        old[at + 329 : at + 345] = blank * 2
+        old[at + 148 : at + 156] = b"%06o\0 " % tarfile.calc_chksums(old[at : at + 512])[0]
+    return bytes(old)
+
+
+@pytest.mark.parametrize("blank", [bytes(8), b"0000000\0"], ids=["empty", "zeros"])
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("labels", [False, True], ids=SETS)
+def test_a_shard_from_before_checksums_is_told_from_a_damaged_one(tmp_path, labels, rows, blank):
+    write_set(tmp_path, {"train-000000": some_ids(rows, 0)}, labels=labels)
+    path, stride = tmp_path / "train-000000.tar", ShardSet.open(tmp_path).layout.stride
+    sound = path.read_bytes()
+    old = without_checksums(sound, stride, blank)
+    path.unlink()
+    path.write_bytes(old)
+    reseal(tmp_path, sha256=sha256(old))
+    with pytest.raises(
+        ShardError, match=r"written by an older siftloader.*prepare it again"
+    ) as caught:
+        list(verify(tmp_path))
+    assert not isinstance(caught.value, CorruptShard)
+    assert caught.value.shard == "train-000000"
+    other = old[: stride - 1] + b"?" + old[stride:]  # old, but not sound
+    lone = old[:stride] + sound[stride:]  # the CRC of one sample alone is gone
+    for damaged in [other, lone] if rows > 1 else [other]:
+        path.unlink()
+        path.write_bytes(damaged)
+        with pytest.raises(CorruptShard, match="train-000000: sample 0, "):
+            list(verify(tmp_path))
+
+
 def test_a_sound_shard_of_another_set_is_not_the_recorded_one(copy, tmp_path):
     labels = ShardSet.open(copy).layout.labels
     write_set(tmp_path / "other", {"train-000000": some_ids(3, 9)}, labels=labels)
@@ -610,12 +690,35 @@ def test_every_byte_of_the_description_counts_or_means_nothing(copy, name):
 
 FAULTS = {
     "no manifest": (lambda f: (f / "manifest.jsonl").unlink(), "not a finished shard folder"),
-    "no description": (lambda f: (f / "dataset.json").unlink(), "cannot be read"),
-    "other JSON": (lambda f: (f / "dataset.json").write_text("[]"), "a JSON object, got list"),
+    "no folder": (shutil.rmtree, r"copy: no such folder \(looked from .*\); give the folder that"),
+    "a file": (
+        lambda f: (shutil.rmtree(f), f.write_text("")),
+        r"copy: a file; give the folder that holds manifest\.jsonl",
+    ),
+    "no description": (lambda f: (f / "dataset.json").unlink(), "cannot be read .*; copy the"),
+    "no JSON": (lambda f: (f / "dataset.json").write_text("{"), r"cannot be read .*; copy the"),
+    "other JSON": (
+        lambda f: (f / "dataset.json").write_text("[]"),
+        "a JSON object, got list; copy the file again, or prepare the shards again",
+    ),
+    "foreign JSON": (
+        lambda f: (f / "dataset.json").write_text(json.dumps({"sha256": sha256(b"{}")})),
+        r"not a shard description \(KeyError\('schema'\)\); copy the file again, or prepare",
+    ),
     "other seed": (lambda f: edit(f / "dataset.json", seed=8), "not as it was written"),
     "empty manifest": (lambda f: (f / "manifest.jsonl").write_text(""), "at least one shard"),
-    "error page": (lambda f: (f / "manifest.jsonl").write_text("<html>"), "line 1 is not a"),
-    "shard twice": (lambda f: double_first_line(f / "manifest.jsonl"), "every name once"),
+    "error page": (
+        lambda f: (f / "manifest.jsonl").write_text("<html>"),
+        r"line 1 is not a manifest line \(.*\); copy the file again, or prepare the shards again",
+    ),
+    "shard twice": (
+        lambda f: double_first_line(f / "manifest.jsonl"),
+        "every name once and in order; copy the file again",
+    ),
+    "no name": (
+        lambda f: edit_line(f / "manifest.jsonl", shard=["train-000000"]),
+        r"line 1 is not a manifest line \(shard must be a name, got \[.*; copy the file again",
+    ),
     "other count": (
         lambda f: edit_line(f / "manifest.jsonl", num_sequences=4),
         r"manifest\.jsonl and dataset\.json do not belong together",
