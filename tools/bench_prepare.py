@@ -131,6 +131,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=1800.0,
         help="seconds an arm may take (default: %(default)s)",
     )
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=128e6,
+        metavar="BYTES",
+        help="that ours may take for writing shards (default: %(default).0f, which twice the text "
+        "of a small corpus reaches; siftloader's own default lets it grow to 1 GiB)",
+    )
     parser.add_argument("--work", type=Path, metavar="FOLDER", help="for scratch (default: temp)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures of all repeats")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # what a process of ours is started as
@@ -266,6 +274,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> list[Row]:
         "documents": about["documents"],
         "tokenizer": str(plain_tokenizer(options.tokenizer, folder / "tokenizer")),
         "workers": options.workers,
+        "memory": int(options.memory),
         "skip": options.skip,
         "seconds": options.seconds,
         "work": str(folder / "arm"),
@@ -792,6 +801,7 @@ def with_siftloader(job: dict[str, Any]) -> dict[str, Any]:
         objective=job["objective"],
         seq_len=TOKENS,
         workers=job["workers"],
+        memory=job["memory"],
     )
     summary = prepare([job["corpus"]], options, on_progress=progress)
     return {
