@@ -262,7 +262,7 @@ def job(tmp_path: Path) -> dict[str, object]:
         "documents": about["documents"],
         "tokenizer": str(plain),
         "workers": 1,
-        "memory": 10_000_000,
+        "memory": 128_000_000,
         "way": [1, "encode_batch_fast", "documents", 16],
         "skip": 0.1,
         "seconds": 0.5,
