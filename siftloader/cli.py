@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from siftloader.corpus import BOUNDARIES
 from siftloader.errors import CorpusError, SiftError
-from siftloader.inspection import as_json, look, plot, report as contents
+from siftloader.inspection import (
+    as_json,
+    check_plot,
+    look,
+    on_a_line,
+    plot,
+    report as contents,
+    shown,
+)
 from siftloader.packing import Packing
 from siftloader.prepare import ENGINES, Preparation, Summary, prepare
 from siftloader.selection_report import (
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"siftloader: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"siftloader: {on_a_line(str(error))}", file=sys.stderr)
     return status
 
 
@@ -327,7 +335,7 @@ def _verify(arguments: argparse.Namespace) -> int:
             desc="verifying",
             unit="B",
             unit_scale=True,
-            disable=not sys.stderr.isatty(),
+            disable=sys.stderr is None or not sys.stderr.isatty(),
             leave=False,
         ) as bar:
             for shard in verify(arguments.folder):
@@ -342,7 +350,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         _print_verdict(arguments.folder, good, fingerprint, None)
         return 0
     samples = sum(shard.num_sequences for shard in good)
-    print(f"{arguments.folder}: {len(good)} shards, {samples:,} samples, all as they were written")
+    folder = shown(arguments.folder)
+    print(f"{folder}: {len(good)} shards, {samples:,} samples, all as they were written")
     return 0
 
 
@@ -350,7 +359,6 @@ def _print_verdict(
     folder: str, good: Sequence[Shard], fingerprint: str | None, error: Exception | None
 ) -> None:
     # shards, samples, bytes: those found good
-    where = {name: getattr(error, name, None) for name in ("shard", "sample", "byte")}
     verdict = {
         "folder": folder,
         "ok": error is None,
@@ -358,9 +366,14 @@ def _print_verdict(
         "samples": sum(shard.num_sequences for shard in good),
         "bytes": sum(shard.bytes for shard in good),
         "fingerprint": fingerprint,
-        "error": None if error is None else {**where, "message": str(error)},
+        "error": None if error is None else _fault(error),
     }
     print(json.dumps(verdict))
+
+
+def _fault(error: Exception) -> dict[str, Any]:
+    where = {name: getattr(error, name, None) for name in ("shard", "sample", "byte")}
+    return {**where, "message": str(error)}
 
 
 def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -368,8 +381,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="say what a folder of shards holds",
         description=(
-            "Read a folder of shards, verified, and print its schema, counts per split and source, tokens, "
-            "padding and unknown tokens, and a few samples with their special tokens."
+            "Read a folder of shards, verified, and print its schema, what it was made from, counts per "
+            "split and source, tokens, padding and unknown tokens, and a few samples with their special "
+            "tokens."
         ),
         epilog=(
             "example: siftloader inspect shards/demo --samples 3 "
@@ -392,7 +406,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--split", metavar="NAME", help="only this one (default: all)")
     parser.add_argument(
-        "--json", action="store_true", help="print all of it, and the histograms, as JSON"
+        "--json",
+        action="store_true",
+        help="print all of it, the histograms, and error (shard, sample, byte, message) or null, as JSON",
     )
     parser.add_argument(
         "--plot",
@@ -405,6 +421,20 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.samples < 0:
         raise ValueError(f"--samples must be 0 or more, got {arguments.samples}")
+    try:
+        said = _look(arguments)
+    except (SiftError, OSError) as error:
+        if not arguments.json:
+            raise
+        print(json.dumps({"folder": arguments.folder, "error": _fault(error)}))
+        return 1
+    print(said)
+    return 0
+
+
+def _look(arguments: argparse.Namespace) -> str:
+    if arguments.plot:
+        check_plot(arguments.plot)
     dataset = ShardSet.open(arguments.folder)
     name = arguments.tokenizer or _tokenizer_beside(dataset)
     decode, notes = None, []
@@ -417,13 +447,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         plot(splits, arguments.plot)
     if arguments.json:
-        print(json.dumps(as_json(dataset, splits, decode) | {"notes": notes}))
-        return 0
+        return json.dumps(as_json(dataset, splits, decode) | {"notes": notes, "error": None})
     if arguments.plot:
         notes.append(f"wrote {arguments.plot}")
     width = shutil.get_terminal_size((100, 24)).columns
-    print("\n\n".join([contents(dataset, splits, decode, width), *notes]))
-    return 0
+    return "\n\n".join([contents(dataset, splits, decode, width), *map(shown, notes)])
 
 
 def _tokenizer_beside(dataset: ShardSet) -> str | None:
@@ -499,6 +527,8 @@ def _inspect_selections(arguments: argparse.Namespace) -> int:
         raise ValueError("--tokenizer needs --shards: a log holds ids, the shards hold the text")
     if arguments.top < 0:
         raise ValueError(f"--top must be 0 or more samples, got {arguments.top}")
+    if arguments.plot:
+        check_plot(arguments.plot)
     dataset = ShardSet.open(arguments.shards) if arguments.shards else None
     table = read_log(arguments.log)
     sources, texts, notes = None, None, []
@@ -510,13 +540,13 @@ def _inspect_selections(arguments: argparse.Namespace) -> int:
             sources = sources_of(dataset, table["id"].to_numpy())
         texts, note = _texts(dataset, arguments.tokenizer)
         notes += [note] if note else []
-    names = [source.name for source in dataset.sources] if dataset else []
+    names = [shown(source.name) for source in dataset.sources] if dataset else []
     print(selections(table, top=arguments.top, names=names, sources=sources, texts=texts))
     if arguments.plot:
         plot_drift(drift(table, 60), arguments.plot)
         notes.append(f"wrote {arguments.plot}")
     if notes:
-        print("\n" + "\n".join(notes))
+        print("\n" + "\n".join(map(shown, notes)))
     return 0
 
 
@@ -552,7 +582,7 @@ def _texts(
     def texts(ids: list[int]) -> dict[int, str]:
         found = {}
         for number, tokens in tokens_of(dataset, ids).items():
-            text = " ".join(decode([token for token in tokens if token not in frame]).split())
+            text = on_a_line(decode([token for token in tokens if token not in frame]))
             found[number] = text if len(text) <= 120 else f"{text[:117]}..."
         return found
 

@@ -14,16 +14,18 @@ Letters: N samples of a split, n of a chunk, T tokens of a sample, V vocabulary.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from siftloader.errors import SiftError
-from siftloader.shards import Shard, ShardSet, check_ids
+from siftloader.shards import Shard, ShardSet, Source, check_ids, check_sources
 
 
 Decode = Callable[[list[int]], str]
@@ -118,6 +120,7 @@ def look(dataset: ShardSet, split: str, examples: int = 0) -> Split:
 def _count(found: Split, dataset: ShardSet, shard: Shard, first_id: int, examples: int) -> None:
     ids = dataset.read(shard)
     sources = dataset.read_sources(shard)
+    check_sources(dataset, shard, sources)
     labels = dataset.read_labels(shard, verify=False) if found.labels is not None else None
     names = [source.name for source in dataset.sources]
     for index, samples in enumerate(np.bincount(sources, minlength=len(names)).tolist()):
@@ -169,15 +172,40 @@ def report(
                 ("seed", str(dataset.seed)),
                 ("fingerprint", dataset.fingerprint),
             ]
-        )
+        ),
+        _origins(dataset.sources),
     ]
+    if dataset.accounts:
+        blocks.append(f"of the text\n{_pairs(_accounts(dataset.accounts), indent=2)}")
     for split in splits:
-        heading = f"{split.name}: {split.shards} shards, {split.samples:,} samples, {split.bytes:,} bytes"
+        heading = f"{shown(split.name)}: {split.shards} shards, {split.samples:,} samples, {split.bytes:,} bytes"
         blocks.append(f"{heading}\n{_pairs(_figures(split), indent=2)}")
         blocks.append(_sources(split))
         if split.examples:
             blocks.append(_examples(split, decode, width))
     return "\n\n".join(blocks)
+
+
+def _accounts(accounts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [("documents", f"{accounts.get('documents', 0):,}")]
+    for kind, said in (("skipped", "skipped"), ("bad", "bad:")):
+        reasons = accounts.get(kind, {})
+        rows += [(f"{said} {reason}", f"{count:,}") for reason, count in reasons.items()]
+    for split, packing in accounts.get("packing", {}).items():
+        dropped, tokens = packing.get("dropped", 0), packing.get("tokens", 0)
+        of = f"of {tokens:,} tokens ({_share(dropped, tokens)})"
+        rows.append((f"dropped of {split}", f"{dropped:,} {of}"))
+    return rows
+
+
+def _origins(sources: Sequence[Source]) -> str:
+    # Shards that other programs wrote may not say how many tokens a source has.
+    known = any(source.tokens for source in sources)
+    lines = [["source", "documents", "tokens", "weight"]]
+    for source in sources:
+        tokens = f"{source.tokens:,}" if known else "-"
+        lines.append([shown(source.name), f"{source.documents:,}", tokens, f"{source.weight:g}"])
+    return _aligned(lines, left=(0,))
 
 
 def _figures(split: Split) -> list[tuple[str, str]]:
@@ -204,7 +232,7 @@ def _figures(split: Split) -> list[tuple[str, str]]:
 def _sources(split: Split) -> str:
     lines = [["source", "samples", "share"]]
     for name, samples in split.sources.items():
-        lines.append([_shown(name), f"{samples:,}", _share(samples, split.samples)])
+        lines.append([shown(name), f"{samples:,}", _share(samples, split.samples)])
     return _aligned(lines, left=(0,))
 
 
@@ -213,7 +241,7 @@ def _examples(split: Split, decode: Decode | None, width: int) -> str:
     lines = [["id", "source", "length", "unknown", *(["label"] if pairs else [])]]
     for example in split.examples:
         label = [str(example.label)] if pairs else []
-        cells = [str(example.id), _shown(example.source), str(example.length)]
+        cells = [str(example.id), shown(example.source), str(example.length)]
         lines.append([*cells, str(example.unknown), *label])
     texts = ["ids" if decode is None else "text"]
     texts += [as_text(example, split.pad, decode) for example in split.examples]
@@ -231,15 +259,23 @@ def as_text(example: Example, pad: int | None, decode: Decode | None) -> str:
     while end and ids[end - 1] == pad:
         end -= 1
     text = " ".join(map(str, ids[:end])) if decode is None else decode(ids[:end])
-    return _shown(f"{text} (and {len(ids) - end} of padding)" if end < len(ids) else text)
+    return on_a_line(f"{text} (and {len(ids) - end} of padding)" if end < len(ids) else text)
 
 
-def _shown(text: str) -> str:
-    # One line, and nothing in it that a terminal would obey.
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}"
-        for letter in " ".join(text.split())
-    )
+def shown(text: str) -> str:
+    """The text with nothing in it that a terminal would obey: what does not print stands escaped."""
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def on_a_line(text: str) -> str:
+    """The same, of text that flows: lines go on after a space."""
+    return shown(re.sub(r"[ \t\r\n]+", " ", text).strip(" "))
+
+
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) == "Zs":  # a space of some width
+        return " "
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def _cut(text: str, width: int) -> str:
@@ -266,8 +302,9 @@ def _quantiles(histogram: NDArray[np.int64]) -> tuple[int, int, int]:
 
 
 def _pairs(rows: Sequence[tuple[str, str]], indent: int = 0) -> str:
-    width = max(len(left) for left, _ in rows)
-    return "\n".join(f"{' ' * indent}{left:<{width}}  {right}".rstrip() for left, right in rows)
+    lines = [(shown(left), shown(right)) for left, right in rows]
+    width = max(len(left) for left, _ in lines)
+    return "\n".join(f"{' ' * indent}{left:<{width}}  {right}".rstrip() for left, right in lines)
 
 
 def _aligned(lines: list[list[str]], left: tuple[int, ...]) -> str:
@@ -303,9 +340,16 @@ def as_json(
             "special_ids": dict(tokenizer.special_ids),
         },
         "sources": [
-            {"name": source.name, "sha256": source.sha256, "documents": source.documents}
+            {
+                "name": source.name,
+                "sha256": source.sha256,
+                "documents": source.documents,
+                "tokens": source.tokens,
+                "weight": source.weight,
+            }
             for source in dataset.sources
         ],
+        "accounts": dict(dataset.accounts),
         "splits": {split.name: _split_json(split, decode) for split in splits},
     }
 
@@ -348,8 +392,20 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raise where no plot can be written, before what is drawn has taken an hour to read."""
+    file = Path(path)
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"{file}: a plot is a PNG; give it a name that ends in .png")
+    if not file.parent.is_dir():
+        raise SiftError(f"{file}: no folder {file.parent}; make it, or plot somewhere else")
+    if file.is_dir():
+        raise SiftError(f"{file}: a folder; give the plot another name")
+
+
 def plot(splits: Sequence[Split], path: str | os.PathLike[str]) -> None:
     """Draw as PNG how many samples have how many tokens, and how many unknown ones."""
+    check_plot(path)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -816,7 +816,9 @@ def _read_manifest(root: Path) -> tuple[Shard, ...]:
     path = root / MANIFEST
     if not root.is_dir():
         found = "a file" if root.exists() else f"no such folder (looked from {Path.cwd()})"
-        raise ShardError(f"{root}: {found}; give the folder that holds {MANIFEST}")
+        raise ShardError(
+            f"{root}: {found}, so not a finished shard folder; give the one that holds {MANIFEST}"
+        )
     if not path.is_file():
         raise ShardError(
             f"{root}: no {MANIFEST}, so this is not a finished shard folder; finish it with "

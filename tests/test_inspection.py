@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,32 @@ import pytest
 from effort import examples
 from hypothesis import given, strategies as st
 
-from siftloader.errors import CorruptShard, ShardError
-from siftloader.inspection import Example, as_json, as_text, look, plot, report
+from siftloader.cli import main
+from siftloader.errors import CorruptShard, ShardError, SiftError
+from siftloader.inspection import (
+    Example,
+    as_json,
+    as_text,
+    look,
+    on_a_line,
+    plot,
+    report,
+    shown,
+)
 from siftloader.shards import Layout, ShardSet, Source, Tokenizer, write_dataset, write_shard
 
 
 V = 12
+SOURCES = (Source("emma", "1" * 64, 3, 1_234, 2.0), Source("moby dick", "2" * 64, 4, 56, 0.25))
+ACCOUNTS = {
+    "documents": 7,
+    "skipped": {"empty": 3, "no text at all": 1_000},
+    "bad": {"not UTF-8": 2},
+    "packing": {
+        "train": {"tokens": 1_000, "kept": 900, "dropped": 12},
+        "val": {"tokens": 290, "kept": 290, "dropped": 0},
+    },
+}
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 WORDS = [
     "[PAD]",
@@ -45,6 +70,9 @@ def write(
     shards: dict[str, list[list[int]]],
     objective: str = "mlm",
     special: dict[str, int] = SPECIAL,
+    sources: tuple[Source, ...] = SOURCES,
+    name: str = "words",
+    accounts: dict[str, Any] | None = None,
 ) -> ShardSet:
     """Shards of those rows; sources and labels follow from the rows."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +94,20 @@ def write(
         written,
         layout=layout,
         objective=objective,
-        tokenizer=Tokenizer("words", "0" * 64, V, special),
-        sources=[Source("emma", "1" * 64, 3), Source("moby dick", "2" * 64, 4)],
-        unigrams=np.zeros(V, np.int64),
+        tokenizer=Tokenizer(name, "0" * 64, V, special),
+        sources=sources,
+        unigrams=np.bincount(
+            [
+                token
+                for stem, rows in shards.items()
+                if stem[0] == "t"
+                for row in rows
+                for token in row
+            ],
+            minlength=V,
+        )[:V],
         seed=7,
+        accounts=accounts,
     )
     return ShardSet.open(folder)
 
@@ -200,6 +238,7 @@ def test_samples_keep_to_the_terminal_and_cannot_command_it(tmp_path, width):
     columns = [sum(2 if letter == "鯨" else 1 for letter in line) for line in table]
     frame = len("  id  source     length  unknown  ")
     assert max(columns) <= max(width, frame + 20)
+    assert "\\x1b[31m" in table[1] or width < 100
     assert table[2].endswith("[SEP]" if width == 100 else "...")
     assert table[1].startswith("   0  moby dick") or table[1].startswith("   0  emma")
 
@@ -216,7 +255,9 @@ def test_json_has_the_same_figures_and_survives_the_trip(pairs):
     assert found["fingerprint"] == pairs.fingerprint
     assert (found["seq_len"], found["stride"], found["labels"]) == (6, 2048, True)
     assert found["tokenizer"]["special_ids"] == SPECIAL
-    assert found["sources"][1] == {"name": "moby dick", "sha256": "2" * 64, "documents": 4}
+    about = {"name": "moby dick", "sha256": "2" * 64, "documents": 4, "tokens": 56, "weight": 0.25}
+    assert found["sources"][1] == about
+    assert found["accounts"] == {}
     train, val = found["splits"]["train"], found["splits"]["val"]
     assert (train["tokens"], train["text_tokens"], train["padding"]) == (16, 7, 2)
     assert train["padding_share"] == pytest.approx(2 / 18)
@@ -325,3 +366,225 @@ def test_memory_does_not_grow_with_the_shards(tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 20e6
     finally:
         tracemalloc.stop()
+
+
+def test_what_it_was_made_from_is_said_in_words_and_in_json(tmp_path):
+    rows = {"train-000000": [[2, 5, 6, 6, 6, 3]]}
+    dataset = write(tmp_path, rows, accounts=ACCOUNTS)
+    said = report(dataset, [look(dataset, "train")]).split("\n\n")
+    assert said[1].split("\n") == [
+        "  source     documents  tokens  weight",
+        "  emma               3   1,234       2",
+        "  moby dick          4      56    0.25",
+    ]
+    assert said[2].split("\n") == [
+        "of the text",
+        "  documents               7",
+        "  skipped empty           3",
+        "  skipped no text at all  1,000",
+        "  bad: not UTF-8          2",
+        "  dropped of train        12 of 1,000 tokens (1.20%)",
+        "  dropped of val          0 of 290 tokens (0.00%)",
+    ]
+    assert json.loads(json.dumps(as_json(dataset, [])))["accounts"] == ACCOUNTS
+
+
+def test_what_nobody_counted_is_not_made_up(tmp_path):
+    dataset = write(
+        tmp_path,
+        {"train-000000": [[2, 5, 6, 6, 6, 3]]},
+        sources=tuple(Source(name, "1" * 64, 3) for name in ("emma", "moby dick")),
+    )
+    said = report(dataset, [look(dataset, "train")])
+    assert "\n  emma               3       -       1\n" in said
+    assert "of the text\n" not in said
+
+
+@examples(300)
+@given(text=st.text(st.characters(codec=None)))
+def test_whatever_a_text_holds_a_terminal_obeys_none_of_it(text):
+    safe = shown(text)
+    assert safe.isprintable()
+    spaced = "".join(" " if unicodedata.category(letter) == "Zs" else letter for letter in text)
+    if "\\" not in text:  # then it can be read back: nothing was swallowed
+        coded = re.sub(r"\\(?:x..|u....|U........|[nrt])", _unescape, safe)
+        assert coded == spaced
+    assert on_a_line(text).isprintable()
+    assert on_a_line(f" {text}\n") == on_a_line(text)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    return match[0].encode("ascii").decode("unicode_escape")
+
+
+def test_a_text_that_flows_is_one_line_and_its_words_stay_apart():
+    assert on_a_line("one\r\n two\t three\x1c\x85\xa0four\n") == "one two three\\x1c\\x85 four"
+    assert shown("one\ntwo  three") == "one\\ntwo  three"
+
+
+EVIL = "\x1b]0;owned\x07\x9b2J\u202e\n\rx"
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """A set in which every name that a preparation could have taken from outside is hostile."""
+    return write(
+        tmp_path / f"set{EVIL}",
+        {"train-000000": [[2, 7, 8, 1, 7, 3], [2, 5, 6, 6, 6, 3]], "val-000000": [[5] * 6]},
+        special=SPECIAL | {EVIL: 9},
+        sources=(Source(EVIL, "1" * 64, 3, 9), Source(f"b{EVIL}", "2" * 64, 4, 9)),
+        name=EVIL,
+        accounts={"documents": 7, "skipped": {EVIL: 3}, "bad": {EVIL: 1}, "packing": {EVIL: {}}},
+    )
+
+
+def hostile_tokenizer(path: Path) -> None:
+    """A tokenizer.json whose words are those of WORDS."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(WORDS)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]")).save(str(path))
+
+
+def harmless(printed: str) -> bool:
+    return all(line.isprintable() for line in printed.split("\n"))
+
+
+FAULTS = {
+    "none": lambda folder: None,
+    "stranger": lambda folder: (folder / f"{EVIL}.tar").write_text(""),
+    "manifest": lambda folder: (folder / "manifest.jsonl").write_text(json.dumps({EVIL: 1})),
+    "name": lambda folder: (folder / "manifest.jsonl").write_text(
+        json.dumps(dict.fromkeys(("shard", "sha256", "sources_sha256"), EVIL))[:-1]
+        + ', "num_sequences": 1, "bytes": 1}'
+    ),
+    "folder": shutil.rmtree,
+    "tar": lambda folder: (folder / "train-000000.tar").unlink(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("tokenizer", [False, True], ids=["ids", "text"])
+def test_nothing_that_verify_and_inspect_print_commands_the_terminal(
+    evil, capsys, fault, tokenizer
+):
+    if tokenizer:
+        hostile_tokenizer(evil.folder / "tokenizer.json")
+    FAULTS[fault](evil.folder)
+    found = [main([command, str(evil.folder)]) for command in ("verify", "inspect")]
+    printed = capsys.readouterr()
+    assert harmless(printed.out) and harmless(printed.err)
+    assert all(line.startswith("siftloader: ") for line in printed.err.splitlines())
+    assert found == ([0, 0] if fault == "none" else [1, 0 if fault == "stranger" else 1])
+    assert "\\x1b]0;owned\\x07\\x9b2J\\u202e" in printed.out + printed.err
+    if tokenizer and fault == "none":
+        assert "[CLS] \\x1b[31m" in printed.out
+    for command in ("verify", "inspect"):
+        main([command, str(evil.folder), "--json"])
+    assert harmless(capsys.readouterr().out), "JSON escapes as well"
+
+
+def test_inspect_selections_prints_nothing_that_commands_the_terminal(evil, tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    torch = pytest.importorskip("torch")
+    from siftloader.selection_log import SelectionLog
+
+    hostile_tokenizer(evil.folder / "tokenizer.json")
+    log = SelectionLog(tmp_path / "log.parquet")
+    log.add(0, 0, torch.tensor([0, 1]), torch.rand(2), torch.tensor([0]))
+    log.flush()
+    command = ["inspect-selections", str(tmp_path / "log.parquet"), "--shards", str(evil.folder)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert harmless(printed)
+    assert "\\x1b]0;owned" in printed, "the name of a source"
+    assert "\\x1b[31m" in printed, "the text of a sample"
+    assert "tokenizer.json is not the tokenizer" in printed
+
+
+def damage(folder: Path) -> None:
+    path = folder / "train-000000.tar"
+    data = bytearray(path.read_bytes())
+    data[2048 + 641] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+
+
+WRONG = {
+    "damage": (damage, [], ("train-000000", 1, 2689), "sample 1, byte 2689"),
+    "no tar": (
+        lambda folder: (folder / "val-000000.tar").unlink(),
+        [],
+        ("val-000000", None, None),
+        "val-000000: cannot be read",
+    ),
+    "folder": (shutil.rmtree, [], (None, None, None), "no such folder (looked from "),
+    "split": (None, ["--split", "test"], (None, None, None), "no shards of split 'test'"),
+    "tokenizer": (None, ["--tokenizer", "gone.json"], (None, None, None), "gone.json: no such"),
+    "plot": (None, ["--plot", "gone/x.png"], (None, None, None), "gone/x.png: no folder gone"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_inspect_as_json_says_in_json_what_is_wrong(pairs, capsys, what):
+    change, more, where, message = WRONG[what]
+    if change is not None:
+        change(pairs.folder)
+    assert main(["inspect", str(pairs.folder), *more]) == 1
+    plain = capsys.readouterr()
+    assert main(["inspect", str(pairs.folder), "--json", *more]) == 1
+    printed, complaints = capsys.readouterr()
+    assert complaints == ""
+    found = json.loads(printed)
+    said = found["error"].pop("message")
+    assert found == {
+        "folder": str(pairs.folder),
+        "error": dict(zip(("shard", "sample", "byte"), where, strict=True)),
+    }
+    assert message in said
+    assert plain == ("", f"siftloader: {said}\n")
+
+
+def test_inspect_as_json_has_no_error_where_there_is_none(pairs, capsys):
+    assert main(["inspect", str(pairs.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("x.jpg", 2, "a plot is a PNG; give it a name that ends in .png"),
+        ("x", 2, "a plot is a PNG"),
+        ("gone/x.png", 1, "gone; make it, or plot somewhere else"),
+        ("folder.png", 1, "a folder; give the plot another name"),
+    ],
+    ids=["jpg", "none", "no folder", "a folder"],
+)
+def test_where_no_plot_can_be_written_nothing_is_read(
+    pairs, tmp_path, capsys, name, status, message
+):
+    (tmp_path / "folder.png").mkdir()
+    damage(pairs.folder)  # would be told, were it read
+    path = str(tmp_path / name)
+    for command in (["inspect", str(pairs.folder)], ["inspect-selections", "gone.parquet"]):
+        assert main([*command, "--plot", path]) == status
+        printed, complaint = capsys.readouterr()
+        assert printed == "" and complaint.startswith(f"siftloader: {path}: ")
+        assert message in complaint
+    with pytest.raises((SiftError, ValueError), match=re.escape(message)):
+        plot([], path)
+    assert [file.name for file in tmp_path.glob("*x*")] == []
+
+
+def test_sources_that_are_none_are_not_counted(tmp_path):
+    dataset = write(tmp_path, {"train-000000": [[0] * 6]}, sources=SOURCES[:1])
+    with pytest.raises(CorruptShard, match=r"sources\.npy: needs 1 numbers below 1; prepare"):
+        look(dataset, "train")
+
+
+def test_verify_needs_no_standard_error(pairs):
+    """As under pythonw, or with `2>&-`."""
+    command = [sys.executable, "-m", "siftloader.cli", "verify", str(pairs.folder)]
+    done = subprocess.run(
+        f"{' '.join(command)} 2>&-", shell=True, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.count("all as they were written")) == (0, 1), done.stdout

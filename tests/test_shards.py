@@ -690,10 +690,13 @@ def test_every_byte_of_the_description_counts_or_means_nothing(copy, name):
 
 FAULTS = {
     "no manifest": (lambda f: (f / "manifest.jsonl").unlink(), "not a finished shard folder"),
-    "no folder": (shutil.rmtree, r"copy: no such folder \(looked from .*\); give the folder that"),
+    "no folder": (
+        shutil.rmtree,
+        r"copy: no such folder \(looked from .*\), so not .*; give the one",
+    ),
     "a file": (
         lambda f: (shutil.rmtree(f), f.write_text("")),
-        r"copy: a file; give the folder that holds manifest\.jsonl",
+        r"copy: a file, so not .*; give the one that holds manifest\.jsonl",
     ),
     "no description": (lambda f: (f / "dataset.json").unlink(), "cannot be read .*; copy the"),
     "no JSON": (lambda f: (f / "dataset.json").write_text("{"), r"cannot be read .*; copy the"),
