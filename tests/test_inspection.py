@@ -430,7 +430,7 @@ def evil(tmp_path):
     """A set in which every name that a preparation could have taken from outside is hostile."""
     return write(
         tmp_path / f"set{EVIL}",
-        {"train-000000": [[2, 7, 8, 1, 7, 3], [2, 5, 6, 6, 6, 3]], "val-000000": [[5] * 6]},
+        {"train-000000": [[2, 7, 8, 1, 7, 3], [2, 5, 6, 6, 6, 3]], "x\x1b-000000": [[5] * 6]},
         special=SPECIAL | {EVIL: 9},
         sources=(Source(EVIL, "1" * 64, 3, 9), Source(f"b{EVIL}", "2" * 64, 4, 9)),
         name=EVIL,
