@@ -195,8 +195,9 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_bytes,
         default=Preparation.memory,
         metavar="SIZE",
-        help="for writing shards, all workers together: 500MB, 4GB (default: 1GiB, or what three shards take); tokenising "
-        "takes about 150 MB a worker besides",
+        help="for writing shards, all workers together: 500MB, 4GB; more makes fewer passes over the "
+        "work files (default: what one shard for each worker takes, 100 MB at 512 tokens); "
+        "tokenising takes about 200 MB a worker, before that",
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=_shard)

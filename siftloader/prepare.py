@@ -7,7 +7,7 @@ shards, in the order of random keys. What decides the bytes is the text, the opt
 the workers, not the engine, not how often the job was killed on the way.
 
 While it runs, ``<out>/.work`` holds what was made so far; the manifest comes last. Memory: about
-150 MB for each worker that tokenises; ``memory`` for those that write, all together. Disk: the token
+200 MB for each worker that tokenises; ``memory`` for those that write, all together. Disk: the token
 ids in ``.work`` until the end, and the shards.
 """
 
@@ -59,7 +59,6 @@ from siftloader.wikitext import wikitext_parser
 
 
 ENGINES = ("local", "ray")
-MEMORY = 1 << 30  # bytes
 MANY = 1 << 22  # tokens that are worth starting processes for
 METHOD = 1  # of making samples; another number, other bytes
 INFLATES = {".gz": 2.8, ".tgz": 2.8, ".bz2": 3.6, ".xz": 3.6, ".zst": 3.0, ".parquet": 1.8}
@@ -92,9 +91,7 @@ class Preparation:
     max_bad: int = 0  # bad records that may be skipped and counted before the job gives up
     workers: int | None = 1  # processes; on Ray, tasks at a time (None: as many as there are CPUs)
     engine: Literal["local", "ray"] = "local"
-    memory: int | None = (
-        None  # bytes, for writing the shards; None: 1 GiB, or what three shards take
-    )
+    memory: int | None = None  # bytes, for writing shards; None: what a shard a worker takes
 
     def __post_init__(self) -> None:
         if self.objective not in NEEDED:
@@ -230,7 +227,7 @@ def _memory(options: Preparation, layout: Layout) -> int:
     # Enough for one writer with one shard, or an error before hours of work.
     least = 3 * options.samples_per_shard * (layout.payload + 16)
     if options.memory is None:
-        return max(MEMORY, least)
+        return least * _writers(options)
     if options.memory < least:
         most = options.memory // (3 * (layout.payload + 16))
         raise CorpusError(

@@ -30,10 +30,12 @@ from siftloader.pairs import Pairing, Segmented, pack_pairs, segment
 from siftloader.runs import COPIES, PAIRS, SPLITS, Run, RunFile, Samples, stream, write_run
 from siftloader.shards import Layout, Tokenizer
 from siftloader.tokens import restore_tokenizer, tokenise
+from siftloader.words import Words
 
 
 PARTNERS = 4  # a pair's random second segment is drawn from at least so many documents
 GATHERED = 1 << 20  # tokens of the documents that are paired together in the last stage
+CHECKED = 500  # characters of some thirty texts of a block that are tokenised both ways
 TOLD = 5  # bad records of a block that are described; all are counted
 
 
@@ -173,10 +175,21 @@ def _tokenizer(serialised: str) -> Any:
     return restore_tokenizer(serialised)
 
 
+@lru_cache(maxsize=1)
+def _words(serialised: str) -> Words | None:
+    return Words.of(_tokenizer(serialised))
+
+
 def _tokenised(job: Job, texts: Sequence[str]) -> _Texts:
     parts = [segment(text) for text in texts] if job.objective == "mlm-nsp" else None
     flat = [part for document in parts for part in document] if parts is not None else texts
-    ids, lengths = tokenise(flat, _tokenizer(job.tokenizer))
+    words = _words(job.tokenizer)
+    # Each block is its own trial, of the beginnings of some thirty texts.
+    trial = [text[:CHECKED] for text in flat[:: max(1, len(flat) // 32)]]
+    if words is not None and words.agree(trial):
+        ids, lengths = words.tokenise(flat)
+    else:
+        ids, lengths = tokenise(flat, _tokenizer(job.tokenizer))
     if len(ids) and ids.max() >= job.about.vocab_size:
         raise CorpusError(
             f"the tokenizer gave id {ids.max()}, but says that its vocabulary has "
