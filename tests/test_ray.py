@@ -183,18 +183,10 @@ def test_an_address_nobody_answers_at_is_an_error(monkeypatch):
 
 
 ALONE = """
-import psutil, ray
+import psutil
 from siftloader.engines import run_ray
 from test_ray import scaled
 
-real = ray.init
-
-def init(address, **options):
-    if address == "auto":  # would find the cluster of the other tests
-        raise ConnectionError("none is running")
-    return real(address, **options)
-
-ray.init = init
 results = run_ray(scaled, 3, range(6), workers=1)
 assert next(results) == 0
 during = psutil.Process().children(recursive=True)
@@ -204,8 +196,11 @@ assert not any(child.is_running() for child in during), during
 """
 
 
-def test_without_a_cluster_one_is_started_and_stopped():
-    """In a process of its own: one that has used two clusters loses the objects of the first."""
+def test_without_a_cluster_of_ours_one_is_started_and_stopped(cluster):
+    """Not the private one that another program runs here, which goes when that program does.
+
+    In a process of its own: one that has used two clusters loses the objects of the first.
+    """
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("RAY_ADDRESS", None)
