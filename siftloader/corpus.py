@@ -9,11 +9,14 @@ depend on neither blocks nor compression.
 
 Nothing is repaired in silence: a file that is damaged or ends too early is a CorpusError, a record
 that is not text is a ``Bad`` that names file, line and byte. What is skipped is counted.
+
+The first row of a .csv or .tsv names its columns. In a .csv, quotes may hold commas and line ends,
+and stand doubled for themselves; a .tsv has no quoting, so a quote in it is a character like any
+other, and its cells hold neither tabs nor line ends.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import html
 import io
@@ -21,7 +24,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +35,7 @@ import numpy as np
 
 from siftloader.errors import CorpusError
 from siftloader.files import (
+    CHUNK,
     Bad,
     File,
     Input,
@@ -47,7 +51,8 @@ from siftloader.wikitext import plain_text, wikitext_parser
 BOUNDARIES = ("blank-line", "file")  # what may end a document of a .txt
 COLUMNS = ("text", "content")  # where the text of a record is looked for, in this order
 SLACK = 1 << 16  # bytes read beyond a block, so that its end is mostly among them
-CSV_BLOCK = 32 << 20  # the longest row a .csv may have
+SAMPLED = 100  # records that are looked at to find which of their fields holds the text
+LONGEST_ROW = 256 << 20  # bytes of a .csv; beyond, some quote was not closed
 PARSER = 1  # changes when the same bytes would be parsed otherwise
 BOM = b"\xef\xbb\xbf"
 
@@ -62,6 +67,14 @@ _PAGE_END = re.compile(rb"</page>")
 _NOTHING = re.compile(rb"(?:" + BOM + rb")?(?:\n|" + _SPACE + rb")*")
 _BETWEEN_DOCUMENTS = re.compile(r"\n[^\S\n]*\n")
 _CARRIAGE_RETURNS = re.compile(r"(?<!\r)\r+\n")  # looks behind: a long run is scanned once
+_LINE = re.compile(rb"[^\n]*(?:\n|\Z)")
+# A row of a .csv: one without quotes, or one whose fields have theirs where they should be. What
+# this does not match (doubled quotes, and what is wrong) is gone through field by field.
+_FIELD = rb'(?:"[^"]*"|(?![ \t]+")[^,"\n][^,\n]*|)'
+_ROW = re.compile(rb'[^"\n]*(?:\n|\Z)|(?:%b,)*%b\r*(?:\n|\Z)' % (_FIELD, _FIELD))
+_ROW_END = re.compile(rb"\r*(?:\n|\Z)")
+# Blanks end a field before a quote: whether it quotes is for nobody to guess at.
+_PLAIN_FIELD = re.compile(rb'[ \t]+(?=")|[^,\n]*')
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,8 @@ class Format:
     """
 
     documents: Literal["blank-line", "file"] = "blank-line"  # what ends a document of a .txt
-    column: str | None = None  # that holds the text of a record; None: text, content, or the only
+    # The field that holds the text of a record; None: text, else content, else the only one with text
+    column: str | None = None
     block_bytes: int = 4 << 20
 
     def __post_init__(self) -> None:
@@ -166,11 +180,13 @@ def cut_blocks(
     for index, source in enumerate(inputs):
         if source.ignored:
             reading.skipped["files that are not text"] += source.ignored
+        if source.passed:
+            reading.skipped["folders not entered (links, or matched by a glob)"] += source.passed
         reading.hashes.clear()
         gathered: list[Piece] = []
         size = 0
         for file in source.files:
-            some = False
+            some, refused = False, len(reading.bad)
             for piece in _cut(file, format, reading):
                 some = True
                 gathered.append(piece)
@@ -181,7 +197,7 @@ def cut_blocks(
                     gathered, size, number = [], 0, number + 1
                     yield block
                     del block
-            if not some:
+            if not some and len(reading.bad) == refused:
                 reading.skipped["files without text"] += 1
         if gathered:
             yield Block(index, number, tuple(gathered))
@@ -195,6 +211,11 @@ def _cut(file: File, format: Format, reading: Reading) -> Iterator[Piece]:  # no
         yield from _cut_table(file, format, reading, kind)
         return
     with open_file(file, reading) as stream:
+        if bad := _unlike_text(file.path, kind, stream.peek(1)):  # type: ignore[attr-defined]
+            reading.bad.append(bad)
+            while stream.read(CHUNK):  # hashed all the same
+                pass
+            return
         match kind:
             case "txt" if format.documents == "file":
                 yield from _some(Piece("file", file.path, 1, 0, stream.read()))
@@ -204,11 +225,28 @@ def _cut(file: File, format: Format, reading: Reading) -> Iterator[Piece]:  # no
             case "jsonl":
                 yield from _cut_jsonl(file, stream, format)
             case "csv" | "tsv":
-                yield from _cut_csv(file, stream, format, reading, "\t" if kind == "tsv" else ",")
+                yield from _cut_rows(file, stream, format, kind)
             case "tar":
                 yield from _cut_tar(file, stream, format, reading)
             case "wiki":
                 yield from _cut_wiki(file, stream, format)
+
+
+def _unlike_text(where: str, kind: str, head: bytes) -> Bad | None:
+    # What would make a whole file one long line.
+    if kind in ("txt", "jsonl", "csv", "tsv") and head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return Bad(
+            "UTF-16",
+            f"{where}: UTF-16, by its first two bytes; convert it to UTF-8, as in "
+            f"`iconv -f utf-16 -t utf-8`",
+        )
+    if kind in ("txt", "csv", "tsv") and b"\r" in head and b"\n" not in head:
+        return Bad(
+            "lines that end in \\r alone",
+            f"{where}: no line feed in its first {len(head):,} bytes, but carriage returns, as old "
+            f"Macs ended lines; convert it, as in `tr '\\r' '\\n'`",
+        )
+    return None
 
 
 def _spans(
@@ -245,39 +283,69 @@ def _some(piece: Piece) -> Iterator[Piece]:
 
 def _cut_jsonl(file: File, stream: BinaryIO, format: Format) -> Iterator[Piece]:  # noqa: A002
     column = format.column
+    if column is None:
+        # The whole lines among the first bytes, and no others: where blocks are cut is no matter.
+        head = stream.peek(1)  # type: ignore[attr-defined]
+        lines = head.removeprefix(BOM).split(b"\n")
+        column = _json_column(file.path, lines[: len(lines) - (len(head) >= CHUNK)], SAMPLED)
     for line, offset, data in _spans(stream, _LINE_END, format.block_bytes):
-        if column is None:
-            column = _json_column(file.path, data)
+        if column is None:  # the first line is long, or no record
+            column = _json_column(file.path, data.removeprefix(BOM).split(b"\n"), 1)
         # Without a column all of it is malformed, or blank.
         yield from _some(Piece(f"jsonl:{column or ''}", file.path, line, offset, data))
 
 
-def _json_column(path: str, data: bytes) -> str | None:
-    for line in data.removeprefix(BOM).split(b"\n"):
+def _json_column(path: str, lines: Iterable[bytes], limit: int) -> str | None:
+    # None if there is no record among the lines.
+    fields: dict[str, bool | None] = {}
+    records = 0
+    for line in lines:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict):
-            return _choose_column(path, {key: isinstance(record[key], str) for key in record})
-    return None
+        if not isinstance(record, dict):
+            continue
+        for name, value in record.items():
+            is_text = None if value is None else isinstance(value, str)
+            if is_text or fields.get(name) is None:
+                fields[name] = is_text
+        records += 1
+        if records == limit:
+            break
+    return _choose_column(path, list(fields.items())) if records else None
 
 
-def _choose_column(path: str, columns: Mapping[str, bool], asked: str | None = None) -> str:
-    # ``columns``: name -> whether it holds text.
-    names = ", ".join(columns) or "none at all"
-    if asked is not None and asked not in columns:
-        raise CorpusError(f"{path}: no column {asked!r}; it has {names}: give one of them")
-    if asked is not None:
-        return asked
-    found = [name for name in COLUMNS if name in columns]
-    found = found[:1] or [name for name, is_text in columns.items() if is_text]
-    if len(found) != 1:
+def _choose_column(
+    path: str, columns: Sequence[tuple[str, bool | None]], asked: str | None = None
+) -> str:
+    # ``columns``: (name, whether it holds text), None where that cannot be told.
+    names = [name for name, _ in columns]
+    if asked is not None and asked not in names:
         raise CorpusError(
-            f"{path}: which column holds the text? It has {names}, neither "
-            f"{' nor '.join(COLUMNS)}, and {len(found)} that hold text; name the column"
+            f"{path}: no column {asked!r}; it has {_listed(names)}: give one of them"
         )
-    return found[0]
+    found = asked if asked is not None else next((each for each in COLUMNS if each in names), None)
+    if found is None:
+        texts = [name for name, is_text in columns if is_text]
+        unknown = [name for name, is_text in columns if is_text is None]
+        if len(texts) != 1 or unknown:
+            raise CorpusError(
+                f"{path}: which column holds the text? It has {_listed(names)}, neither "
+                f"{' nor '.join(COLUMNS)}, and {len(texts) + len(unknown)} that may hold text; "
+                f"name it with --column NAME (in Python: column=)"
+            )
+        found = texts[0]
+    if names.count(found) > 1:
+        raise CorpusError(
+            f"{path}: {names.count(found)} columns are named {found!r}; rename all but one of them"
+        )
+    return found
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    shown = ", ".join(map(_printable, names[:most])) or "none at all"
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def _cut_wiki(file: File, stream: BinaryIO, format: Format) -> Iterator[Piece]:  # noqa: A002
@@ -325,21 +393,25 @@ def _cut_tar(
     reading: Reading,
 ) -> Iterator[Piece]:
     column, blocks = format.column, _Blocks(stream)
-    for group in _tar_groups(file, blocks):
+    for group in _tar_groups(file, blocks, reading):
         # Beside a text of the same name, a .json says something about it.
         suffix = ".txt" if any(name.lower().endswith(".txt") for name in group) else ".json"
         for name, data in group.items():
             shown = f"{file.path}: {_printable(name)}"
             if data is None or not name.lower().endswith(suffix):
                 reading.skipped["tar members that are not text"] += 1
+            elif bad := _unlike_text(shown, suffix[1:], data[:CHUNK]):
+                reading.bad.append(bad)
             elif suffix == ".txt":
                 yield Piece("file", shown, 1, 0, data)
             else:
-                column = column or _json_column(shown, b" ".join(data.splitlines()))
+                column = column or _json_column(shown, [data.removeprefix(BOM)], 1)
                 yield Piece(f"json:{column or ''}", shown, 1, 0, data)
 
 
-def _tar_groups(file: File, blocks: _Blocks) -> Iterator[dict[str, bytes | None]]:
+def _tar_groups(
+    file: File, blocks: _Blocks, reading: Reading
+) -> Iterator[dict[str, bytes | None]]:
     # Neighbours that share their name up to the first dot, as WebDataset has it; None for what is
     # not text. Links, folders and devices are passed over: nothing is ever extracted.
     group: dict[str, bytes | None] = {}
@@ -350,6 +422,8 @@ def _tar_groups(file: File, blocks: _Blocks) -> Iterator[dict[str, bytes | None]
                 tar.members.clear()  # it would keep all of them
                 folder, _, name = member.name.rpartition("/")
                 if not member.isreg():
+                    if not member.isdir():
+                        reading.skipped["tar members that are links or devices"] += 1
                     continue
                 if (folder, name.partition(".")[0]) != key:
                     if group:
@@ -386,10 +460,7 @@ def _cut_table(
     reading: Reading,
     kind: str,
 ) -> Iterator[Piece]:
-    with _tables(file), open_seekable(file, reading) as whole:
-        if not whole.read(1):
-            return
-        whole.seek(0)
+    with open_seekable(file, reading) as whole, _tables(file):
         arrays = _parquet(file, whole, format) if kind == "parquet" else _ipc(file, whole, format)
         yield from _slices(file, arrays, format.block_bytes)
 
@@ -401,13 +472,20 @@ def _parquet(file: File, whole: BinaryIO, format: Format) -> Iterator[Any]:  # n
     table = parquet.ParquetFile(whole, pre_buffer=False, buffer_size=1 << 20)
     column = _table_column(file, table.schema_arrow, format)
     for batch in table.iter_batches(batch_size=1024, columns=[column], use_threads=False):
-        yield _as_bytes(batch.column(0))
+        # By its name again: for a.text, that part of a struct a is read besides.
+        yield _as_bytes(batch.column(batch.schema.get_field_index(column)))
 
 
 def _ipc(file: File, whole: BinaryIO, format: Format) -> Iterator[Any]:  # noqa: A002
     from pyarrow import ipc
 
-    if whole.read(6) == b"ARROW1":
+    magic = whole.read(6)
+    if magic[:4] == b"FEA1":
+        raise CorpusError(
+            f"{file.path}: Feather version 1, which is no longer read; rewrite it as version 2, or "
+            f"as Parquet"
+        )
+    if magic == b"ARROW1":
         table = ipc.open_file(whole)
         column = _table_column(file, table.schema, format)
         for number in range(table.num_record_batches):
@@ -428,65 +506,138 @@ def _ipc(file: File, whole: BinaryIO, format: Format) -> Iterator[Any]:  # noqa:
         )
 
 
-def _cut_csv(
+def _cut_rows(
     file: File,
     stream: BinaryIO,
     format: Format,  # noqa: A002
-    reading: Reading,
-    delimiter: str,
+    kind: str,
 ) -> Iterator[Piece]:
-    head = stream.peek(1 << 20)  # type: ignore[attr-defined]
+    rows = _rows(file, stream, kind == "csv")
+    head = next((row for _, row in rows if row.strip(b"\r\n")), b"")
     if not head:
         return
-    with _tables(file):
-        yield from _slices(
-            file, _csv(file, stream, format, reading, delimiter, head), format.block_bytes
+    names = [name.decode("utf-8", "replace") for name in _cells(head, kind == "csv")]
+    column = _row_column(file, names, format, "," if kind == "csv" else "\t")
+    kind = f"{kind}:{names.index(column)} {len(names)}"
+    number, begin, size = 2, (2, 0), 0
+    held: list[bytes] = []
+    for offset, row in rows:
+        if not held:
+            begin = (number, offset)
+        held.append(row)
+        size += len(row)
+        number += bool(row.strip(b"\r\n"))
+        if size >= format.block_bytes and number > begin[0]:
+            data = b"".join(held)
+            held, size = [], 0
+            del row
+            yield Piece(kind, file.path, *begin, data)
+            del data
+    if number > begin[0] and held:
+        yield Piece(kind, file.path, *begin, b"".join(held))
+
+
+def _row_column(file: File, names: list[str], format: Format, delimiter: str) -> str:  # noqa: A002
+    others = [each for each in (",", "\t", ";", "|") if each != delimiter and each in names[0]]
+    try:
+        # What a column holds cannot be told from its name.
+        return _choose_column(file.path, [(name, None) for name in names], format.column)
+    except CorpusError as error:
+        if len(names) > 1 or not others:
+            raise
+        raise CorpusError(
+            f"{error}; its fields should be set apart by {delimiter!r}, but the header holds "
+            f"{others[0]!r}: if that sets them apart, rewrite the file"
+        ) from None
+
+
+def _rows(file: File, stream: BinaryIO, quoting: bool) -> Iterator[tuple[int, bytes]]:
+    # (byte, row with its line end), blank lines among them.
+    held = stream.read(CHUNK)
+    begin, offset = len(BOM) if held.startswith(BOM) else 0, 0  # of a row in held, of held
+    number = 1
+    while True:
+        end = _row_end(held, begin, quoting)
+        if end is None or end == len(held):  # at the end of what is known, more may belong to it
+            if end is None:
+                _check_quotes(file, number, offset, held, begin)
+            more = stream.read(max(CHUNK, (len(held) - begin) // 2))
+            if more:
+                held, begin, offset = held[begin:] + more, 0, offset + begin
+                continue
+            if begin == len(held):
+                return
+            if end is None:
+                raise CorpusError(
+                    f"{file.path}: row {number} (the header being row 1), which begins at byte "
+                    f"{offset + begin}: a quote that is never closed; mend the row, or fetch the "
+                    f"file again if it should be longer"
+                )
+        row = held[begin:end]
+        yield offset + begin, row
+        number += bool(row.strip(b"\r\n"))
+        del row
+        begin = end
+
+
+def _check_quotes(file: File, number: int, offset: int, held: bytes, begin: int) -> None:
+    where = f"{file.path}: row {number} (the header being row 1), byte"
+    at = _fields_end(held, begin)
+    if at is not None:
+        what = "blanks before" if held[at : at + 1] == b'"' else "text after"
+        shown = held[max(begin, at - 20) : at + 20]
+        raise CorpusError(
+            f"{where} {offset + at}: {what} a quote ({_printable(shown.decode('utf-8', 'replace'))}"
+            f"); a quoted field begins and ends with its quotes, and one within it is doubled: "
+            f"mend the row, or write the file anew"
+        )
+    if len(held) - begin > LONGEST_ROW:
+        raise CorpusError(
+            f"{where} {offset + begin}: a row of more than {LONGEST_ROW >> 20} MiB; if that is "
+            f"no quote that was left open, write the file anew as .jsonl or .parquet"
         )
 
 
-def _csv(
-    file: File,
-    stream: BinaryIO,
-    format: Format,  # noqa: A002
-    reading: Reading,
-    delimiter: str,
-    head: bytes,
-) -> Iterator[Any]:
-    import pyarrow as pa
-    from pyarrow import csv as tables
+def _row_end(data: bytes, begin: int, quoting: bool) -> int | None:
+    # None if no row ends where it should, so far.
+    if found := (_ROW if quoting else _LINE).match(data, begin):
+        return found.end()
+    at = _fields_end(data, begin)
+    end = None if at is None else _ROW_END.match(data, at)
+    return end.end() if end else None
 
-    rows = csv.reader(
-        io.StringIO(head.removeprefix(BOM).decode("utf-8", "replace"), newline=""),
-        delimiter=delimiter,
-    )
-    names = next((row for row in rows if row), [])
-    column = _choose_column(file.path, dict.fromkeys(names, True), format.column)
 
-    def refuse(row: Any) -> str:
-        where = "" if row.number is None else f" (row {row.number}, the header being row 1)"
-        shown = (row.text or "")[:60]
-        reading.bad.append(
-            Bad(
-                "wrong number of fields",
-                f"{file.path}: a row of {row.actual_columns} fields{where}, but the header has "
-                f"{row.expected_columns}: {shown!r}; quote what holds a {delimiter!r}",
-            )
-        )
-        return "skip"
+def _fields_end(data: bytes, begin: int) -> int | None:
+    at = _field_end(data, begin)
+    while at is not None and data[at : at + 1] == b",":
+        at = _field_end(data, at + 1)
+    return at
 
-    opened = tables.open_csv(
-        pa.PythonFile(stream, mode="r"),
-        read_options=tables.ReadOptions(use_threads=False, block_size=CSV_BLOCK),
-        parse_options=tables.ParseOptions(
-            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=refuse
-        ),
-        # As bytes: one text that is not UTF-8 is that row's fault, not the file's.
-        convert_options=tables.ConvertOptions(
-            check_utf8=False, include_columns=[column], column_types={column: pa.large_binary()}
-        ),
-    )
-    for batch in opened:
-        yield batch.column(0)
+
+def _field_end(data: bytes, at: int) -> int | None:
+    # None if it is quoted and not closed.
+    if data[at : at + 1] != b'"':
+        plain = _PLAIN_FIELD.match(data, at)
+        return plain.end() if plain else at
+    while (at := data.find(b'"', at + 1)) >= 0:
+        if data[at + 1 : at + 2] != b'"':
+            return at + 1
+        at += 1
+    return None
+
+
+def _cells(row: bytes, quoting: bool) -> list[bytes]:
+    row = row.rstrip(b"\r\n")
+    if not (quoting and b'"' in row):
+        return row.split(b"," if quoting else b"\t")
+    cells, begin = [], 0
+    while (end := _field_end(row, begin)) is not None:
+        cell = row[begin:end]
+        cells.append(cell[1:-1].replace(b'""', b'"') if cell.startswith(b'"') else cell)
+        begin = end + 1
+        if end == len(row):
+            break
+    return cells
 
 
 @contextmanager
@@ -500,9 +651,14 @@ def _tables(file: File) -> Iterator[None]:
         ) from error
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+    except pa.ArrowNotImplementedError as error:
+        raise CorpusError(
+            f"{file.path}: pyarrow {pa.__version__} cannot read it ({_printable(str(error))}); write "
+            f"it anew without what that names, or fetch it again if it is damaged"
+        ) from error
+    except (pa.ArrowException, OSError, MemoryError) as error:
         # MemoryError: a damaged length asks for more bytes than there are.
-        cause = str(error) or "it claims to hold more than memory does"
+        cause = _printable(str(error)) or "it claims to hold more than memory does"
         raise CorpusError(
             f"{file.path}: damaged or cut short ({cause}); fetch it again, or write it anew"
         ) from error
@@ -511,13 +667,16 @@ def _tables(file: File) -> Iterator[None]:
 def _table_column(file: File, schema: Any, format: Format) -> str:  # noqa: A002
     import pyarrow as pa
 
-    text = {each.name: _is_text(each.type) for each in schema}
-    column = _choose_column(file.path, text, format.column)
-    kind = schema.field(column).type
-    if not text[column] and not pa.types.is_null(kind):
+    columns = [
+        (each.name, None if pa.types.is_null(each.type) else _is_text(each.type))
+        for each in schema
+    ]
+    column = _choose_column(file.path, columns, format.column)
+    if dict(columns)[column] is False:
         raise CorpusError(
-            f"{file.path}: column {column!r} is of type {kind}, not text; it has "
-            f"{', '.join(f'{each.name} ({each.type})' for each in schema)}: name one of strings"
+            f"{file.path}: column {column!r} is of type {schema.field(column).type}, not text; it "
+            f"has {_listed([f'{each.name} ({each.type})' for each in schema])}: name one of "
+            f"strings with --column NAME (in Python: column=)"
         )
     return column
 
@@ -603,8 +762,10 @@ def parse(block: Block) -> Parsed:
             case "json":
                 data = piece.data.removeprefix(BOM)
                 _parse_record(data, option, piece.file, parsed)
+            case "csv" | "tsv":
+                _parse_rows(piece, kind == "csv", option, parsed)
             case "arrow":
-                _parse_rows(piece, parsed)
+                _parse_arrow(piece, parsed)
             case "wiki":
                 _parse_pages(piece, option, parsed)
     return parsed
@@ -696,10 +857,12 @@ def _parse_record(data: bytes, column: str, where: str, parsed: Parsed) -> None:
         parsed.bad.append(Bad("malformed JSON", f"{where}: JSON nested too deep; leave it out"))
         return
     except ValueError as error:
+        known = isinstance(error, json.JSONDecodeError)
+        cause = error if known else "a number of thousands of digits"
         parsed.bad.append(
             Bad(
                 "malformed JSON",
-                f"{where}: malformed JSON ({error}); needed is one object a line, so mend the "
+                f"{where}: malformed JSON ({cause}); needed is one object a line, so mend the "
                 f"line, leave it out, or rewrite the file with `jq -c`",
             )
         )
@@ -713,27 +876,55 @@ def _parse_record(data: bytes, column: str, where: str, parsed: Parsed) -> None:
             )
         )
     elif record.get(column) is None:
-        names = ", ".join(record) or "no field at all"
+        names = _listed(list(record)) if record else "no field at all"
         parsed.bad.append(
             Bad(
                 "no text",
-                f"{where}: no text in field {column!r} (it has {_printable(names)}); name the "
-                f"column that holds the text, or leave the record out",
+                f"{where}: no text in field {column!r} (it has {names}); name the field that holds "
+                f"the text with --column NAME (in Python: column=), or leave the record out",
             )
         )
     elif not isinstance(record[column], str):
         parsed.bad.append(
             Bad(
                 "text is not a string",
-                f"{where}: field {column!r} is {type(record[column]).__name__}, not a string; "
-                f"name the column that holds the text, or leave the record out",
+                f"{where}: field {column!r} is {type(record[column]).__name__}, not a string; name "
+                f"the field that holds the text with --column NAME (in Python: column=), or leave "
+                f"the record out",
             )
         )
     else:
         _take(record[column], where, parsed)
 
 
-def _parse_rows(piece: Piece, parsed: Parsed) -> None:
+def _parse_rows(piece: Piece, quoting: bool, option: str, parsed: Parsed) -> None:
+    index, count = map(int, option.split())
+    number, begin = piece.line, 0
+    while begin < len(piece.data):
+        end = _row_end(piece.data, begin, quoting) or len(piece.data)
+        row = piece.data[begin:end]
+        if row.strip(b"\r\n"):
+            where = f"{piece.file}: row {number} (byte {piece.offset + begin})"
+            cells = _cells(row, quoting)
+            if len(cells) == count:
+                _take_bytes(cells[index], where, parsed)
+            else:
+                parsed.bad.append(_wrong_count(where, row, quoting, len(cells), count))
+            number += 1
+        begin = end
+
+
+def _wrong_count(where: str, row: bytes, quoting: bool, found: int, count: int) -> Bad:
+    shown = _printable(row[:60].decode("utf-8", "replace").rstrip("\r\n"))
+    what = "quote what holds a comma" if quoting else "a .tsv has no quoting: write it as .csv"
+    return Bad(
+        "wrong number of fields",
+        f"{where}: {found} fields, but the header has {count} (it begins with {shown}); {what}, "
+        f"or leave the row out",
+    )
+
+
+def _parse_arrow(piece: Piece, parsed: Parsed) -> None:
     import pyarrow as pa
 
     with pa.ipc.open_stream(piece.data) as stream:
@@ -744,19 +935,23 @@ def _parse_rows(piece: Piece, parsed: Parsed) -> None:
             parsed.bad.append(
                 Bad("no text", f"{where}: null where its text should be; leave the record out")
             )
-            continue
-        try:
-            text = row.decode()
-        except UnicodeDecodeError as error:
-            parsed.bad.append(
-                Bad(
-                    "not UTF-8",
-                    f"{where}, byte {error.start} of its text: not UTF-8 ({error.reason}); "
-                    f"convert the text, or leave the record out",
-                )
+        else:
+            _take_bytes(row, where, parsed)
+
+
+def _take_bytes(data: bytes, where: str, parsed: Parsed) -> None:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        parsed.bad.append(
+            Bad(
+                "not UTF-8",
+                f"{where}, byte {error.start} of its text: not UTF-8 ({error.reason}); "
+                f"convert the text, or leave the record out",
             )
-            continue
-        _take(text, where, parsed)
+        )
+        return
+    _take(text, where, parsed)
 
 
 def _take(text: str, where: str, parsed: Parsed) -> None:
@@ -793,7 +988,10 @@ def _with_plain_ends(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode()
+    # Nothing that a terminal would obey, or that could not be written to one.
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
 
 
 def _parse_pages(piece: Piece, names: str, parsed: Parsed) -> None:

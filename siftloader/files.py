@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
 from siftloader.errors import CorpusError
@@ -70,6 +70,9 @@ MARKS = (  # what a file system tells of a file that changes when the file does
 )
 
 
+Place = TypeVar("Place", str, Path)
+
+
 @dataclass(frozen=True)
 class File:
     """One file as it was when it was found."""
@@ -87,6 +90,7 @@ class Input:
     files: tuple[File, ...]
     weight: float = 1.0
     ignored: int = 0  # files of a folder that are not text
+    passed: int = 0  # folders that were not entered: behind a link, or matched by a glob
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Reading:
     documents: Counter[int] = field(default_factory=Counter)  # by source
     skipped: Counter[str] = field(default_factory=Counter)  # by reason
     sha256: dict[int, str] = field(default_factory=dict)  # by source, of the bytes that were read
-    bad: list[Bad] = field(default_factory=list)  # what could not be made a record at all
+    bad: list[Bad] = field(default_factory=list)  # files that could not be cut; parsing finds more
     hashes: list[str] = field(default_factory=list)  # of the files of the source being read
 
 
@@ -116,22 +120,28 @@ def find_inputs(arguments: Iterable[str]) -> list[Input]:
 
     The same name given twice is one source. Folders are searched in depth and files sorted by
     path, so the order depends on neither the file system nor the folder they were copied to.
+
+    In a folder, here or behind a URL, a .json (compressed or not) beside other text says something
+    about it and is ignored; it is read when given by its name or a glob, or if all is .json. Links
+    to folders are not followed. What is ignored or not entered is counted.
     """
     found: dict[str, Input] = {}
     chosen: dict[str, bool] = {}  # name -> whether it was given as name=path
     weights: dict[str, float] = {}
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, str]] = {}  # file -> path and argument that gave it
     for argument in arguments:
         name, path, weight = _name_path_weight(argument)
-        files, ignored = _expand_url(path) if is_url(path) else _expand(path)
-        for file in files:
+        found_here = _expand_url(path) if is_url(path) else _expand(path)
+        for file in found_here.files:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
             if real in seen:
+                first, by = seen[real]
                 raise CorpusError(
-                    f"{file.path}: given twice (by {seen[real]!r} and {argument!r}); every "
-                    f"document would count double, so leave one of them out, or give it a weight"
+                    f"{file.path}: given twice; it is the same file as {first} (given by "
+                    f"{by!r} and {argument!r}), and every document would count double: leave one "
+                    f"of them out, or give it a weight"
                 )
-            seen[real] = argument
+            seen[real] = file.path, argument
         key = name or _stem(path)
         before = found.get(key, Input(key, ()))
         if before.files and not (name and chosen[key]):
@@ -145,7 +155,12 @@ def find_inputs(arguments: Iterable[str]) -> list[Input]:
                 f"one weight, so give it once, or name the parts apart"
             )
         chosen[key] = name is not None
-        found[key] = Input(key, before.files + files, ignored=before.ignored + ignored)
+        found[key] = Input(
+            key,
+            before.files + found_here.files,
+            ignored=before.ignored + found_here.ignored,
+            passed=before.passed + found_here.passed,
+        )
     if not found:
         raise CorpusError("no input: give at least one text file, folder, glob or URL")
     if len(found) > MAX_SOURCES:
@@ -166,14 +181,19 @@ def kind_of(path: str) -> tuple[str, str] | None:
 
     kind_of("wiki.JSONL.gz")   # ("jsonl", ".gz")
     """
+    suffix, compression = _suffixes(path)
+    return (KINDS[suffix], compression) if suffix in KINDS else None
+
+
+def _suffixes(path: str) -> tuple[str, str]:
+    # What is inside, and how it is compressed: (".json", ".gz").
     name = urlsplit(path).path if re.match("https?://", path) else path
     stem, suffix = os.path.splitext(name.lower())  # noqa: PTH122 - also of URLs
-    compression = suffix if suffix in COMPRESSIONS else ""
     if suffix == ".tgz":
-        compression = ".gz"
-    elif compression:
-        suffix = os.path.splitext(stem)[1]  # noqa: PTH122
-    return (KINDS[suffix], compression) if suffix in KINDS else None
+        return suffix, ".gz"
+    if suffix in COMPRESSIONS:
+        return os.path.splitext(stem)[1], suffix  # noqa: PTH122
+    return suffix, ""
 
 
 def _name_path_weight(argument: str) -> tuple[str | None, str, float | None]:
@@ -218,52 +238,77 @@ def _stem(path: str) -> str:
     return name or "text"
 
 
-def _expand(path: str) -> tuple[tuple[File, ...], int]:
-    ignored = 0
+@dataclass(frozen=True)
+class _Found:
+    files: tuple[File, ...]  # sorted
+    ignored: int = 0
+    passed: int = 0
+
+
+def _expand(path: str) -> _Found:
+    ignored, passed = 0, 0
     place = Path(path)
     if os.path.isdir(path):  # noqa: PTH112 - a Path raises for a name that is too long
-        inside = [file for file in _walk(place) if not _hidden(file.relative_to(place))]
-        readable = [file for file in inside if kind_of(file.name)]
-        # A .json beside other text says something about it; read by its name, a glob, or when alone.
-        found = [file for file in readable if file.suffix.lower() != ".json"] or readable
+        walked, passed = _walk(place)
+        inside = [file for file in walked if not _hidden(file.relative_to(place))]
+        found = _texts(inside, str)
         ignored = len(inside) - len(found)
         if not found:
             raise CorpusError(
-                f"{path}: no text among the {len(inside)} files of this folder; "
+                f"{path}: no text among the {len(inside)} files of this folder"
+                f"{', whose links to folders are not followed' if passed else ''}; "
                 f"readable are {READABLE}"
             )
     elif _exists(path):
         found = [place]
     else:
-        found = [file for file in _matching(path) if file.is_file()]
+        matching, passed = _matching(path)
+        found = [file for file in matching if not file.is_dir()]
+        passed += len(matching) - len(found)
         if not found:
             what = "no file matches" if glob.has_magic(path) else "no such file or folder"
             raise CorpusError(f"{path}: {what} (looked from {Path.cwd()})")
     files = [_local(file) for file in found]
     for file in files:
         _check_kind(file.path)
-    return tuple(sorted(files, key=lambda file: os.fsencode(file.path))), ignored
+    return _Found(_by_path(files), ignored, passed)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for inside, _, names in os.walk(folder):  # links to folders are not followed: no loops
-        yield from (Path(inside, name) for name in names)
+def _by_path(files: Iterable[File]) -> tuple[File, ...]:
+    return tuple(sorted(files, key=lambda file: os.fsencode(file.path)))
+
+
+def _texts(files: Iterable[Place], name_of: Callable[[Place], str]) -> list[Place]:
+    # Those of the files of a folder that are text; a .json beside others says something about them.
+    readable = [file for file in files if kind_of(name_of(file))]
+    return [file for file in readable if _suffixes(name_of(file))[0] != ".json"] or readable
+
+
+def _walk(folder: Path) -> tuple[list[Path], int]:
+    # The files inside, and how many links to folders are not followed: no loops.
+    found: list[Path] = []
+    passed = 0
+    for inside, folders, names in os.walk(folder):
+        found += [Path(inside, name) for name in names]
+        links = [Path(inside, name) for name in folders if Path(inside, name).is_symlink()]
+        passed += sum(not _hidden(link.relative_to(folder)) for link in links)
+    return found, passed
 
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _matching(pattern: str) -> Iterable[Path]:
+def _matching(pattern: str) -> tuple[list[Path], int]:
     parts = Path(pattern).parts
     if "**" not in parts:
-        return map(Path, glob.glob(pattern))  # noqa: PTH207 - Path's has other rules
+        return [Path(path) for path in glob.glob(pattern)], 0  # noqa: PTH207 - Path's has other rules
     # glob's own ** follows links to folders, and so goes round in circles.
     fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     top = Path(*parts[:fixed])
-    return (
-        file for file in _walk(top) if _matches(file.relative_to(top).parts, tuple(parts[fixed:]))
-    )
+    walked, passed = _walk(top)
+    rest = tuple(parts[fixed:])
+    return [file for file in walked if _matches(file.relative_to(top).parts, rest)], passed
 
 
 def _matches(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
@@ -295,31 +340,50 @@ def _local(path: Path) -> File:
     return File(path.as_posix(), about.st_size, f"mtime_ns {about.st_mtime_ns}")
 
 
-def _expand_url(url: str) -> tuple[tuple[File, ...], int]:
+def _expand_url(url: str) -> _Found:
     with _fetchable(url):
         system, path = _file_system(url)
         web = "http" in _protocols(system)
-        if any(mark in path for mark in ("*[" if web else "*?[")):
-            found = system.glob(path, detail=True)
-            what = "no file matches"
-        elif path.endswith("/") if web else system.isdir(path):
-            found = system.find(path, detail=True)
-            what = "no text in this folder"
-        else:
+        magic = "*[" if web else "*?["
+        pattern = any(mark in path for mark in magic)
+        if not pattern and not (path.endswith("/") if web else system.isdir(path)):
+            if web and kind_of(url) is None:
+                raise CorpusError(
+                    f"{url}: not a kind of file that can be read; readable are {READABLE}; if it "
+                    f"is a folder, end it with '/'"
+                )
             _check_kind(url)
-            return (_described(url, system.info(path), web),), 0
-        files, ignored = [], 0
-        for name, info in found.items():
-            if info.get("type") == "directory":
-                continue
-            if kind_of(name) is None or name.rpartition("/")[2].startswith("."):
-                ignored += 1
-                continue
-            info = info if info.get("size") is not None else system.info(name)
+            return _Found((_described(url, system.info(path), web),))
+        if pattern:
+            if web:  # its glob passes over what cannot be listed, a server that is down included
+                system.ls(re.split(r"[*[]", path)[0].rpartition("/")[0] + "/")
+            listed = system.glob(path, detail=True)
+        else:
+            listed = _web_files(system, path) if web else system.find(path, detail=True)
+        inside = [name for name, info in listed.items() if info.get("type") != "directory"]
+        shown = [name for name in inside if not name.rpartition("/")[2].startswith(".")]
+        found = [name for name in shown if kind_of(name)] if pattern else _texts(shown, str)
+        files = []
+        for name in found:
+            info = listed[name] if listed[name].get("size") is not None else system.info(name)
             files.append(_described(str(system.unstrip_protocol(name)), info, web))
     if not files:
+        what = "no file matches" if pattern else "no text in this folder"
         raise CorpusError(f"{url}: {what}; readable are {READABLE}")
-    return tuple(sorted(files, key=lambda file: os.fsencode(file.path))), ignored
+    return _Found(_by_path(files), len(inside) - len(files), 0)
+
+
+def _web_files(system: Any, folder: str) -> dict[str, Any]:
+    # As find() does, but what cannot be listed is an error.
+    found, folders, seen = {}, [folder], {folder}
+    while folders:
+        for info in system.ls(folders.pop(), detail=True):
+            if info["type"] != "directory":
+                found[info["name"]] = info
+            elif info["name"] not in seen:
+                seen.add(info["name"])
+                folders.append(info["name"])
+    return found
 
 
 @contextmanager
@@ -523,7 +587,7 @@ class _Watched(io.RawIOBase):
                 count = _filled(self._read_url, buffer)
         else:
             try:
-                count = self.raw.readinto(buffer)
+                count = _filled(self.raw.readinto, buffer)
             except OSError as error:
                 raise CorpusError(f"{self.file.path}: cannot be read ({error})") from error
         self.digest.update(memoryview(buffer)[:count])
