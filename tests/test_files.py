@@ -17,6 +17,7 @@ import pytest
 from effort import examples
 from hypothesis import given, strategies as st
 
+from siftloader.corpus import Format, cut_blocks
 from siftloader.errors import CorpusError
 from siftloader.files import (
     Reading,
@@ -249,6 +250,11 @@ def test_each_argument_is_a_source_with_sorted_files(library, arguments, expecte
         (["empty"], "no text among the 0 files"),
         (["pipe.txt"], "not a regular file"),
         (["lost.txt.d"], r"lost\.txt: cannot be read"),
+        (["lost.txt.d/*.txt"], r"lost\.txt: cannot be read"),
+        (["lost.txt.d/**/*.txt"], r"lost\.txt: cannot be read"),
+        (["lost.txt.d/lost.txt"], r"lost\.txt: cannot be read"),
+        (["pip?.txt"], r"pipe\.txt: not a regular file"),
+        (["linked"], "no text among the 0 files of this folder, whose links .* not followed"),
         (["news:0"], "a weight of 0; it must be a positive number"),
         (["n=news:-1"], "a weight of -1"),
         (["n=news:nan"], "a weight of nan"),
@@ -268,6 +274,8 @@ def test_arguments_that_make_no_sense_are_refused(library, arguments, message):
     os.mkfifo(library / "pipe.txt")
     (library / "lost.txt.d").mkdir()
     (library / "lost.txt.d/lost.txt").symlink_to("nowhere")
+    (library / "linked").mkdir()
+    (library / "linked/books").symlink_to(library / "books")
     with pytest.raises(CorpusError, match=message):
         find_inputs(arguments)
 
@@ -354,9 +362,32 @@ def test_hidden_files_and_folders_are_passed_over(library):
 
 
 @pytest.mark.parametrize("argument", ["books", "books/**/*.txt"], ids=["folder", "glob"])
-def test_a_link_that_goes_round_is_not_followed(library, argument):
+def test_a_link_that_goes_round_is_not_followed_but_counted(library, argument):
     (library / "books/zoo/back").symlink_to(library / "books")
-    assert len(find_inputs([argument])[0].files) == 3
+    (library / "books/news").symlink_to(library / "news")
+    (library / "books/.hidden").symlink_to(library / "news")
+    (source,) = find_inputs([argument])
+    assert len(source.files) == 3
+    assert source.passed == 2
+    (source,) = find_inputs(["books/news"])  # given by itself
+    assert len(source.files) == 2
+
+
+def test_folders_that_a_glob_matches_are_counted(library):
+    (library / "books/cover.jpg").unlink()
+    (library / "books/news").symlink_to(library / "news")
+    (source,) = find_inputs(["books/*"])
+    assert names(["books/*"]) == {"books": ["Zed.txt", "emma.txt"]}
+    assert source.passed == 2
+    reading = Reading()
+    assert len(list(cut_blocks([source], Format(), reading))) == 1
+    assert reading.skipped == {"folders not entered (links, or matched by a glob)": 2}
+
+
+def test_a_file_that_is_found_twice_is_named_by_both_paths(library):
+    (library / "books/Emma.txt").symlink_to("emma.txt")
+    with pytest.raises(CorpusError, match=r"books/emma\.txt: given twice; .* as books/Emma\.txt "):
+        find_inputs(["books"])
 
 
 def test_a_source_of_many_files_is_hashed_by_the_hashes_of_its_files(library):
@@ -438,6 +469,13 @@ def test_another_file_system_lists_matches_and_reads(library):
 TEXT = b"".join(b"line %d of the text\n" % number for number in range(30_000))
 
 
+PAGES = {
+    "/shelf/": ["../", "sub/", "a.txt", "about.json", "cover.jpg"],
+    "/shelf/sub/": ["../", "b.txt"],
+    "/broken/": ["a.txt", "lost/"],
+}
+
+
 class Library(http.server.BaseHTTPRequestHandler):
     """What the web may do: the path says how the answer goes wrong."""
 
@@ -450,12 +488,16 @@ class Library(http.server.BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body):
-        parts = self.path.partition("?")[0].strip("/").split("/")
+        page = self.path.partition("?")[0]
+        if page in PAGES:
+            self.page("".join(f'<a href="{name}">x</a>' for name in PAGES[page]).encode(), body)
+            return
+        parts = page.strip("/").split("/")
         how, name = parts[0], parts[-1]
         data = COMPRESS[".gz"](TEXT) if name.endswith(".gz") else TEXT
         sent = data[: len(data) // 2] if how.startswith("cut") else data
         self.close_connection = True
-        if how == "lost":
+        if "lost" in parts:
             self.send_error(404)
             return
         if how == "busy":
@@ -464,7 +506,7 @@ class Library(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Connection", "close")
         self.send_header("ETag", f'"{self.server.edition}"')
-        if how.endswith("sized"):
+        if how.endswith("sized") or how in ("shelf", "broken"):
             self.send_header("Content-Length", str(len(data)))
         elif how.endswith("chunked"):
             self.send_header("Transfer-Encoding", "chunked")
@@ -475,6 +517,14 @@ class Library(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"0\r\n\r\n")
         elif body:
             self.wfile.write(sent)
+
+    def page(self, data, body):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
 
     def log_message(self, *args):
         pass
@@ -534,8 +584,26 @@ def test_what_the_web_does_not_give_whole_is_never_taken_for_it(web, path, messa
 
 def test_a_server_that_is_not_there_is_named():
     pytest.importorskip("aiohttp")
-    with pytest.raises(CorpusError, match=r"http://127\.0\.0\.1:9/a\.txt: cannot be fetched"):
-        find_inputs(["http://127.0.0.1:9/a.txt"])
+    for path in ("a.txt", "", "folder/", "folder/*.txt", "*/a.txt"):
+        address = f"http://127.0.0.1:9/{path}"
+        with pytest.raises(CorpusError) as caught:
+            find_inputs([address])
+        assert str(caught.value).startswith(f"{address}: cannot be fetched (")
+        assert "Cannot connect to host" in str(caught.value)
+
+
+def test_a_folder_of_the_web_is_listed_or_says_what_failed(web):
+    (source,) = find_inputs([url(web, "shelf/")])
+    assert [file.path.rpartition("/shelf/")[2] for file in source.files] == ["a.txt", "sub/b.txt"]
+    assert source.ignored == 2  # about.json, cover.jpg
+    (source,) = find_inputs([url(web, "shelf/*.txt")])
+    assert [file.path for file in source.files] == [url(web, "shelf/a.txt")]
+    with pytest.raises(CorpusError, match=r"shelf: not a kind of file .* end it with '/'"):
+        find_inputs([url(web, "shelf")])
+    with pytest.raises(CorpusError, match=r"cannot be fetched \(FileNotFoundError"):
+        find_inputs([url(web, "broken/")])  # in a folder of it
+    with pytest.raises(CorpusError, match=r"cannot be fetched .*503"):
+        find_inputs([url(web, "busy/*.txt")])
 
 
 def test_a_page_that_changed_since_it_was_found_is_named(web):
@@ -546,14 +614,22 @@ def test_a_page_that_changed_since_it_was_found_is_named(web):
         check_unchanged(inputs)
 
 
-def test_a_json_beside_other_text_in_a_folder_is_not_text(tmp_path):
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"], ids=["plain", "gz", "zst"])
+@pytest.mark.parametrize("far", [False, True], ids=["here", "url"])
+def test_a_json_beside_other_text_in_a_folder_is_not_text(tmp_path, suffix, far):
+    if far:
+        pytest.importorskip("fsspec")
+    top = f"file://{tmp_path}" if far else str(tmp_path)
+    (tmp_path / "deep").mkdir()
     (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "about.json").write_text("{}")
-    (source,) = find_inputs([str(tmp_path)])
-    assert [Path(file.path).name for file in source.files] == ["a.txt"]
-    assert source.ignored == 1
-    (source,) = find_inputs([str(tmp_path / "*.json")])
-    assert [Path(file.path).name for file in source.files] == ["about.json"]
+    (tmp_path / f"deep/about.JSON{suffix}").write_text("{}")
+
+    def found(argument):
+        (source,) = find_inputs([argument])
+        return [Path(file.path).name for file in source.files], source.ignored
+
+    assert found(top) == (["a.txt"], 1)
+    assert found(f"{top}/deep/*.JSON{suffix}") == ([f"about.JSON{suffix}"], 0)
+    assert found(f"{top}/deep/about.JSON{suffix}") == ([f"about.JSON{suffix}"], 0)
     (tmp_path / "a.txt").unlink()
-    (source,) = find_inputs([str(tmp_path)])
-    assert [Path(file.path).name for file in source.files] == ["about.json"]
+    assert found(top) == ([f"about.JSON{suffix}"], 0)
