@@ -617,7 +617,7 @@ def test_quotes_within_a_plain_field_are_text(tmp_path):
 @example(cells=['"', 'a "b"', "c"], end="\n", block_bytes=1)
 def test_a_tsv_has_no_quotes(folder, cells, end, block_bytes):
     path = folder / "a.tsv"
-    path.write_bytes(f"id\ttext{end}".encode() + "".join(f"1\t{x}{end}" for x in cells).encode())
+    path.write_bytes(f"text\tid{end}{''.join(f'{x}{chr(9)}1{end}' for x in cells)}".encode())
     expected = [cell.strip() for cell in cells]
     assert parsed(path, block_bytes=block_bytes) == Parsed(texts=expected)
 
@@ -758,7 +758,9 @@ def test_lines_that_end_in_returns_alone_are_told(tmp_path, suffix, boundary, bl
     assert found == Parsed()
     (bad,) = reading.bad
     assert bad.reason == "lines that end in \\r alone"
-    assert r"no line feed in its first 1,048,576 bytes" in bad.message
+    assert "no line feed in its first 1,048,576 bytes" in bad.message
+    assert reading.bytes == path.stat().st_size  # and hashed, so that a change is noticed
+    assert reading.sha256 == {0: hashlib.sha256(path.read_bytes()).hexdigest()}
     path.write_bytes(b"text\rmore\n" + b"three\r" * 100_000)
     reading = Reading()
     parsed(

@@ -602,6 +602,8 @@ def test_a_folder_of_the_web_is_listed_or_says_what_failed(web):
         find_inputs([url(web, "shelf")])
     with pytest.raises(CorpusError, match=r"cannot be fetched \(FileNotFoundError"):
         find_inputs([url(web, "broken/")])  # in a folder of it
+    with pytest.raises(CorpusError, match=r"cannot be fetched \(FileNotFoundError"):
+        find_inputs([url(web, "lost/*.txt")])
     with pytest.raises(CorpusError, match=r"cannot be fetched .*503"):
         find_inputs([url(web, "busy/*.txt")])
 
