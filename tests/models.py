@@ -26,9 +26,9 @@ def scaled(model: nn.Module, factor: float = 8.0) -> nn.Module:
     return model
 
 
-def bert(layers: int = LAYERS) -> nn.Module:
+def bert(layers: int = LAYERS, vocab_size: int = VOCAB) -> nn.Module:
     config = transformers.BertConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
         num_hidden_layers=layers,
         num_attention_heads=4,

@@ -178,7 +178,7 @@ def test_shards_tell_who_the_candidates_are_without_a_field_in_the_batch():
 
     shards = TokenShards(DEMO)
     loader = SiftingDataLoader(
-        shards, 8, model=bert(), criterion="random", warmup_steps=0, on_select=note
+        shards, 8, model=bert(vocab_size=8192), criterion="random", warmup_steps=0, on_select=note
     )
     with_ids = TokenShards(DEMO, with_ids=True)
     for number, (batch, plain) in enumerate(zip(loader, with_ids.batches(16), strict=False)):
@@ -188,14 +188,16 @@ def test_shards_tell_who_the_candidates_are_without_a_field_in_the_batch():
         assert torch.equal(batch["input_ids"], plain["input_ids"][kept])
         if number == 5:
             break
-    asked = SiftingDataLoader(with_ids, 8, model=bert(), criterion="random", warmup_steps=0)
+    asked = SiftingDataLoader(
+        with_ids, 8, model=bert(vocab_size=8192), criterion="random", warmup_steps=0
+    )
     assert "id" in next(iter(asked))
 
 
 def test_ids_stay_with_their_rows_where_pools_split_batches():
     seen = []
     loader = SiftingDataLoader(
-        TokenShards(DEMO), 8, model=bert(), criterion="random", keep=2 / 3, warmup_steps=0,
+        TokenShards(DEMO), 8, model=bert(vocab_size=8192), criterion="random", keep=2 / 3, warmup_steps=0,
         on_select=lambda numbers, scores, kept: seen.append((numbers, kept)),
     )  # fmt: skip
     whole = next(iter(TokenShards(DEMO, with_ids=True).batches(60)))
