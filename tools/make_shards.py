@@ -1,6 +1,6 @@
 """Text files to token shards: the same as `siftloader shard`, without installing anything.
 
-python tools/make_shards.py wiki/*.txt --out shards/wiki --tokenizer bert-base-uncased \
+python tools/make_shards.py 'wiki/*.txt' --out shards/wiki --tokenizer bert-base-uncased \
     --objective mlm --seq-len 512 --val-fraction 0.005 --seed 0
 """
 
