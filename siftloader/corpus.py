@@ -72,6 +72,7 @@ _LINE = re.compile(rb"[^\n]*(?:\n|\Z)")
 # this does not match (doubled quotes, and what is wrong) is gone through field by field.
 _FIELD = rb'(?:"[^"]*"|(?![ \t]+")[^,"\n][^,\n]*|)'
 _ROW = re.compile(rb'[^"\n]*(?:\n|\Z)|(?:%b,)*%b\r*(?:\n|\Z)' % (_FIELD, _FIELD))
+_DOUBLED = re.compile(rb'(?:[^"]*""){1,999}')  # few enough at a time to take no memory
 _ROW_END = re.compile(rb"\r*(?:\n|\Z)")
 # Blanks end a field before a quote: whether it quotes is for nobody to guess at.
 _PLAIN_FIELD = re.compile(rb'[ \t]+(?=")|[^,\n]*')
@@ -619,11 +620,10 @@ def _field_end(data: bytes, at: int) -> int | None:
     if data[at : at + 1] != b'"':
         plain = _PLAIN_FIELD.match(data, at)
         return plain.end() if plain else at
-    while (at := data.find(b'"', at + 1)) >= 0:
-        if data[at + 1 : at + 2] != b'"':
-            return at + 1
-        at += 1
-    return None
+    at += 1
+    while doubled := _DOUBLED.match(data, at):
+        at = doubled.end()
+    return data.find(b'"', at) + 1 or None
 
 
 def _cells(row: bytes, quoting: bool) -> list[bytes]:

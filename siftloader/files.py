@@ -28,7 +28,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -295,7 +295,7 @@ def _walk(folder: Path) -> tuple[list[Path], int]:
     return found, passed
 
 
-def _hidden(relative: Path) -> bool:
+def _hidden(relative: PurePath) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
@@ -361,7 +361,8 @@ def _expand_url(url: str) -> _Found:
         else:
             listed = _web_files(system, path) if web else system.find(path, detail=True)
         inside = [name for name, info in listed.items() if info.get("type") != "directory"]
-        shown = [name for name in inside if not name.rpartition("/")[2].startswith(".")]
+        top = re.split(r"[*?[]", path)[0].rpartition("/")[0] if pattern else path.rstrip("/")
+        shown = [name for name in inside if not _hidden(PurePosixPath(name.removeprefix(top)))]
         found = [name for name in shown if kind_of(name)] if pattern else _texts(shown, str)
         files = []
         for name in found:

@@ -450,14 +450,16 @@ def test_what_is_found_travels_to_other_processes(library):
 def test_another_file_system_lists_matches_and_reads(library):
     fsspec = pytest.importorskip("fsspec")
     memory = fsspec.filesystem("memory")
-    for name in ("b.txt", "a.txt.gz", "deep/c.txt", "cover.jpg", ".hidden.txt"):
+    for name in ("b.txt", "a.txt.gz", "deep/c.txt", "cover.jpg", ".hidden.txt", ".git/d.txt"):
         memory.pipe(f"/shelf/{name}", gzip.compress(b"packed") if "gz" in name else name.encode())
     try:
         assert names(["memory:///shelf"]) == {"shelf": ["a.txt.gz", "b.txt", "c.txt"]}
         assert names(["memory:///shelf/*.txt"]) == {"shelf": ["b.txt"]}
+        assert names(["memory:///shelf/**/*.txt"]) == {"shelf": ["b.txt", "c.txt"]}
+        assert names(["memory:///shelf/.git/*"]) == {".git": ["d.txt"]}
         assert read("memory:///shelf") == b"packedb.txtdeep/c.txt"
         (source,) = inputs = find_inputs(["s=memory:///shelf:2"])
-        assert (source.weight, source.ignored) == (2, 2)
+        assert (source.weight, source.ignored) == (2, 3)
         check_unchanged(inputs)
         memory.pipe("/shelf/b.txt", b"B.TXT")
         with pytest.raises(CorpusError, match=r"shelf/b\.txt: changed while it was read"):
