@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, status: int) -> int:
+    if sys.stderr is None:  # as under pythonw: there is nobody to tell
+        return status
     print(f"siftloader: {on_a_line(str(error))}", file=sys.stderr)
     return status
 
@@ -171,8 +173,8 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--column",
         metavar="NAME",
-        help="where the text is in .jsonl, .parquet, .arrow and .csv (default: text, content, or "
-        "the only column of text)",
+        help="where the text is in .jsonl, .parquet, .arrow, .csv and .tsv, which has no quotes "
+        "(default: text, content, or the only column of text; asked for where that is not sure)",
     )
     parser.add_argument(
         "--max-bad",

@@ -113,7 +113,7 @@ class Reading:
     hashes: list[str] = field(default_factory=list)  # of the files of the source being read
 
 
-def find_inputs(arguments: Iterable[str]) -> list[Input]:
+def find_inputs(arguments: Iterable[str], without: Path | None = None) -> list[Input]:
     """Turn files, folders, globs and URLs, each ``[name=]path[:weight]``, into sources.
 
     find_inputs(["a.txt", "books=gutenberg/:2", "news=2016/*.txt", "news=2017/*.txt"])  # 3 sources
@@ -123,7 +123,8 @@ def find_inputs(arguments: Iterable[str]) -> list[Input]:
 
     In a folder, here or behind a URL, a .json (compressed or not) beside other text says something
     about it and is ignored; it is read when given by its name or a glob, or if all is .json. Links
-    to folders are not followed. What is ignored or not entered is counted.
+    to folders are not followed. What is ignored or not entered is counted. The folder ``without`` is as
+    if it were not there: what is written into a folder of text is not text.
     """
     found: dict[str, Input] = {}
     chosen: dict[str, bool] = {}  # name -> whether it was given as name=path
@@ -131,7 +132,7 @@ def find_inputs(arguments: Iterable[str]) -> list[Input]:
     seen: dict[str, tuple[str, str]] = {}  # file -> path and argument that gave it
     for argument in arguments:
         name, path, weight = _name_path_weight(argument)
-        found_here = _expand_url(path) if is_url(path) else _expand(path)
+        found_here = _expand_url(path) if is_url(path) else _expand(path, without)
         for file in found_here.files:
             real = file.path if is_url(file.path) else os.path.realpath(file.path)
             if real in seen:
@@ -245,12 +246,17 @@ class _Found:
     passed: int = 0
 
 
-def _expand(path: str) -> _Found:
+def _expand(path: str, without: Path | None) -> _Found:
     ignored, passed = 0, 0
     place = Path(path)
+    if without and _lies_in(place, without):
+        raise CorpusError(
+            f"{path}: lies in {without}, which is to be written; give text from elsewhere"
+        )
     if os.path.isdir(path):  # noqa: PTH112 - a Path raises for a name that is too long
         walked, passed = _walk(place)
         inside = [file for file in walked if not _hidden(file.relative_to(place))]
+        inside = [file for file in inside if not (without and _lies_in(file, without))]
         found = _texts(inside, str)
         ignored = len(inside) - len(found)
         if not found:
@@ -263,6 +269,7 @@ def _expand(path: str) -> _Found:
         found = [place]
     else:
         matching, passed = _matching(path)
+        matching = [file for file in matching if not (without and _lies_in(file, without))]
         found = [file for file in matching if not file.is_dir()]
         passed += len(matching) - len(found)
         if not found:
@@ -272,6 +279,11 @@ def _expand(path: str) -> _Found:
     for file in files:
         _check_kind(file.path)
     return _Found(_by_path(files), ignored, passed)
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    inside = os.path.realpath(folder)
+    return os.path.commonpath([inside, os.path.realpath(file)]) == inside
 
 
 def _by_path(files: Iterable[File]) -> tuple[File, ...]:

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,7 +38,6 @@ from siftloader.files import (
     check_unchanged,
     find_inputs,
     hash_input,
-    is_url,
     kind_of,
 )
 from siftloader.folder import WORK, claimed, close, remove_work
@@ -104,6 +103,8 @@ class Preparation:
         least = 5 if self.objective == "mlm-nsp" else 3
         if self.seq_len < least:
             raise ValueError(f"seq_len must be at least {least} tokens, got {self.seq_len}")
+        if "://" in os.fspath(self.out):
+            raise ValueError(f"out must be a folder of this machine's, got the URL {self.out}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.seed < 0:
@@ -164,7 +165,7 @@ def prepare(
     """
     begun = time.perf_counter()
     out = Path(options.out).absolute()
-    inputs = _outside(find_inputs(paths), out)
+    inputs = find_inputs(paths, without=out)
     tokenizer = load_tokenizer(options.tokenizer)
     about = describe_tokenizer(tokenizer, options.tokenizer, options.objective)
     recipe = _recipe(options, about, inputs)
@@ -198,29 +199,6 @@ def prepare(
 def _layout(options: Preparation, about: Tokenizer) -> Layout:
     dtype = Layout.for_vocabulary(options.seq_len, about.vocab_size).dtype
     return Layout(options.seq_len, dtype, labels=options.objective == "mlm-nsp")
-
-
-def _outside(inputs: Sequence[Input], out: Path) -> list[Input]:
-    # Without what lies in the folder of the shards: with it in an input, they would be read as text.
-    real = os.path.realpath(out)
-    kept = [
-        replace(
-            source,
-            files=tuple(
-                file
-                for file in source.files
-                if is_url(file.path)
-                or os.path.commonpath([real, os.path.realpath(file.path)]) != real
-            ),
-        )
-        for source in inputs
-    ]
-    for source in kept:
-        if not source.files:
-            raise CorpusError(
-                f"source {source.name!r}: all its files lie in {out}, the folder to write"
-            )
-    return kept
 
 
 def _memory(options: Preparation, layout: Layout) -> int:
@@ -391,11 +369,13 @@ def _write(
 
 
 def _nothing(total: _Total, options: Preparation) -> str:
+    passed = [f"{count:,} {reason}" for reason, count in (total.skipped + total.bad).items()]
+    found = f" (skipped: {', '.join(passed)})" if passed else ""
     return (
         f"nothing to train on: {total.documents.total()} documents, "
         f"{total.packing['train'].tokens} tokens of them outside the held-out split, no full sample "
-        f"of {options.seq_len}; give more text, a shorter seq_len or a smaller val_fraction (it is "
-        f"{options.val_fraction})"
+        f"of {options.seq_len}{found}; give more text, a shorter seq_len or a smaller val_fraction "
+        f"(it is {options.val_fraction})"
     )
 
 

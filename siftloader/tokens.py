@@ -101,6 +101,11 @@ def describe_tokenizer(tokenizer: Any, name: str | os.PathLike[str], objective: 
     unknown = getattr(tokenizer.model, "unk_token", None)
     if "unk" not in special and unknown and tokenizer.token_to_id(unknown) is not None:
         special["unk"] = tokenizer.token_to_id(unknown)
+    if "unk" not in special and not _knows_all(tokenizer):
+        raise CorpusError(
+            f"{os.fspath(name)}: a tokenizer with no token for what it does not know, and no bytes to fall "
+            f"back on, so characters would vanish; give it an unk token, or choose another"
+        )
     if objective == "clm" and "eos" not in special and "sep" in special:
         special["eos"] = special["sep"]  # BERT's vocabulary ends its texts with [SEP]
     missing = [key for key in NEEDED[objective] if key not in special]
@@ -116,6 +121,14 @@ def describe_tokenizer(tokenizer: Any, name: str | os.PathLike[str], objective: 
         sha256=_tokenizer_hash(tokenizer),
         vocab_size=max(vocabulary.values()) + 1,  # there may be holes
         special_ids=special,
+    )
+
+
+def _knows_all(tokenizer: Any) -> bool:
+    # Whether any text at all has its ids: by bytes, one way or the other.
+    whole = json.loads(tokenizer.to_str())
+    return bool(whole["model"].get("byte_fallback")) or '"ByteLevel"' in json.dumps(
+        [whole["normalizer"], whole["pre_tokenizer"]]
     )
 
 
@@ -145,14 +158,20 @@ def tokenise(texts: Sequence[str], tokenizer: Any) -> tuple[NDArray[np.uint32], 
     lengths = np.zeros(len(texts), np.int64)
     for batch in _batches(_in_pieces(texts)):
         pieces = [piece for _, piece in batch]
-        lists = [
-            encoding.ids
-            for encoding in tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        ]
+        lists = [encoding.ids for encoding in _encoded(tokenizer, pieces)]
         counts = np.fromiter(map(len, lists), np.int64, len(lists))
         ids.append(np.fromiter(chain.from_iterable(lists), np.uint32, int(counts.sum())))
         np.add.at(lengths, [number for number, _ in batch], counts)
     return np.concatenate(ids), lengths
+
+
+def _encoded(tokenizer: Any, pieces: Sequence[str]) -> Any:
+    try:
+        return tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+    except Exception as error:  # the Rust side raises bare Exception
+        raise CorpusError(
+            f"the tokenizer failed on text ({error}); mend it, or choose another"
+        ) from error
 
 
 # The number of a text, and a piece of it.

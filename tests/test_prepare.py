@@ -707,7 +707,7 @@ def test_shards_inside_the_folder_of_the_text_are_not_text(desk, tmp_path, monke
     shutil.rmtree(folder / "out")
     run(desk, tmp_path / "aside", folder)
     assert hashes(tmp_path / "kept") == hashes(tmp_path / "aside")
-    with pytest.raises(CorpusError, match=r"all its files lie in .*out, the folder to write"):
+    with pytest.raises(CorpusError, match=r"lies in .*aside, which is to be written"):
         run(desk, tmp_path / "aside", tmp_path / "aside")
 
 
@@ -1063,3 +1063,28 @@ def test_nothing_on_disk_tells_where_when_or_by_whom_it_was_made(desk, tmp_path)
 def test_progress_is_silent_when_nobody_watches(desk, tmp_path, capfd):
     run(desk, tmp_path / "out")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tokenizer_that_would_lose_characters_is_refused(desk, tmp_path):
+    model = models.BPE({"a": 0, "</s>": 1}, [])
+    Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    asked = options(desk, tmp_path / "out", tokenizer=tmp_path, objective="clm")
+    with pytest.raises(CorpusError, match="characters would vanish; give it an unk token"):
+        prepare([str(desk / "a.txt")], asked)
+
+
+def test_a_tokenizer_that_fails_on_text_is_named(desk, tmp_path):
+    vocabulary = {word: n for n, word in enumerate([*BERT, "w1"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="gone"))
+    tokenizer.add_special_tokens(list(BERT))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CorpusError, match=r"the tokenizer failed on text \(.*mend it, or choose"):
+        prepare([str(desk / "a.txt")], options(desk, tmp_path / "out", tokenizer=tmp_path))
+
+
+def test_nothing_to_train_on_tells_what_was_skipped(desk, tmp_path):
+    (tmp_path / "t.txt").write_bytes("hello".encode("utf-16"))
+    with pytest.raises(CorpusError, match=r"nothing to train on.*\(skipped: 1 UTF-16"):
+        run(desk, tmp_path / "out", tmp_path / "t.txt", max_bad=5)
+    with pytest.raises(ValueError, match=r"out must be a folder of this machine's, got the URL"):
+        Preparation("s3://bucket/x", tmp_path)
