@@ -276,6 +276,7 @@ def report(summary: Summary) -> str:
     ]
     rows += [(f"skipped {reason}", f"{count:,}") for reason, count in summary.skipped.items()]
     rows += [(f"bad: {reason}", f"{count:,}, skipped") for reason, count in summary.bad.items()]
+    rows += [("  for example", on_a_line(told)) for told in summary.told]
     for split, count in summary.samples.items():
         rows.append((f"{split} samples", f"{count:,}"))
         if packing := summary.packing.get(split):

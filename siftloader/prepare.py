@@ -144,6 +144,7 @@ class Summary:
     sources: list[Source] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)  # by reason
     bad: dict[str, int] = field(default_factory=dict)  # by reason; at most max_bad together
+    told: list[str] = field(default_factory=list)  # the first of them, if this run met them
     packing: dict[str, Packing] = field(default_factory=dict)  # by split
     unknown: float = 0.0  # share of the train split's text that the vocabulary has no word for
 
@@ -193,7 +194,9 @@ def prepare(
         _write(job, options, memory, inputs, recipe, runs, reading, total, progress)
         finished = ShardSet.open(out)
         remove_work(out)
-        return _summary(options.out, finished, time.perf_counter() - begun)
+        summary = _summary(options.out, finished, time.perf_counter() - begun)
+        summary.told = total.told  # names files, so it is not kept with the shards
+        return summary
 
 
 def _layout(options: Preparation, about: Tokenizer) -> Layout:

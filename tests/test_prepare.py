@@ -731,7 +731,8 @@ def test_a_run_that_finds_all_done_tells_the_same_summary(desk, tmp_path):
     first = run(desk, tmp_path / "out", tmp_path / "t.txt", max_bad=1)
     second = run(desk, tmp_path / "out", tmp_path / "t.txt", max_bad=1)
     assert first.bad == {"not UTF-8": 1}
-    told = [replace(summary, seconds=0.0, reused=False) for summary in (first, second)]
+    assert "t.txt: line" in first.told[0] and not second.told
+    told = [replace(summary, seconds=0.0, reused=False, told=[]) for summary in (first, second)]
     assert told[0] == told[1]
 
 
