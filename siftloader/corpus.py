@@ -656,8 +656,8 @@ def _tables(file: File) -> Iterator[None]:
             f"{file.path}: pyarrow {pa.__version__} cannot read it ({_printable(str(error))}); write "
             f"it anew without what that names, or fetch it again if it is damaged"
         ) from error
-    except (pa.ArrowException, OSError, MemoryError) as error:
-        # MemoryError: a damaged length asks for more bytes than there are.
+    except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+        # A damaged length asks for more bytes than there are; a damaged name of a column is no text.
         cause = _printable(str(error)) or "it claims to hold more than memory does"
         raise CorpusError(
             f"{file.path}: damaged or cut short ({cause}); fetch it again, or write it anew"

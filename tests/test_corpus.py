@@ -791,6 +791,7 @@ def test_a_container_cut_anywhere_is_refused(folder, container, cut_at):
     container=st.sampled_from(["parquet", "arrow", "feather", "tar"]),
 )
 @example(where=613, value=1, container="arrow")  # asks for more memory than there is
+@example(where=92, value=128, container="arrow")  # the name of a column is not UTF-8
 def test_a_flipped_byte_is_an_error_that_names_the_file_or_another_text(
     folder, where, value, container
 ):
