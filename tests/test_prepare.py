@@ -401,6 +401,22 @@ def test_text_that_changed_between_a_kill_and_the_next_run_is_read_again(desk, t
     assert hashes(tmp_path / "killed" / "set") == hashes(tmp_path / "fresh" / "set")
 
 
+def test_shards_of_text_that_shrank_after_a_kill_do_not_stay(desk, tmp_path):
+    (tmp_path / "t").mkdir()
+    source = tmp_path / "t" / "a.txt"
+    text = (desk / "a.txt").read_text()
+    source.write_text(text)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(siftloader.prepare, "write_dataset", killed)
+        run(desk, tmp_path / "killed" / "set", source)
+    before = len(list((tmp_path / "killed" / "set").glob("*.tar")))
+    source.write_text(text[: len(text) // 3])
+    run(desk, tmp_path / "killed" / "set", source)
+    run(desk, tmp_path / "fresh" / "set", source)
+    assert hashes(tmp_path / "killed" / "set") == hashes(tmp_path / "fresh" / "set")
+    assert len(list((tmp_path / "fresh" / "set").glob("*.tar"))) < before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["mlm", "mlm-nsp"])
 def test_killed_at_random_moments_it_continues_to_the_same_bytes(tmp_path, objective):
