@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
 import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import pickle
 import struct
@@ -18,6 +16,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+from compressions import COMPRESS
 from effort import examples
 from hypothesis import example, given, strategies as st
 
@@ -26,19 +25,6 @@ from siftloader.corpus import Format, Parsed, cut_blocks, parse, read_documents
 from siftloader.errors import CorpusError
 from siftloader.files import File, Reading, find_inputs, hash_input
 
-
-def zstd(data: bytes) -> bytes:
-    pa = pytest.importorskip("pyarrow")
-    return pa.compress(data, codec="zstd", asbytes=True)
-
-
-COMPRESS = {
-    "": bytes,
-    ".gz": lambda data: gzip.compress(data, mtime=0),
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstd,
-}
 
 # Lines that hold something, no line ends, no NUL, nothing UTF-8 cannot say.
 words = st.text(

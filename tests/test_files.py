@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import glob
 import gzip
 import hashlib
@@ -14,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from compressions import COMPRESS
 from effort import examples
 from hypothesis import given, strategies as st
 
@@ -30,18 +30,6 @@ from siftloader.files import (
 )
 
 
-def zstd(data: bytes) -> bytes:
-    pa = pytest.importorskip("pyarrow")
-    return pa.compress(data, codec="zstd", asbytes=True)
-
-
-COMPRESS = {
-    "": bytes,
-    ".gz": lambda data: gzip.compress(data, mtime=0),
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": zstd,
-}
 COMPRESSED = sorted(COMPRESS)[1:]
 
 

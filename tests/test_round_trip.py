@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import bz2
 import csv
-import gzip
 import io
 import json
-import lzma
 import tarfile
 from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
+from compressions import COMPRESS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from siftloader.prepare import Preparation, prepare
@@ -90,13 +88,6 @@ FORMATS = {
     ".tar": tar,
     ".xml": wiki,
 }
-COMPRESSIONS = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
-}
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +109,12 @@ def packed_words(text: str) -> str:
     return "".join(text.split())
 
 
-@pytest.mark.parametrize("compression", COMPRESSIONS, ids=lambda name: name or "plain")
+@pytest.mark.parametrize("compression", COMPRESS, ids=lambda name: name or "plain")
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_tokens_decode_back_to_the_documents(tmp_path, tokenizer, suffix, compression):
     """All of them in one sample, so in their order, with [SEP] between them."""
     path = tmp_path / f"corpus{suffix}{compression}"
-    path.write_bytes(COMPRESSIONS[compression](FORMATS[suffix]()))
+    path.write_bytes(COMPRESS[compression](FORMATS[suffix]()))
     options = Preparation(tmp_path / "out", tokenizer, seq_len=512, val_fraction=0)
     summary = prepare([str(path)], options)
     assert summary.documents == len(DOCUMENTS) and not summary.skipped and summary.unknown == 0
