@@ -259,10 +259,18 @@ def _in_processes(
 
 
 def _start(pool: list[_Worker]) -> None:
-    ours, theirs = Pipe()
     # Held back here, and by inheritance there, until each side can deal with an interrupt: the worker
-    # ignores it, and the caller has the worker among those that it ends.
+    # ignores it, and the caller has the worker among those that it ends. The pipe too: an interrupt in the
+    # middle of making one is written to standard error by the socket that is thrown away.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        pool.append(_started(number=len(pool) + 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _started(number: int) -> _Worker:
+    ours, theirs = Pipe()
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, str(theirs.fileno()), *map(str, sys.path)],
@@ -270,15 +278,14 @@ def _start(pool: list[_Worker]) -> None:
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
         )
-        pool.append(_Worker(process, ours))
     except OSError as error:
         ours.close()
         raise CorpusError(
-            f"worker process {len(pool) + 1} could not be started ({error}); use fewer workers"
+            f"worker process {number} could not be started ({error}); use fewer workers"
         ) from error
     finally:
         theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return _Worker(process, ours)
 
 
 def _collect(
