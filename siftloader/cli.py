@@ -1,4 +1,4 @@
-"""The command line: ``siftloader shard``, ``verify``, ``inspect`` and ``inspect-selections``.
+"""The command line: ``siftloader shard``, ``bigrams``, ``verify``, ``inspect`` and ``inspect-selections``.
 
 Exit status: 0 done, 1 the data are not as they should be, 2 the command is not, 130 interrupted.
 """
@@ -13,10 +13,12 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from siftloader.bigrams import BIGRAMS, LIMIT, write_bigrams
 from siftloader.corpus import BOUNDARIES
 from siftloader.errors import CorpusError, SiftError
 from siftloader.inspection import (
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_shard(commands)
+    _add_bigrams(commands)
     _add_verify(commands)
     _add_inspect(commands)
     _add_inspect_selections(commands)
@@ -206,6 +209,11 @@ def _add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "work files (default: what one shard for each worker takes, 100 MB at 512 tokens); "
         "tokenising takes about 200 MB a worker, before that",
     )
+    parser.add_argument(
+        "--bigrams",
+        action="store_true",
+        help="at the end, count which token follows which, as `siftloader bigrams` does",
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=_shard)
 
@@ -235,6 +243,8 @@ def _shard(arguments: argparse.Namespace) -> int:
         memory=arguments.memory,
     )
     summary = prepare([*arguments.inputs, *arguments.source], options, _tell_estimate)
+    if arguments.bigrams:
+        _count(arguments.out, LIMIT)
     print(json.dumps(_jsonable(summary), indent=2) if arguments.json else report(summary))
     return 0
 
@@ -311,6 +321,51 @@ def _accounts(packing: Packing) -> list[str]:
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     width = max(len(left) for left, _ in rows)
     return "\n".join(f"{left:<{width}}  {right}".rstrip() for left, right in rows)
+
+
+def _add_bigrams(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "bigrams",
+        help="count which token follows which, beside the shards",
+        description=(
+            "Count the pairs of neighbours in the train split and keep the most frequent in bigrams.npy and "
+            "bigrams.json, for the criteria Residual(shards.bigrams) and Rarity(shards.bigrams). Pairs that "
+            "were counted before are left as they are. Memory is bounded; `shard --bigrams` does the same."
+        ),
+        epilog="example: siftloader bigrams shards/demo",
+    )
+    parser.add_argument("folder", help="a finished folder of shards")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=LIMIT,
+        metavar="N",
+        help="pairs to keep, 16 bytes each; the others are summed up (default: %(default)s)",
+    )
+    parser.set_defaults(run=_bigrams)
+
+
+def _bigrams(arguments: argparse.Namespace) -> int:
+    made = _count(arguments.folder, arguments.limit)
+    found = "counted" if made else "counted before, left as they are"
+    print(f"{shown(str(Path(arguments.folder) / BIGRAMS))}: {found}")
+    return 0
+
+
+def _count(folder: str, limit: int) -> bool:
+    with tqdm(
+        desc="counting pairs",
+        unit="tokens",
+        unit_scale=True,
+        disable=sys.stderr is None or not sys.stderr.isatty(),
+        leave=False,
+    ) as bar:
+
+        def tell(read: int, to_read: int) -> None:
+            bar.total = to_read
+            bar.update(read - bar.n)
+
+        return write_bigrams(folder, limit, tell)
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -16,7 +16,7 @@ Letters: P samples, V vocabulary (or classes), M labelled positions, m those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, final
@@ -26,6 +26,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from siftloader.bigrams import Bigrams
 from siftloader.errors import ScoringError
 from siftloader.predictions import Predictions, Reduction, Value
 from siftloader.targets import Unigrams, to_device
@@ -222,55 +223,151 @@ class Rarity(Criterion):
     """Mean surprise of a sample's labels under fixed counts, in nats: no model, the control to beat.
 
     Rarity(shards.unigrams)      # int64 [V], from preparation; add-one smoothed
+    Rarity(shards.bigrams)       # given the neighbours: the stronger control
 
     Early losses are largely token rarity; a criterion that does not beat this one learns nothing from
     the model. The counts are given, never learned on the fly.
     """
 
-    unigrams: NDArray[np.int64]
+    reference: NDArray[np.int64] | Bigrams
     reduction: Reduction = "mean"
-    _surprise: Unigrams = field(init=False, repr=False)
+    _surprise: _Reference = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check(self.reduction)
-        object.__setattr__(self, "_surprise", Unigrams(self.unigrams))
+        object.__setattr__(self, "_surprise", _Reference(self.reference, "Rarity"))
 
     def __call__(self, early: Predictions) -> Tensor:
         """[P], the mean of -log p(label) over a sample's labelled positions."""
-        return early.reduce(_hard(early, "Rarity", self._surprise), self.reduction)
+        return early.reduce(self._surprise(early), self.reduction)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Residual(Criterion):
-    """Loss minus rarity, in nats: what the model misses beyond how rare the tokens are.
+    """Loss minus a surprise that is known for free, in nats: what the model misses beyond that.
 
-    Residual(shards.unigrams)        # int64 [V]
+    Residual(shards.unigrams)        # minus rarity: int64 [V]
+    Residual(shards.bigrams)         # minus the surprise given the neighbours
 
     On mixed text the samples of highest loss are those with the rarest tokens; here they have no advantage.
+    Bigrams of ``clm`` shards look at the token before the label, those of ``mlm`` shards at both
+    neighbours, as they were before masking (but for neighbours that ``positions=`` leaves out).
     """
 
-    unigrams: NDArray[np.int64]
+    reference: NDArray[np.int64] | Bigrams
     reduction: Reduction = "mean"
-    _surprise: Unigrams = field(init=False, repr=False)
+    _surprise: _Reference = field(init=False, repr=False)
 
     values = (token_loss,)
 
     def __post_init__(self) -> None:
         _check(self.reduction)
-        object.__setattr__(self, "_surprise", Unigrams(self.unigrams))
+        object.__setattr__(self, "_surprise", _Reference(self.reference, "Residual"))
 
     def __call__(self, early: Predictions) -> Tensor:
         """[P], the mean of loss + log p(label) over a sample's labelled positions."""
-        rarity = _hard(early, "Residual", self._surprise)
-        return early.reduce(early.each(token_loss) - rarity, self.reduction)
+        known = self._surprise(early)  # first, as it may refuse and costs little
+        return early.reduce(early.each(token_loss) - known, self.reduction)
 
 
-def _hard(early: Predictions, name: str, surprise: Unigrams) -> Tensor:
-    if early.labels.is_floating_point():
-        raise ScoringError(f"{name} needs labels that are classes, found probabilities")
-    # Negative: no label, or a wrong one on a device, whose sample must not win by it.
-    return surprise(early.labels).masked_fill(early.labels < 0, torch.nan)
+class _Reference:
+    """The surprise of the labels of predictions, [M] nats; NaN where there is no label."""
+
+    def __init__(self, known: NDArray[np.int64] | Bigrams, name: str) -> None:
+        self._name = name
+        self._pairs = _Pairs(known) if isinstance(known, Bigrams) else None
+        self._alone = Unigrams(known.unigrams if isinstance(known, Bigrams) else known)
+
+    def __call__(self, early: Predictions) -> Tensor:
+        if early.labels.is_floating_point():
+            raise ScoringError(f"{self._name} needs labels that are classes, found probabilities")
+        found = self._alone(early.labels)
+        if self._pairs is not None:
+            found = self._pairs(early, found)
+        # Negative: no label, or a wrong one on a device, whose sample must not win by it.
+        return found.masked_fill(early.labels < 0, torch.nan)
+
+
+class _Pairs:
+    """``Bigrams.surprise`` of the labels of predictions: in float32, where they are, and without waiting."""
+
+    def __init__(self, bigrams: Bigrams) -> None:
+        self._size, self._masked = bigrams.vocab_size, bigrams.masked
+        keys = torch.as_tensor(bigrams.keys)
+        sides = (bigrams.left, bigrams.right) if bigrams.masked else (bigrams.left,)
+        tables = [torch.as_tensor(t).float() for s in sides for t in (s.listed, s.rest, s.weight)]
+        self._tables = {torch.device("cpu"): (keys, *tables)}
+
+    def __call__(self, early: Predictions, alone: Tensor) -> Tensor:
+        """[M] nats; ``alone`` [M] are those of the unigrams."""
+        if early.device not in self._tables:
+            host = self._tables[torch.device("cpu")]
+            self._tables[early.device] = tuple(to_device(each, early.device) for each in host)
+        keys, *tables = self._tables[early.device]
+        word, base = early.labels.clamp_min(0), (-alone).exp()
+        if not self._masked:
+            before = self._before(early)
+            return -self._chance(keys, tables, before, before * self._size + word, base).log()
+        before, after = self._around(early)
+        left = self._chance(keys, tables[:3], before, before * self._size + word, base)
+        right = self._chance(keys, tables[3:], after, word * self._size + after, base)
+        a, b = tables[2][before], tables[5][after]
+        return -((a * left + b * right) / (a + b)).log()
+
+    def _chance(
+        self, keys: Tensor, side: list[Tensor], given: Tensor, key: Tensor, base: Tensor
+    ) -> Tensor:
+        # An id of V is no neighbour, which is part of no pair.
+        key = key.masked_fill(given == self._size, torch.iinfo(torch.int64).max)
+        at = torch.searchsorted(keys, key)
+        return torch.where(keys[at] == key, side[0][at], 0) + side[1][given] * base
+
+    def _before(self, early: Predictions) -> Tensor:
+        # A causal model predicts where the token before the label is read.
+        ids, row, at = self._ids(early)
+        if ids.device.type == "cpu" and len(at):
+            inner = (at + 1 < ids.shape[1]) & (early.labels >= 0)
+            if not torch.equal(ids[row[inner], at[inner] + 1], early.labels[inner]):
+                raise ScoringError(
+                    "bigrams of running text (clm) need models that predict the next token of "
+                    "input_ids, found a label that is none (is the text masked?); count those of the "
+                    "shards that the batches come from"
+                )
+        return ids[row, at]
+
+    def _around(self, early: Predictions) -> tuple[Tensor, Tensor]:
+        # The neighbours as they were before masking: labels say what was there.
+        ids, row, at = self._ids(early)
+        width = ids.shape[1] + 2
+        text = torch.nn.functional.pad(ids, (1, 1), value=self._size).flatten()
+        here = row * width + at + 1
+        text[here] = torch.where(early.labels >= 0, early.labels, text[here])
+        return text[here - 1], text[here + 1]
+
+    def _ids(self, early: Predictions) -> tuple[Tensor, Tensor, Tensor]:
+        # input_ids [P, T], V for those that no count knows, and where the predictions stand in them.
+        batch, targets = early.pool.batch, early._targets
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if ids is None and isinstance(batch, (tuple, list)) and batch:
+            ids = batch[0]
+        if ids is None:
+            ids = getattr(batch, "input_ids", None)
+        # A loss that is heard may have left out the last position, which predicts nothing.
+        if (
+            not isinstance(ids, Tensor)
+            or ids.ndim != 2
+            or ids.is_floating_point()
+            or targets.length not in (ids.shape[1], ids.shape[1] - 1)
+        ):
+            found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else "none"
+            raise ScoringError(
+                f"bigrams need input_ids, integers [P, T], and a prediction for each of them: found "
+                f"{found} with {targets.length} predictions a sample"
+            )
+        ids = to_device(ids, early.device).long()
+        ids = ids.masked_fill((ids < 0) | (ids > self._size), self._size)
+        return ids, targets.positions // targets.length, targets.positions % targets.length
 
 
 @final

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
+from siftloader.bigrams import Bigrams, read_bigrams
 from siftloader.errors import EmptyEpoch, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
 from siftloader.order import Order
@@ -126,6 +127,14 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def unigrams(self) -> NDArray[np.int64]:
         """How often each id occurs in the train split, int64 [V]."""
         return self.shard_set.unigrams
+
+    @property
+    def bigrams(self) -> Bigrams:
+        """The pairs of the train split, as `siftloader bigrams` counted them; read anew each time.
+
+        ShardError where they were not counted, or are those of other shards.
+        """
+        return read_bigrams(self.shard_set)
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if a model, or its config, has fewer token embeddings than there are ids.
