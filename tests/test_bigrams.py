@@ -14,7 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from siftloader import Loss, Rarity, Residual, ScoringError, Sifter, Stride, TokenShards
+from siftloader import (
+    Loss,
+    Pool,
+    Predictions,
+    Rarity,
+    Residual,
+    ScoringError,
+    Sifter,
+    Stride,
+    TokenShards,
+)
 from siftloader.bigrams import (
     BIGRAMS,
     DISCOUNT,
@@ -28,6 +38,7 @@ from siftloader.bigrams import (
 from siftloader.cli import main
 from siftloader.errors import CorruptShard, ShardError
 from siftloader.shards import Layout, ShardSet, Source, Tokenizer, write_dataset, write_shard
+from siftloader.targets import Targets
 
 
 DEMO = Path(__file__).resolve().parent.parent / "shards" / "demo"
@@ -352,6 +363,32 @@ def test_some_positions_are_scored_by_their_own_neighbours(tmp_path):
     assert np.allclose(found, expected.reshape(8, -1).mean(1), atol=1e-5)
 
 
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_on_a_device_nothing_waits(tmp_path, objective):
+    write_bigrams(folder := write(tmp_path / "s", objective))
+    rarity, batch = Rarity(TokenShards(folder).bigrams), examples(objective)[0]
+    # There are no values on this one: whoever asks for a number, or for how many there are, fails.
+    meta = torch.device("meta")
+    far = {name: value.to(meta) for name, value in batch.items()}
+    targets = Targets.of(far["labels"], meta, shift=objective == "clm", dense=True)
+    scores = rarity(Predictions(targets, lambda *_: iter(()), Pool(far)))
+    assert scores.device == meta and scores.shape == (8,)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("objective", ["clm", "mlm"])
+def test_a_gpu_finds_the_same(tmp_path, objective):
+    write_bigrams(folder := write(tmp_path / "s", objective))
+    residual, batch = Residual(TokenShards(folder).bigrams), examples(objective)[0]
+    options = {"exit_layer": "full", "shift_labels": objective == "clm"}
+    there = {name: value.cuda() for name, value in batch.items()}
+    sifter = Sifter(Guess().cuda(), criterion=residual, **options)
+    found = sifter.score(there)
+    expected = Sifter(Guess(), criterion=residual, **options).score(batch)
+    assert torch.allclose(found.cpu(), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [Rarity, Residual])
 def test_what_has_no_neighbours_is_told(tmp_path, kind):
     write_bigrams(folder := write(tmp_path / "s", "clm"))
@@ -362,7 +399,7 @@ def test_what_has_no_neighbours_is_told(tmp_path, kind):
     with pytest.raises(ScoringError, match=r"running text.*label.*masked"):
         scored(clm, examples("mlm")[0], False)
     features = {"input": torch.zeros(8, T), "labels": torch.zeros(8, dtype=torch.long)}
-    with pytest.raises(ScoringError, match="bigrams need input_ids.*found none with 1 pred"):
+    with pytest.raises(ScoringError, match=r"bigrams need input_ids.*found none with 1 pred"):
         Sifter(nn.Linear(T, V), criterion=clm, exit_layer="full").score(features)
 
 
