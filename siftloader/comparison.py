@@ -1,0 +1,330 @@
+"""Which arm ended better than its control: paired by seed, with an interval, and what that is worth in time.
+
+    found = difference(results, "gpt", "loss", "plain")
+    found.mean, found.half_width, found.verdict           # -0.021, 0.008, "better"
+    worth(results, "gpt", "loss", "plain").factor         # 1.2: plain needs 1.2 x the time for that loss
+
+Two arms under one seed share initial weights and candidates, so most of what makes seeds differ cancels in
+their difference. Only runs that ended count, and only seeds that both arms finished.
+
+Names say what else is there: ``plain@0.71`` is plain training at 0.71 of the budget, its learning rate
+decayed there; ``plain#1`` repeats ``plain`` under the same seeds. Needs numpy.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftloader.results import Results, Run
+
+
+Measure = Literal["loss", "accuracy"]
+
+CONFIDENCE = 0.95
+LEVEL = {"loss": 0.01, "accuracy": 0.003}  # nats; a share: differences too small to care for
+_NAME = re.compile(r"(?P<base>.+?)(?:@(?P<budget>\d+(?:\.\d*)?))?(?:#(?P<repeat>\d+))?")
+
+
+@dataclass(frozen=True)
+class Name:
+    """An arm's name, taken apart: ``Name.of("plain@0.71#2") == Name("plain", 0.71, 2)``."""
+
+    base: str
+    budget: float = 1.0
+    repeat: int | None = None
+
+    @classmethod
+    def of(cls, arm: str) -> Name:
+        """Whatever has no such ending is a base."""
+        found = _NAME.fullmatch(arm)
+        if found is None or (found["budget"] and not float(found["budget"]) > 0):
+            return cls(arm)
+        repeat = None if found["repeat"] is None else int(found["repeat"])
+        return cls(found["base"], float(found["budget"] or 1), repeat)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Arm minus control at the end of training, one value per seed that both finished.
+
+    ``half_width`` of the 95 % interval around ``mean`` (Student's t) is None with less than two seeds, and
+    where a loss is not finite. ``p`` tests that the true mean is 0; ``holds`` is whether the verdict also
+    holds after Holm's correction for all arms that are compared.
+
+    Verdicts: ``better`` and ``worse`` (the interval leaves 0 out), ``level`` (it lies within 0.01 nats, or
+    0.3 points of accuracy, of 0), ``inconclusive``; ``one seed``, ``no seed``; ``diverged`` (a loss that
+    is not finite).
+    """
+
+    arm: str
+    control: str
+    measure: Measure
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: float
+    half_width: float | None
+    p: float | None
+    verdict: str
+    holds: bool = True
+
+
+@dataclass(frozen=True)
+class Worth:
+    """How much of the control's time buys the loss that an arm ended with, by seed.
+
+    ``equivalents`` are in budgets of the control, ``factors`` those divided by what the arm was charged
+    (in charges of the control): 1.3 means that the control needs 1.3 x the time. ``bounds`` say of each
+    whether it is met ("=") or lies above the largest (">") or below the smallest ("<") budget at which the
+    control was run. ``factor`` is the geometric mean, ``bound`` what is known of it; "?" if nothing is.
+    """
+
+    seeds: tuple[int, ...]
+    equivalents: tuple[float, ...]
+    factors: tuple[float, ...]
+    bounds: tuple[str, ...]
+    factor: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far apart the same arm ends under the same seed: one standard deviation, pooled."""
+
+    deviation: float
+    runs: int
+    groups: int
+
+
+# ---- intervals
+
+
+def within(t: float, df: int) -> float:
+    """P(|T| < t) for Student's t with ``df`` degrees of freedom; the finite sums of A&S 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(df))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    if df == 1:
+        return 2 * angle / math.pi
+    term = cosine if df % 2 else 1.0
+    total = term
+    for k in range(3 if df % 2 else 2, df - 1, 2):
+        term *= cosine**2 * (k - 1) / k
+        total += term
+    return 2 / math.pi * (angle + sine * total) if df % 2 else sine * total
+
+
+@lru_cache(maxsize=1024)
+def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| < t) = ``confidence``: 12.706 for one degree of freedom, 2.776 for four.
+
+    Raises ValueError unless df >= 1 and 0 < confidence < 1.
+    """
+    if df < 1 or not 0 < confidence < 1:
+        raise ValueError(f"needed are df >= 1 and 0 < confidence < 1, got {df} and {confidence}")
+    low, high = 0.0, math.pi / 2  # of the angle, in which P rises evenly
+    for _ in range(60):
+        middle = (low + high) / 2
+        if within(math.tan(middle) * math.sqrt(df), df) < confidence:
+            low = middle
+        else:
+            high = middle
+    return math.tan(high) * math.sqrt(df)
+
+
+def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float | None]:
+    """Mean and half-width of its 95 % interval over seeds; None from less than two finite values."""
+    found = np.asarray(values, np.float64)
+    if not len(found):
+        return math.nan, None
+    if len(found) < 2 or not np.isfinite(found).all():
+        return float(found.mean()), None
+    error = found.std(ddof=1) / math.sqrt(len(found))
+    return float(found.mean()), t_quantile(len(found) - 1) * float(error)
+
+
+# ---- pairs
+
+
+def ends(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
+    """Finished runs by arm and seed; where only repeats of an arm are there, the first stands for it."""
+    found: dict[str, dict[int, Run]] = {}
+    # The arm itself, then its repeats: who comes first stays.
+    for run in sorted(runs, key=lambda run: _repeat(run.arm)):
+        if run.end is not None:
+            arm = run.arm if _repeat(run.arm) < 0 else run.arm.rpartition("#")[0]
+            found.setdefault(arm, {}).setdefault(run.seed, run)
+    return found
+
+
+def _repeat(arm: str) -> int:
+    repeat = Name.of(arm).repeat
+    return -1 if repeat is None else repeat
+
+
+def control_of(arm: str, control: str, arms: Collection[str]) -> str | None:
+    """What an arm is compared with: the control at the same budget; None where there is no such arm."""
+    name = Name.of(arm)
+    if name.base == control:
+        return None
+    for other in arms:
+        if Name.of(other) == Name(control, name.budget):
+            return other
+    return None
+
+
+def difference(
+    results: Results,
+    experiment: str,
+    arm: str,
+    control: str,
+    *,
+    measure: Measure = "loss",
+    seeds: Collection[int] | None = None,
+) -> Difference:
+    """One arm against one control, over the seeds that both finished (of those asked for)."""
+    found = ends(results.of(experiment))
+    return _difference(found.get(arm, {}), found.get(control, {}), arm, control, measure, seeds)
+
+
+def differences(
+    results: Results, experiment: str, control: str, measure: Measure = "loss"
+) -> dict[str, Difference]:
+    """Every arm against the control at its budget, with Holm's correction over all of them."""
+    found = ends(results.of(experiment))
+    pairs = {arm: control_of(arm, control, found) for arm in found}
+    compared = [
+        _difference(found[arm], found[other], arm, other, measure, None)
+        for arm, other in pairs.items()
+        if other is not None
+    ]
+    return {one.arm: one for one in corrected(compared)}
+
+
+def _difference(
+    ours: Mapping[int, Run],
+    theirs: Mapping[int, Run],
+    arm: str,
+    control: str,
+    measure: Measure,
+    seeds: Collection[int] | None,
+) -> Difference:
+    both = sorted(seed for seed in ours.keys() & theirs.keys() if seeds is None or seed in seeds)
+    values = tuple(_end(ours[seed], measure) - _end(theirs[seed], measure) for seed in both)
+    mean, half_width = interval(values)
+    if half_width is None:
+        p = None
+    elif half_width:
+        t = abs(mean) / half_width * t_quantile(len(values) - 1)
+        p = 1 - within(t, len(values) - 1)
+    else:
+        p = float(mean == 0)
+    said = _verdict(values, mean, half_width, measure)
+    return Difference(arm, control, measure, tuple(both), values, mean, half_width, p, said)
+
+
+def _end(run: Run, measure: Measure) -> float:
+    assert run.end is not None  # `ends` keeps no other
+    return run.end.loss if measure == "loss" else run.end.accuracy
+
+
+def _verdict(
+    values: Sequence[float], mean: float, half_width: float | None, measure: Measure
+) -> str:
+    if not values:
+        return "no seed"
+    if not math.isfinite(mean):
+        return "diverged" if measure == "loss" else "not measured"
+    if half_width is None:
+        return "one seed"
+    if abs(mean) > half_width:
+        return "better" if (mean < 0) == (measure == "loss") else "worse"
+    return "level" if abs(mean) + half_width <= LEVEL[measure] else "inconclusive"
+
+
+def corrected(compared: Sequence[Difference]) -> list[Difference]:
+    """The same with ``holds`` set: Holm's step-down at 5 %, over all that have a p."""
+    tested = sorted((one for one in compared if one.p is not None), key=lambda one: one.p or 0.0)
+    kept, holding = set(), True
+    for rank, one in enumerate(tested):
+        holding &= (one.p or 0.0) * (len(tested) - rank) < 1 - CONFIDENCE
+        if holding:
+            kept.add(one.arm)
+    tells = ("better", "worse")
+    return [replace(one, holds=one.verdict not in tells or one.arm in kept) for one in compared]
+
+
+def noise(results: Results, experiment: str, measure: Measure = "loss") -> Noise | None:
+    """What repeats (``plain#1``, ``plain#2``) differ by under one seed; None where nothing was repeated."""
+    groups: dict[tuple[str, float, int], list[float]] = {}
+    for run in results.of(experiment):
+        if run.end is not None:
+            name = Name.of(run.arm)
+            value = _end(run, measure)
+            groups.setdefault((name.base, name.budget, run.seed), []).append(value)
+    repeated = [np.array(values) for values in groups.values() if len(values) > 1]
+    if not repeated:
+        return None
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in repeated)
+    runs = sum(map(len, repeated))
+    return Noise(math.sqrt(squares / (runs - len(repeated))), runs, len(repeated))
+
+
+# ---- worth
+
+
+def equivalent(ladder: Mapping[float, float], loss: float) -> tuple[float, str]:
+    """The least budget at which the control reaches ``loss``, and "=", "<" or ">" for out of its range.
+
+    equivalent({0.5: 3.4, 1.0: 3.2, 2.0: 3.0}, 3.1) == (sqrt(2), "=")
+
+    Straight lines in log(budget) join what was measured; nothing is extrapolated. nan, "?" without at
+    least two finite rungs.
+    """
+    rungs = sorted((budget, end) for budget, end in ladder.items() if math.isfinite(end))
+    if len(rungs) < 2 or math.isnan(loss):
+        return math.nan, "?"
+    before, above = rungs[0]
+    if above <= loss:
+        return before, "=" if above == loss else "<"
+    for budget, end in rungs[1:]:
+        if end <= loss:
+            share = (above - loss) / (above - end)
+            return math.exp(math.log(before) + share * math.log(budget / before)), "="
+        before, above = budget, end
+    return before, ">"
+
+
+def worth(results: Results, experiment: str, arm: str, control: str) -> Worth:
+    """What an arm's end is worth in time of the control, which was run at several budgets.
+
+    By seed, of those for which the arm, the control and one more of its budgets are finished.
+    """
+    found = ends(results.of(experiment))
+    rungs = {Name.of(name).budget: name for name in found if Name.of(name).base == control}
+    rows = []
+    for seed, run in sorted(found.get(arm, {}).items()):
+        ladder = {
+            b: _end(found[name][seed], "loss") for b, name in rungs.items() if seed in found[name]
+        }
+        if run.end is None or 1.0 not in ladder:
+            continue
+        plain = found[rungs[1.0]][seed].end
+        budget, bound = equivalent(ladder, run.end.loss)
+        if bound == "?" or plain is None or not plain.seconds > 0 or not run.end.seconds > 0:
+            continue
+        rows.append((seed, budget, budget / (run.end.seconds / plain.seconds), bound))
+    if not rows:
+        return Worth((), (), (), (), math.nan, "?")
+    seeds, budgets, factors, bounds = zip(*rows, strict=True)
+    factor = math.exp(float(np.mean(np.log(factors))))
+    # Of a mean, a part that is too low leaves it too low; too low and too high together say nothing.
+    known = {"="} | set(bounds)
+    bound = "?" if len(known) == 3 else max(known - {"="}, default="=")
+    return Worth(seeds, budgets, factors, bounds, factor, bound)

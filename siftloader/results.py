@@ -1,0 +1,349 @@
+"""What training runs found: read from their logs, kept in one Parquet file.
+
+    results = read_results("runs/compare")                # every *.jsonl and *.parquet under it
+    results.experiments                                   # names, sorted
+    write_results(results, "runs/compare/results.parquet")
+
+A log is JSON lines, as examples/pretrain_bert.py writes them: maybe a first line ``{"run": {"arm": "loss",
+"seed": 0, ...}}``, then a line per evaluation, the last with ``"final": true``. What names a run is
+(experiment, arm, seed). Needs numpy, and pyarrow for Parquet.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from siftloader.errors import SiftError
+from siftloader.shards import write_atomically
+
+
+COLUMNS = {
+    "experiment": "string",
+    "arm": "string",
+    "seed": "int64",
+    "step": "int64",
+    "steps": "int64",  # planned
+    "samples": "int64",  # backpropagated
+    "seconds": "double",  # what the run is charged
+    "loss": "double",  # held out, nats
+    "accuracy": "double",  # held out, nan where it was not measured
+    "final": "bool",
+    "settings": "string",  # JSON: everything else the header says
+    "fields": "string",  # JSON: everything else the evaluation says; may be missing
+}
+# A selection log is a folder of these; it lies beside the runs and is none.
+SELECTIONS = re.compile(r"rank-\d{5,}-part-\d{6,}\.parquet")
+_SEEDED = re.compile(r"(.+)-(\d+)")
+
+RunKey: TypeAlias = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on held-out text at one moment of a run.
+
+    ``seconds`` are those the run is charged, ``fields`` whatever else the log says of this moment.
+    """
+
+    step: int
+    samples: int
+    seconds: float
+    loss: float
+    accuracy: float = math.nan
+    final: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: an arm of an experiment under one seed. ``steps`` is what it set out to do."""
+
+    experiment: str
+    arm: str
+    seed: int
+    steps: int
+    evaluations: tuple[Evaluation, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
+
+    @property
+    def key(self) -> RunKey:
+        """What a run is called: (experiment, arm, seed)."""
+        return self.experiment, self.arm, self.seed
+
+    @property
+    def end(self) -> Evaluation | None:
+        """The final evaluation; None of a run that has not finished."""
+        last = self.evaluations[-1] if self.evaluations else None
+        return last if last is not None and last.final else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Runs, each once, sorted by (experiment, arm, seed)."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def experiments(self) -> list[str]:
+        """The names of the experiments, sorted."""
+        return sorted({run.experiment for run in self.runs})
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """Runs without an end: under way, or killed. No comparison counts them."""
+        return [run for run in self.runs if run.end is None]
+
+    def of(self, experiment: str) -> list[Run]:
+        """The runs of one experiment."""
+        return [run for run in self.runs if run.experiment == experiment]
+
+
+def read_results(folder: str | os.PathLike[str]) -> Results:
+    """Every run in the logs (``*.jsonl``) and Parquet files under ``folder``; or in one such file.
+
+    Where a header does not say so, the experiment is the folder a log lies in, the arm its stem, and the
+    seed the number after the last ``-`` of that. Selection logs and hidden files are passed over.
+
+    A run may be there twice if both say the same; of an unfinished run and its finished self the latter
+    counts. Raises SiftError where there is no run, where a file is damaged or none of ours (naming file
+    and line), and where two files contradict each other.
+    """
+    root = Path(folder)
+    files = [root] if root.is_file() else sorted(_files(root))
+    if not files:
+        raise SiftError(
+            f"{root}: no log (*.jsonl) or results (*.parquet) here; give the folder that the runs wrote "
+            f"their logs to, as `--log` of examples/pretrain_bert.py says"
+        )
+    found: dict[RunKey, Run] = {}
+    for file in files:
+        runs = [_read_log(file, root)] if file.suffix == ".jsonl" else _read_parquet(file)
+        for run in runs:
+            found[run.key] = _one_of(found[run.key], run) if run.key in found else run
+    return Results(tuple(found[key] for key in sorted(found)))
+
+
+def _files(root: Path) -> Iterable[Path]:
+    for path in root.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if hidden or path.suffix not in (".jsonl", ".parquet") or SELECTIONS.fullmatch(path.name):
+            continue
+        if path.is_file():  # a selection log is a folder that may well be called x.parquet
+            yield path
+
+
+def _one_of(one: Run, other: Run) -> Run:
+    if _content(one) == _content(other):
+        return one
+    if one.end is None or other.end is None:  # a copy made while it ran, or beside a later start
+        return max(one, other, key=lambda run: (run.end is not None, len(run.evaluations)))
+    raise SiftError(
+        f"{one.source} and {other.source} both hold arm {one.arm!r}, seed {one.seed} of experiment "
+        f"{one.experiment!r}, and differ; move one of them out of the folder, or name their experiments apart"
+    )
+
+
+def _content(run: Run) -> str:
+    # As text, in which nan equals nan.
+    rows = [_row(one) for one in run.evaluations]
+    return json.dumps([run.steps, run.settings, rows], sort_keys=True)
+
+
+# ---- logs
+
+
+def _read_log(file: Path, root: Path) -> Run:
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _foreign(file, 1, f"not UTF-8 at byte {error.start}") from error
+    *lines, torn = text.split("\n")
+    # Half a line at the end was being written when we looked, or when the run was killed.
+    if torn.rstrip().endswith("}"):
+        lines.append(torn)
+    records = [
+        (number, _object(file, number, line))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    header: dict[str, Any] = {}
+    if records and "run" in records[0][1]:
+        header = dict(_needed(file, 1, records.pop(0)[1], "run", dict))
+    evaluations: list[Evaluation] = []
+    for number, record in records:
+        found = _evaluation(file, number, record)
+        if evaluations:
+            _check_order(file, number, evaluations[-1], found)
+        evaluations.append(found)
+
+    named = _SEEDED.fullmatch(file.stem)
+    arm, seed = (named[1], int(named[2])) if named else (file.stem, 0)
+    inside = file.parent.relative_to(root).as_posix() if file != root else "."
+    experiment = file.resolve().parent.name if inside == "." else inside
+    last = evaluations[-1].step if evaluations else 0
+    experiment = _named(file, header.pop("experiment", experiment), "experiment")
+    arm = _named(file, header.pop("arm", arm), "arm")
+    seed, steps = header.pop("seed", seed), header.pop("steps", last)
+    for name, number in (("seed", seed), ("steps", steps)):
+        if type(number) is not int:
+            raise _foreign(file, 1, f"{name} of the run is {number!r}, not a whole number")
+    return Run(experiment, arm, seed, steps, tuple(evaluations), header, str(file))
+
+
+def _object(file: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _foreign(file, number, f"not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise _foreign(file, number, f"{type(found).__name__} where a JSON object is needed")
+    return found
+
+
+def _evaluation(file: Path, number: int, record: dict[str, Any]) -> Evaluation:
+    rest = dict(record)
+    step, samples = (_needed(file, number, rest, name, int) for name in ("step", "samples"))
+    charged = "seconds" if "seconds" in rest else "seconds_training"
+    seconds = _needed(file, number, rest, charged, float)
+    if charged == "seconds_training":
+        rest["seconds_training"] = seconds  # it says more than what is charged
+    loss = _needed(file, number, rest, "val_loss", float)
+    accuracy = math.nan
+    if "val_accuracy" in rest:
+        accuracy = _needed(file, number, rest, "val_accuracy", float)
+    final = _needed(file, number, {"final": False, **rest}, "final", bool)
+    rest.pop("final", None)
+    return Evaluation(step, samples, seconds, loss, accuracy, final, rest)
+
+
+def _needed(file: Path, number: int, record: dict[str, Any], name: str, kind: type) -> Any:
+    """Take a field out of the record; whole numbers are real ones too."""
+    if name not in record:
+        raise _foreign(file, number, f"no {name!r}")
+    value = record.pop(name)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (type(value) is int and value < 0):
+        raise _foreign(file, number, f"{name} is {value!r}")
+    return value
+
+
+def _check_order(file: Path, number: int, before: Evaluation, after: Evaluation) -> None:
+    if before.final:
+        raise _foreign(file, number, "an evaluation after the final one: two runs in one file")
+    if after.step < before.step or (after.step == before.step and not after.final):
+        raise _foreign(
+            file, number, f"step {after.step} after step {before.step}: two runs in one file"
+        )
+
+
+def _named(file: Path, name: Any, what: str) -> str:
+    if not isinstance(name, str) or not name or not name.isprintable():
+        raise _foreign(file, 1, f"{what} is {name!r}, which is no name")
+    return name
+
+
+def _foreign(file: Path, number: int, problem: str) -> SiftError:
+    return SiftError(
+        f"{file}, line {number}: {problem}; a log of training has a JSON object per evaluation (step, "
+        f"samples, val_loss, val_accuracy, seconds or seconds_training); move what is no such log out of "
+        f"the folder, or run again what is damaged"
+    )
+
+
+# ---- Parquet
+
+
+def write_results(results: Results, path: str | os.PathLike[str]) -> None:
+    """Write one row per evaluation, sorted by (experiment, arm, seed, step, final); all or nothing.
+
+    The same results give the same bytes. A run without any evaluation leaves no row.
+    """
+    arrow, parquet = _pyarrow()
+    rows = [
+        (*run.key, run.steps, _json(run.settings), *_row(evaluation))
+        for run in sorted(results.runs, key=lambda run: run.key)
+        for evaluation in sorted(run.evaluations, key=lambda one: (one.step, one.final))
+    ]
+    order = ("experiment", "arm", "seed", "steps", "settings", *_ROW)
+    columns = dict(zip(order, zip(*rows, strict=True), strict=True)) if rows else {}
+    table = arrow.table(
+        {
+            name: arrow.array(columns.get(name, ()), arrow.type_for_alias(kind))
+            for name, kind in COLUMNS.items()
+        }
+    )
+    whole = io.BytesIO()
+    parquet.write_table(table, whole, compression="zstd")
+    write_atomically(Path(path), whole.getvalue())
+
+
+_ROW = ("step", "samples", "seconds", "loss", "accuracy", "final", "fields")
+
+
+def _row(one: Evaluation) -> tuple[Any, ...]:
+    head = (one.step, one.samples, one.seconds, one.loss, one.accuracy, one.final)
+    return (*head, _json(one.fields))
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _read_parquet(file: Path) -> list[Run]:
+    _, parquet = _pyarrow()
+    try:
+        table = parquet.read_table(file, partitioning=None)
+        found = {field.name: str(field.type) for field in table.schema}
+        missing = {name: kind for name, kind in COLUMNS.items() if found.get(name) != kind}
+        if missing.keys() - {"fields"} or ("fields" in missing and "fields" in found):
+            raise ValueError(f"columns {found}, needed are {COLUMNS}")
+        rows = table.select([name for name in COLUMNS if name in found]).to_pylist()
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
+        raise SiftError(
+            f"{file}: not a file of results that write_results wrote, or damaged ({error}); move it out of "
+            f"the folder"
+        ) from error
+    grouped: dict[RunKey, list[tuple[int, dict[str, Any]]]] = {}
+    for number, row in enumerate(rows, 1):
+        if None in row.values():
+            raise _foreign(file, number, "a row with a missing value")
+        key = (_named(file, row["experiment"], "experiment"), _named(file, row["arm"], "arm"))
+        grouped.setdefault((*key, row["seed"]), []).append((number, row))
+    return [_run(file, key, numbered) for key, numbered in grouped.items()]
+
+
+def _run(file: Path, key: RunKey, numbered: list[tuple[int, dict[str, Any]]]) -> Run:
+    evaluations: list[Evaluation] = []
+    first = numbered[0][1]
+    for number, row in numbered:
+        if (row["steps"], row["settings"]) != (first["steps"], first["settings"]):
+            raise _foreign(file, number, "other steps or settings than its run had before")
+        fields = _object(file, number, row.get("fields", "{}"))
+        step, samples, seconds, loss, accuracy, final = (row[name] for name in _ROW[:-1])
+        found = Evaluation(step, samples, seconds, loss, accuracy, final, fields)
+        if evaluations:
+            _check_order(file, number, evaluations[-1], found)
+        evaluations.append(found)
+    settings = _object(file, numbered[0][0], first["settings"])
+    return Run(*key, first["steps"], tuple(evaluations), settings, str(file))
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SiftError(
+            "results in Parquet need the `pyarrow` package; pip install 'siftloader[log]'"
+        ) from error
+    return pyarrow, pyarrow.parquet
