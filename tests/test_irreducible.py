@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import transformers
 from pyarrow import parquet
 
 from siftloader import Reducible, Sifter, SiftingDataLoader, TokenShards
-from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
+from siftloader.shards import Layout, Source, Tokenizer, verify, write_dataset, write_shard
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -161,6 +162,17 @@ def test_a_model_of_ones_own_scores_the_demo_as_it_is(tmp_path: Path) -> None:
     assert found.std() > 0.01
 
 
+def test_the_file_lies_beside_the_shards_unless_told_otherwise(
+    letters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "shards"
+    shutil.copytree(letters["mlm"], folder)
+    bert(tmp_path / "model", V)
+    irreducible.main([str(folder), f"--model={tmp_path / 'model'}"])
+    assert len(Reducible.read(folder / "irreducible.parquet").ids) == TRAIN
+    assert len(list(verify(folder))) == 3  # shards that are as they were, whatever lies beside
+
+
 def test_other_masks_each_time_the_held_out_text_comes_round(letters: dict[str, Path]) -> None:
     batches = irreducible.held_out(letters["mlm"], 0, VAL)
     first, second = next(batches), next(batches)
@@ -195,10 +207,11 @@ def test_a_file_appears_whole_or_not_at_all(
     ("arguments", "text"),
     [
         (["nowhere", "--out=x.parquet"], "nowhere: not a folder"),
+        (["nowhere"], "nowhere: not a folder"),
         ([str(DEMO), "--out=no/such/folder/x.parquet"], "a folder that exists"),
         ([str(DEMO), "--out=."], "must be a file"),
     ],
-    ids=["no shards", "no folder", "a folder"],
+    ids=["no shards", "no shards to write beside", "no folder", "a folder"],
 )
 def test_mistakes_are_told_before_any_work(arguments: list[str], text: str) -> None:
     with pytest.raises(SystemExit) as left:

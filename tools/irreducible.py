@@ -1,16 +1,17 @@
-"""Irreducible losses for RHO-LOSS: python tools/irreducible.py shards/demo --out irreducible.parquet
+"""Irreducible losses for RHO-LOSS: python tools/irreducible.py shards/demo
 
 What a model that never saw a sample still cannot predict of it (noise, typos, random strings) is not worth
 learning. A small model is trained on the held-out split alone, then every sample of the training split is
-scored by it, at full depth. The file has a row per sample, ordered by id:
+scored by it, at full depth. The file, irreducible.parquet beside the shards unless --out says otherwise, has
+a row per sample, ordered by id:
 
     id     int64     the sample's global number, as TokenShards(with_ids=True) gives it
     loss   float32   mean loss over its labelled positions, in nats
 
 and what it was made of in its metadata: model, steps, fingerprint of the shards. Then:
 
-    shards = TokenShards("shards/demo", with_ids=True)
-    loader = SiftingDataLoader(shards, 32, model=model, criterion=Reducible.read("irreducible.parquet"))
+    file, shards = "shards/demo/irreducible.parquet", TokenShards("shards/demo", with_ids=True)
+    loader = SiftingDataLoader(shards, 32, model=model, criterion=Reducible.read(file))
 
 A held-out split is small; a model that learned it by heart knows little about other text (that of
 shards/demo, 98 samples, is too small for more than a try). The tool prints how often each held-out sample
@@ -51,7 +52,9 @@ CLIP = 1.0  # the largest norm of a gradient
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+    if options.out is None:
+        options.out = options.shards / "irreducible.parquet"
+    elif options.out.is_dir() or not options.out.absolute().parent.is_dir():
         sys.exit(f"--out must be a file in a folder that exists, got {options.out}")
     try:
         run(options)
@@ -203,7 +206,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("shards", type=Path, help="folder of token shards, objective mlm or clm")
-    add("--out", type=Path, required=True, metavar="FILE.parquet", help="what to write")
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.parquet",
+        help="what to write (default: irreducible.parquet beside the shards)",
+    )
     add(
         "--preset",
         choices=pretrain_bert.PRESETS,
