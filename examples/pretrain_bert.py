@@ -1,42 +1,67 @@
 """python examples/pretrain_bert.py --shards shards/built/mlm-128 --sift loss --log runs/loss.jsonl
 
-Pretrain BERT by masked language modelling on prepared shards, in a plain PyTorch loop: AdamW, linear
-warm-up and decay to zero, gradient clipping, bfloat16 on a GPU, checkpoints, exact resume, evaluation on
-held-out text. The loop (``train``) does not know what made its loader: all of SIFT is the one expression
-in ``make_loader`` that builds a SiftingDataLoader where torch's DataLoader was.
+Pretrain BERT on prepared shards, in a plain PyTorch loop: masked language modelling, and next-sentence
+prediction where the shards hold pairs (objective mlm-nsp); AdamW, linear warm-up and decay to zero, gradient
+clipping, checkpoints, exact resume, evaluation on held-out text. The loop (``train``) does not know what
+made its loader: all of SIFT is the one expression in ``make_loader`` that builds a SiftingDataLoader where
+torch's DataLoader was.
 
     --sift none       every sample is trained on, in the order of the shards
     --sift loss       of twice the samples, the half with the highest loss after --exit-layer layers
     --sift entropy    of twice the samples, the half whose prediction there is least certain
     --sift random     of twice the samples, a random half: the control that the others must beat
 
-The log has one JSON line per evaluation. Seconds leave evaluation out; scoring is part of training.
-With --checkpoint runs/bert.pt a killed run goes on where it was: the same command, and --resume
-runs/bert.pt. The paper's run is --preset base on shards of 512 tokens.
+Samples are scored by their masked tokens alone, never by the next sentence.
+
+The log has a line about the run, then one JSON line per evaluation: train_loss is what was minimised since the
+line before (with pairs, the sum of both losses), val_loss and val_accuracy are of masked tokens, whose
+masks are always the same, val_nsp_accuracy is of pairs. Seconds leave evaluation out; scoring is part of training.
+
+A killed run goes on where it was, to the bit: with --checkpoint runs/bert.pt --continue the same command
+begins, continues, and does nothing when all is done. On several GPUs (or, slowly, processes on a CPU) each
+rank trains on samples of its own, --batch-size of them:
+
+    torchrun --nproc-per-node 8 examples/pretrain_bert.py --preset base --shards shards/wikibooks \
+        --sift entropy --log-file runs/entropy.jsonl --checkpoint runs/entropy.pt --continue
+
+That is the paper's run (Das et al., 2024, section 7 and appendix F), on shards of 512 tokens with pairs;
+clipping the gradient, and no weight decay for biases and normalisation, are not in the paper but BERT's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pretraining import (
+    Average,
+    Checkpoint,
+    Clock,
+    Log,
+    over_ranks,
+    process_group,
+    surroundings,
+    unwrapped,
+    wrapped,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 from transformers.modeling_outputs import MaskedLMOutput
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
-from siftloader import SiftingDataLoader, TokenShards
+from siftloader import SiftingDataLoader, TokenShards, World
 
 
 CLIP = 1.0  # the largest norm of a gradient
 EVALUATION_BATCH = 32
+# torch's fused attention is slow backwards on a CPU: a third of a step at 128 tokens.
+ATTENTION = "sdpa" if torch.cuda.is_available() else "eager"
 
 
 @dataclass(frozen=True)
@@ -61,8 +86,10 @@ class Preset:
 TINY = Preset(2, 128, 4, 16, 450, lr=3e-3, lr_warmup=0.1, sift_warmup=0.05, dropout=0, init=0.06)
 # A size for one GPU.
 SMALL = Preset(8, 512, 8, 128, 40_000, lr=5e-4, lr_warmup=0.02)
-# The paper's BERT-base, on shards of 512 tokens.
-BASE = Preset(12, 768, 12, 32, 800_000, lr=1e-4, lr_warmup=0.002, cooldown=0)
+# The paper's BERT-base, on 8 GPUs and shards of 512 tokens with pairs; nothing is sifted for 20,000 steps.
+BASE = Preset(
+    12, 768, 12, 32, 800_000, lr=1e-4, lr_warmup=0.002, sift_warmup=20_000 / 800_000, cooldown=0
+)
 PRESETS = {"tiny": TINY, "small": SMALL, "base": BASE}
 
 
@@ -71,6 +98,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_bert(preset: Preset, shards: TokenShards) -> nn.Module:
+    objective, special_ids = shards.shard_set.objective, shards.shard_set.tokenizer.special_ids
+    if not objective.startswith("mlm"):
+        raise SystemExit(
+            f"{shards.shard_set.folder} has objective {objective!r}, BERT needs mlm or mlm-nsp; prepare "
+            f"the text with --objective mlm, or train a GPT on it with examples/pretrain_gpt.py"
+        )
     config = BertConfig(
         vocab_size=shards.vocab_size,
         max_position_embeddings=shards.shard_set.layout.seq_len,
@@ -81,13 +114,14 @@ def build_bert(preset: Preset, shards: TokenShards) -> nn.Module:
         hidden_dropout_prob=preset.dropout,
         attention_probs_dropout_prob=preset.dropout,
         initializer_range=preset.init,
-        pad_token_id=shards.shard_set.tokenizer.special_ids["pad"],
+        pad_token_id=special_ids["pad"],
+        attn_implementation=ATTENTION,
     )
-    return MaskedHeadBertForMaskedLM(config)
+    return (BertOfPairs if objective == "mlm-nsp" else Bert)(config)
 
 
-class MaskedHeadBertForMaskedLM(BertForMaskedLM):
-    """BERT as first published: in training the head runs at the masked positions only.
+class Bert(BertForMaskedLM):
+    """BERT as first published: where there are labels, the head runs at the masked positions only.
 
     Hugging Face's runs it everywhere, which for a small model is most of the work. On a GPU, finding the
     masked positions waits for it once per step, and is still a gain.
@@ -104,22 +138,53 @@ class MaskedHeadBertForMaskedLM(BertForMaskedLM):
         return MaskedLMOutput(nn.functional.cross_entropy(logits, labels[masked]), logits)
 
 
+class BertOfPairs(BertForPreTraining):
+    """The same, and whether the second segment follows the first in the text; the loss is the sum of both."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_type_ids: Tensor,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+    ) -> BertForPreTrainingOutput:
+        if labels is None:
+            return super().forward(input_ids, attention_mask, token_type_ids)
+        hidden, pooled = self.bert(input_ids, attention_mask, token_type_ids)[
+            :2
+        ]  # [n, T, H], [n, H]
+        masked = labels != -100  # [n, T]
+        logits = self.cls.predictions(hidden[masked])  # [M, V]
+        follows = self.cls.seq_relationship(pooled)  # [n, 2]
+        loss = nn.functional.cross_entropy(logits, labels[masked])
+        if next_sentence_label is not None:
+            # The same as cross_entropy, which siftloader listens to once, to learn how this model reads its
+            # labels: of a sample without a masked position it would hear nothing but this.
+            chances = follows.log_softmax(-1).gather(1, next_sentence_label[:, None])
+            loss = loss - chances.mean()
+        return BertForPreTrainingOutput(loss, logits, follows)
+
+
 def make_loader(
     options: argparse.Namespace, preset: Preset, shards: TokenShards, model: nn.Module
 ) -> Iterable[dict[str, Tensor]]:
+    # Every iter() draws a random number: not from the stream of dropout, for a resumed run has one more.
+    draws = torch.Generator()
     if options.sift == "none":
-        return DataLoader(shards, preset.batch_size, drop_last=True)
+        return DataLoader(shards, preset.batch_size, drop_last=True, generator=draws)
     return SiftingDataLoader(
         shards,
         preset.batch_size,
         drop_last=True,
+        generator=draws,
         model=model,
         exit_layer=options.exit_layer,
         criterion=options.sift,
         warmup_steps=options.warmup_steps,
         cooldown_steps=preset.cooldown,
         total_steps=preset.steps,
-        autocast=torch.bfloat16 if torch.cuda.is_available() else None,
+        autocast=torch.bfloat16 if options.precision == "bf16" else None,
     )
 
 
@@ -131,15 +196,22 @@ def pretrain(
 ) -> None:
     """Command line to trained model, for any model that takes a batch and returns loss and logits."""
     options, preset = parse(arguments, description, presets)
-    torch.manual_seed(options.seed)  # the same seed: the same initial weights, whatever the loader
-    train_shards = TokenShards(options.shards, seed=options.seed)
-    val_shards = TokenShards(options.shards, split="val")
-    if len(train_shards) < preset.batch_size:
-        raise SystemExit(f"{len(train_shards)} samples do not fill a batch of {preset.batch_size}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build(preset, train_shards).to(device)
-    loader = make_loader(options, preset, train_shards, model)
-    train(options, preset, model, loader, train_shards, val_shards)
+    with process_group() as device:
+        torch.manual_seed(
+            options.seed
+        )  # the same initial weights, whatever the loader and the rank
+        train_shards = TokenShards(options.shards, seed=options.seed)
+        val_shards = TokenShards(options.shards, split="val")
+        if len(train_shards) < preset.batch_size:
+            raise SystemExit(
+                f"{options.shards} has {len(train_shards)} samples a rank, a batch is of "
+                f"{preset.batch_size}; prepare more text or lower --batch-size"
+            )
+        model = wrapped(build(preset, train_shards).to(device), options.compile)
+        if rank := World.detect().rank:
+            torch.manual_seed(options.seed + rank)  # every rank drops out other neurons
+        loader = make_loader(options, preset, train_shards, model)
+        train(options, preset, model, loader, train_shards, val_shards)
 
 
 def train(
@@ -150,8 +222,10 @@ def train(
     train_shards: TokenShards,
     val_shards: TokenShards,
 ) -> None:
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(parameter_groups(model), preset.lr, betas=(0.9, 0.999))
+    device, world, bare = next(model.parameters()).device, World.detect(), unwrapped(model)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(bare), preset.lr, betas=(0.9, 0.999), fused=True
+    )
     warmup = max(1, round(preset.lr_warmup * preset.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -159,60 +233,62 @@ def train(
     )
     # Whoever knows how much of the data was handed out; torch's DataLoader does not.
     place: Any = loader if hasattr(loader, "state_dict") else train_shards
-    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "data": place}
-    clock = Clock(device)
-    done = resume(options.resume, parts, clock, device) if options.resume else 0
-    log = Log(options.log, keep_until=done)
+    clock, average = Clock(device), Average(device)
+    run = about(options, preset, bare, train_shards)
+    checkpoint = Checkpoint(
+        run,
+        shared={"model": bare, "optimizer": optimizer, "schedule": schedule},
+        own={"data": place, "average": average, "clock": clock},
+    )
+    done = checkpoint.load(options.resume) if options.resume else 0
+    log = Log(options.log, {**run, **surroundings(), **options.header}, keep_until=done)
+    bf16 = options.precision == "bf16"
 
     model.train()
     batches = clock.loading(endless(loader))
-    total, counted = torch.zeros((), device=device), 0  # of the loss, since the last log line
     progress = tqdm(
         range(done + 1, preset.steps + 1),
         desc=options.log.stem if options.log else None,
         initial=done,
         total=preset.steps,
-        disable=None,  # unless stderr is a terminal
+        disable=True if world.rank else None,  # None: unless stderr is a terminal
         leave=False,
     )
     clock.start()
     for step in progress:
         batch = {name: field.to(device) for name, field in next(batches).items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = model(**batch).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        nn.utils.clip_grad_norm_(bare.parameters(), CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        total, counted = total + loss.detach(), counted + 1
+        average.add(loss)
 
         last = step == preset.steps
         if last or step % options.eval_every == 0:
             clock.stop()
+            # A GPU scores while the loop goes on; on a CPU, it is part of the wait for a batch.
+            scoring = loader.stats["seconds_scoring"] if hasattr(loader, "stats") else 0.0
             record = {
                 "step": step,
-                "samples": step * preset.batch_size,
-                "train_loss": total.item() / counted,
-                **evaluate(model, val_shards, options.eval_samples),
+                "samples": step * preset.batch_size * world.ranks,
+                "train_loss": average.take(),
+                **evaluate(bare, val_shards, options.eval_samples, bf16),
                 "learning_rate": schedule.get_last_lr()[0],
                 "seconds_training": clock.training,
-                "seconds_loading": clock.waiting,
-                "seconds_scoring": 0.0,
+                "seconds_loading": max(0.0, clock.waiting - scoring),
+                "seconds_scoring": scoring,
             }
-            if hasattr(loader, "stats"):
-                scoring = loader.stats["seconds_scoring"]  # inside next(), on a CPU
-                record["seconds_loading"] = max(0.0, clock.waiting - scoring)
-                record["seconds_scoring"] = scoring
             log.write(record)
             if last:
-                final = evaluate(model, val_shards, options.final_samples)
+                final = evaluate(bare, val_shards, options.final_samples, bf16)
                 log.write({**record, **final, "final": True})
             progress.set_postfix(val_loss=record["val_loss"])
-            total, counted = torch.zeros((), device=device), 0
             clock.start()
         if options.checkpoint and (last or step % options.checkpoint_every == 0):
-            save(options.checkpoint, parts, clock, step)
+            checkpoint.save(options.checkpoint, step)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -230,106 +306,63 @@ def endless(loader: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, shards: TokenShards, samples: int | None) -> dict[str, float]:
-    """Mean over the labelled tokens of the first ``samples`` held-out samples; None: of all.
+def evaluate(
+    model: nn.Module, shards: TokenShards, samples: int | None, bf16: bool = False
+) -> dict[str, float]:
+    """Means over the labelled tokens of the first ``samples`` held-out samples; None: of all.
 
-    The held-out masks are always the same ones, so that runs can be compared.
+    The held-out masks are always the same ones, so that runs can be compared. Under torchrun every rank
+    takes its share of the samples, and all learn the result.
     """
-    device = next(model.parameters()).device
+    device, world = next(model.parameters()).device, World.detect()
     causal = not shards.shard_set.objective.startswith("mlm")
-    loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-    tokens = seen = 0
+    samples = shards.total if samples is None else min(samples, shards.total)
+    left = len(range(world.rank, samples, world.ranks))  # for this rank
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
     model.eval()
     for batch in shards.batches(EVALUATION_BATCH):
-        wanted = batch["labels"][:, 1:] if causal else batch["labels"]  # [n, T]
-        tokens += int((wanted != -100).sum())
-        wanted = wanted.to(device)
-        inputs = {name: field.to(device) for name, field in batch.items() if name != "labels"}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(**inputs).logits  # [n, T, V]
-        logits = (logits[:, :-1] if causal else logits)[wanted != -100].float()
-        wanted = wanted[wanted != -100]
-        loss += nn.functional.cross_entropy(logits, wanted, reduction="sum")
-        right += (logits.argmax(-1) == wanted).sum()
-        seen += len(batch["labels"])
-        if samples is not None and seen >= samples:
+        if left <= 0:
             break
+        batch = {name: field[:left].to(device) for name, field in batch.items()}
+        left -= EVALUATION_BATCH
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = model(**batch)
+        wanted = batch["labels"][:, 1:] if causal else batch["labels"]  # [n, T]
+        logits = output.logits if "logits" in output else output.prediction_logits
+        if logits.ndim == 3:  # at all positions [n, T, V], not at the labelled ones only [M, V]
+            logits = (logits[:, :-1] if causal else logits)[wanted != -100]
+        wanted, logits = wanted[wanted != -100], logits.float()
+        sums[0] += nn.functional.cross_entropy(logits, wanted, reduction="sum")
+        sums[1] += (logits.argmax(-1) == wanted).sum()
+        sums[2] += len(wanted)
+        if (pairs := batch.get("next_sentence_label")) is not None:
+            sums[3] += (output.seq_relationship_logits.argmax(-1) == pairs).sum()
+            sums[4] += len(pairs)
     model.train()
-    return {"val_loss": loss.item() / tokens, "val_accuracy": right.item() / tokens}
+    loss, right, tokens, pairs_right, pairs = over_ranks(sums).tolist()
+    found = {"val_loss": loss / tokens, "val_accuracy": right / tokens}
+    return found | ({"val_nsp_accuracy": pairs_right / pairs} if pairs else {})
 
 
-def save(file: Path, parts: dict[str, Any], clock: Clock, step: int) -> None:
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"step": step, "clock": clock.state(), "rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda_rng"] = torch.cuda.get_rng_state()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(file.name + ".tmp")
-    torch.save(state, unfinished)
-    unfinished.replace(file)  # killed while saving, the checkpoint before is still there
-
-
-def resume(file: Path, parts: dict[str, Any], clock: Clock, device: torch.device) -> int:
-    """Put everything back where it was; returns the number of steps done."""
-    state = torch.load(file, map_location="cpu")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    clock.restore(state["clock"])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"])
-    return state["step"]
-
-
-class Clock:
-    """Seconds of training, evaluation left out, and those of them spent waiting for a batch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.training = self.waiting = self._since = 0.0
-        self._gpu = device.type == "cuda"
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._gpu:
-            torch.cuda.synchronize()
-        self.training += time.perf_counter() - self._since
-
-    def loading(self, batches: Iterator[Any]) -> Iterator[Any]:
-        while True:
-            since = time.perf_counter()
-            batch = next(batches)
-            self.waiting += time.perf_counter() - since
-            yield batch
-
-    def state(self) -> list[float]:
-        self.stop()
-        self.start()
-        return [self.training, self.waiting]
-
-    def restore(self, state: list[float]) -> None:
-        self.training, self.waiting = state
-
-
-class Log:
-    """JSON lines; a resumed run drops those that it is about to write again."""
-
-    def __init__(self, file: Path | None, keep_until: int) -> None:
-        self._file = file
-        if file is None:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        old = file.read_text().splitlines() if keep_until and file.exists() else []
-        kept = [line for line in old if json.loads(line)["step"] <= keep_until]
-        file.write_text("".join(line + "\n" for line in kept))
-
-    def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record)
-        tqdm.write(line)
-        if self._file is not None:
-            with self._file.open("a") as stream:
-                stream.write(line + "\n")
+def about(
+    options: argparse.Namespace, preset: Preset, model: nn.Module, shards: TokenShards
+) -> dict[str, Any]:
+    """What makes a run this run: a checkpoint of another one is refused."""
+    return {
+        "model": type(model).__name__,
+        "parameters": sum(each.numel() for each in model.parameters()),
+        "preset": options.preset,
+        **asdict(preset),
+        "objective": shards.shard_set.objective,
+        "shards": shards.fingerprint,
+        "seed": options.seed,
+        "sift": options.sift,
+        "exit_layer": options.exit_layer,
+        "warmup_steps": options.warmup_steps,
+        "precision": options.precision,
+        "compile": options.compile,
+        "ranks": World.detect().ranks,
+    }
 
 
 def parse(
@@ -346,23 +379,57 @@ def parse(
     add("--warmup-steps", type=int, help="steps before sifting begins (the preset's share)")
     add("--cooldown", type=float, help="share of the steps after sifting ends (the preset's)")
     add("--steps", type=int, help="updates of the model; the learning rate ends at zero there")
-    add("--batch-size", type=int, help="samples trained on per step; sifting draws twice as many")
+    add("--batch-size", type=int, help="samples per step and rank; sifting draws twice as many")
     add("--lr", type=float, help="highest learning rate")
     add("--seed", type=int, default=0, help="initial weights, order of the samples, masks")
-    add("--log", type=Path, metavar="FILE.jsonl", help="write a line per evaluation here")
+    add(
+        "--log",
+        "--log-file",  # torchrun takes --log for an option of its own, even after the script
+        type=Path,
+        metavar="FILE.jsonl",
+        help="write a line per evaluation here (under torchrun say --log-file)",
+    )
     add("--eval-every", type=int, help="steps between evaluations (default: 20 evaluations)")
     add("--eval-samples", type=int, help="held-out samples for each of them (default all)")
     add("--final-samples", type=int, help="the same for the last one, logged as final")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of training and scoring; weights are fp32 (auto: bf16 on a GPU, fp32 on a CPU)",
+    )
+    add("--compile", action="store_true", help="torch.compile the training model: slow to begin")
     add("--checkpoint", type=Path, metavar="FILE", help="save everything here, at the end and")
     add("--checkpoint-every", type=int, default=1000, help="... every so many steps (1000)")
-    add("--resume", type=Path, metavar="FILE", help="go on from there as if never interrupted")
+    restart = parser.add_mutually_exclusive_group()
+    restart.add_argument(
+        "--resume", type=Path, metavar="FILE", help="go on from there as if never interrupted"
+    )
+    restart.add_argument(
+        "--continue",
+        dest="continues",
+        action="store_true",
+        help="go on from --checkpoint if it exists, else begin: the same command continues",
+    )
     options = parser.parse_args(arguments)
+    if options.continues:
+        if options.checkpoint is None:
+            parser.error("--continue needs --checkpoint FILE: where to go on from, and to save to")
+        options.resume = options.checkpoint if options.checkpoint.exists() else None
+    if options.resume and not options.resume.exists():
+        parser.error(
+            f"--resume {options.resume}: no such file; give one that --checkpoint wrote, or use "
+            f"--checkpoint {options.resume} --continue, which begins where there is none"
+        )
     given = {name: getattr(options, name) for name in ("steps", "batch_size", "lr", "cooldown")}
     preset = replace(presets[options.preset], **{k: v for k, v in given.items() if v is not None})
     if options.eval_every is None:
         options.eval_every = max(1, preset.steps // 20)
     if options.warmup_steps is None:
         options.warmup_steps = round(preset.sift_warmup * preset.steps)
+    if options.precision == "auto":
+        options.precision = "bf16" if torch.cuda.is_available() else "fp32"
+    options.header = {}  # for programs that call this one: more for the first line of the log
     return options, preset
 
 

@@ -7,11 +7,13 @@ prediction differs in the model and in the shards, not in the loop, and not in t
     --sift loss       of twice the samples, the half with the highest loss after --exit-layer layers
     --sift entropy    of twice the samples, the half whose prediction there is least certain
     --sift random     of twice the samples, a random half: the control that the others must beat
+
+Checkpoints, --continue, torchrun and the log are those of pretrain_bert.py, whose --help tells of them.
 """
 
 from __future__ import annotations
 
-from pretrain_bert import Preset, pretrain
+from pretrain_bert import ATTENTION, Preset, pretrain
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -30,7 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build_gpt(preset: Preset, shards: TokenShards) -> nn.Module:
-    end_of_text = shards.shard_set.tokenizer.special_ids["eos"]
+    objective, special_ids = shards.shard_set.objective, shards.shard_set.tokenizer.special_ids
+    if objective != "clm":
+        raise SystemExit(
+            f"{shards.shard_set.folder} has objective {objective!r}, a GPT needs clm; prepare the text with "
+            f"--objective clm, or train BERT on it with examples/pretrain_bert.py"
+        )
+    end_of_text = special_ids["eos"]
     config = GPT2Config(
         vocab_size=shards.vocab_size,
         n_positions=shards.shard_set.layout.seq_len,
@@ -44,6 +52,7 @@ def build_gpt(preset: Preset, shards: TokenShards) -> nn.Module:
         bos_token_id=end_of_text,
         eos_token_id=end_of_text,
         use_cache=False,
+        attn_implementation=ATTENTION,
     )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what it uses anyway, after a warning that it had to guess

@@ -179,7 +179,7 @@ def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
     }
     with contextlib.redirect_stdout(io.StringIO()):  # the same lines are in the log
         subject.main([f"--{name}={value}" for name, value in command.items()])
-    *curve, end = [json.loads(line) for line in log.read_text().splitlines()]
+    _about, *curve, end = [json.loads(line) for line in log.read_text().splitlines()]
     print(
         f"{subject.name}, {NAMES[sift]}: held-out loss {end['val_loss']:.3f} after "
         f"{end['seconds_training']:.0f} s",
