@@ -39,11 +39,11 @@ CHUNK = 1 << 22  # tokens counted at once
 ROOM = 1 << 25  # different pairs held at once: 512 MB, twice that while they are merged
 DISCOUNT = 0.75  # of every listed count; held-out surprise is flat between 0.5 and 0.85
 PAIR = np.dtype([("prev", "<u4"), ("next", "<u4"), ("count", "<u8")])
-NO_KEY = np.iinfo(np.int64).max
+BEYOND = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
-class Sides:
+class Side:
     """What is known of a token by one neighbour, indexed by that neighbour's id; at V, by none.
 
     ``listed`` [K + 1] belongs to the keys, the others are [V + 1]. P(token) is ``listed`` of the pair, if it
@@ -97,18 +97,19 @@ class Bigrams:
 
     @cached_property
     def keys(self) -> NDArray[np.int64]:
-        """prev * V + next of the listed pairs, rising, and one beyond them all: [K + 1]."""
-        listed = self.pairs[self._is_listed]
-        key = listed["prev"].astype(np.int64) * self.vocab_size + listed["next"].astype(np.int64)
-        return np.append(key, NO_KEY)
+        """prev * (V + 1) + next of the listed pairs, rising, and one beyond them all: [K + 1]."""
+        prev, following = (
+            self.pairs[name][self._is_listed].astype(np.int64) for name in ("prev", "next")
+        )
+        return np.append(prev * (self.vocab_size + 1) + following, BEYOND)
 
     @cached_property
-    def left(self) -> Sides:
+    def left(self) -> Side:
         """By the token before."""
         return self._side("prev", "next")
 
     @cached_property
-    def right(self) -> Sides:
+    def right(self) -> Side:
         """By the token after."""
         return self._side("next", "prev")
 
@@ -118,7 +119,7 @@ class Bigrams:
         listed: NDArray[np.bool_] = (self.pairs["prev"] < size) & (self.pairs["next"] < size)
         return listed
 
-    def _side(self, given: str, predicted: str) -> Sides:
+    def _side(self, given: str, predicted: str) -> Side:
         size, counts = self.vocab_size, self.pairs["count"].astype(np.float64)
         about = self.pairs[given] < size  # leaves out the margins of the other side
         total = np.bincount(self.pairs[given][about], counts[about], size + 1)
@@ -133,7 +134,7 @@ class Bigrams:
         log_mass = (self.unigram * np.log(self.unigram)).sum()
         log_mass = log_mass - np.bincount(context, base * np.log(base), size + 1)
         weight = np.exp(own + rest * (log_mass + np.log(rest) * mass))
-        return Sides(np.append(listed, 0.0), rest, weight)
+        return Side(np.append(listed, 0.0), rest, weight)
 
     def surprise(
         self, tokens: NDArray[Any], left: NDArray[Any], right: NDArray[Any] | None = None
@@ -143,25 +144,22 @@ class Bigrams:
         The slow, obvious one, on the host; criteria do the same in float32 where the model is.
         """
         word = np.asarray(tokens, np.int64)
-        given = np.asarray(left, np.int64)
-        chance = self._chance(self.left, given, word, given * self.vocab_size + word)
+        none, stride = self.vocab_size, self.vocab_size + 1
+        before = np.where(np.asarray(left) < 0, none, left).astype(np.int64)
+        chance = self._chance(self.left, before, word, before * stride + word)
         if right is not None:
-            after = np.asarray(right, np.int64)
-            other = self._chance(self.right, after, word, word * self.vocab_size + after)
-            a, b = self.left.weight[self._known(given)], self.right.weight[self._known(after)]
+            after = np.where(np.asarray(right) < 0, none, right).astype(np.int64)
+            other = self._chance(self.right, after, word, word * stride + after)
+            a, b = self.left.weight[before], self.right.weight[after]
             chance = (a * chance + b * other) / (a + b)
         return np.asarray(-np.log(chance), np.float64)
 
     def _chance(
-        self, side: Sides, given: NDArray[Any], word: NDArray[Any], key: NDArray[Any]
+        self, side: Side, given: NDArray[Any], word: NDArray[Any], key: NDArray[Any]
     ) -> NDArray[Any]:
-        key = np.where(given < 0, NO_KEY, key)
         at = np.searchsorted(self.keys, key)
         found = np.where(self.keys[at] == key, side.listed[at], 0.0)
-        return np.asarray(found + side.rest[self._known(given)] * self.unigram[word])
-
-    def _known(self, given: NDArray[Any]) -> NDArray[Any]:
-        return np.where(given < 0, self.vocab_size, given)
+        return np.asarray(found + side.rest[given] * self.unigram[word])
 
 
 Tell = Callable[[int, int], None]  # of tokens read, and tokens to read

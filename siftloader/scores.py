@@ -308,18 +308,18 @@ class _Pairs:
         word, base = early.labels.clamp_min(0), (-alone).exp()
         if not self._masked:
             before = self._before(early)
-            return -self._chance(keys, tables, before, before * self._size + word, base).log()
+            return -self._chance(
+                keys, tables, before, before * (self._size + 1) + word, base
+            ).log()
         before, after = self._around(early)
-        left = self._chance(keys, tables[:3], before, before * self._size + word, base)
-        right = self._chance(keys, tables[3:], after, word * self._size + after, base)
+        left = self._chance(keys, tables[:3], before, before * (self._size + 1) + word, base)
+        right = self._chance(keys, tables[3:], after, word * (self._size + 1) + after, base)
         a, b = tables[2][before], tables[5][after]
         return -((a * left + b * right) / (a + b)).log()
 
     def _chance(
         self, keys: Tensor, side: list[Tensor], given: Tensor, key: Tensor, base: Tensor
     ) -> Tensor:
-        # An id of V is no neighbour, which is part of no pair.
-        key = key.masked_fill(given == self._size, torch.iinfo(torch.int64).max)
         at = torch.searchsorted(keys, key)
         return torch.where(keys[at] == key, side[0][at], 0) + side[1][given] * base
 
