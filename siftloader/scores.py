@@ -305,15 +305,13 @@ class _Pairs:
             host = self._tables[torch.device("cpu")]
             self._tables[early.device] = tuple(to_device(each, early.device) for each in host)
         keys, *tables = self._tables[early.device]
-        word, base = early.labels.clamp_min(0), (-alone).exp()
+        word, base, stride = early.labels.clamp_min(0), (-alone).exp(), self._size + 1
         if not self._masked:
             before = self._before(early)
-            return -self._chance(
-                keys, tables, before, before * (self._size + 1) + word, base
-            ).log()
+            return -self._chance(keys, tables, before, before * stride + word, base).log()
         before, after = self._around(early)
-        left = self._chance(keys, tables[:3], before, before * (self._size + 1) + word, base)
-        right = self._chance(keys, tables[3:], after, word * (self._size + 1) + after, base)
+        left = self._chance(keys, tables[:3], before, before * stride + word, base)
+        right = self._chance(keys, tables[3:], after, word * stride + after, base)
         a, b = tables[2][before], tables[5][after]
         return -((a * left + b * right) / (a + b)).log()
 
@@ -326,19 +324,23 @@ class _Pairs:
     def _before(self, early: Predictions) -> Tensor:
         # A causal model predicts where the token before the label is read.
         ids, row, at = self._ids(early)
-        if ids.device.type == "cpu" and len(at):
-            inner = (at + 1 < ids.shape[1]) & (early.labels >= 0)
-            if not torch.equal(ids[row[inner], at[inner] + 1], early.labels[inner]):
-                raise ScoringError(
-                    "bigrams of running text (clm) need models that predict the next token of "
-                    "input_ids, found a label that is none (is the text masked?); count those of the "
-                    "shards that the batches come from"
-                )
+        if ids.device.type == "cpu" and not bool(_is_next(early.labels, ids, row, at).all()):
+            raise ScoringError(
+                "bigrams of running text (clm) need labels that are the next token of input_ids, found "
+                "another (is the text masked?); take those of the shards that the batches come from"
+            )
         return ids[row, at]
 
     def _around(self, early: Predictions) -> tuple[Tensor, Tensor]:
         # The neighbours as they were before masking: labels say what was there.
         ids, row, at = self._ids(early)
+        if ids.device.type == "cpu":
+            following = _is_next(early.labels, ids, row, at)
+            if len(following) > 1 and bool(following.all()):
+                raise ScoringError(
+                    "bigrams of masked text (mlm) need labels that stand where they are predicted, found "
+                    "the next tokens of input_ids; prepare shards with the objective clm for that"
+                )
         width = ids.shape[1] + 2
         text = torch.nn.functional.pad(ids, (1, 1), value=self._size).flatten()
         here = row * width + at + 1
@@ -368,6 +370,12 @@ class _Pairs:
         ids = to_device(ids, early.device).long()
         ids = ids.masked_fill((ids < 0) | (ids > self._size), self._size)
         return ids, targets.positions // targets.length, targets.positions % targets.length
+
+
+def _is_next(labels: Tensor, ids: Tensor, row: Tensor, at: Tensor) -> Tensor:
+    # Whether labels [M] are what follows in ids [P, T]; of those that are and have something after them.
+    inner = (at + 1 < ids.shape[1]) & (labels >= 0)
+    return ids[row[inner], at[inner] + 1] == labels[inner]
 
 
 @final

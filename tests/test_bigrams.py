@@ -406,6 +406,9 @@ def test_what_has_no_neighbours_is_told(tmp_path, kind):
         scored(clm, batch | {"labels": batch["labels"] + 20}, False)
     with pytest.raises(ScoringError, match=r"running text.*label.*masked"):
         scored(clm, examples("mlm")[0], False)
+    write_bigrams(other := write(tmp_path / "t", "mlm"))
+    with pytest.raises(ScoringError, match=r"masked text.*found the next tokens"):
+        scored(kind(TokenShards(other).bigrams), batch, True)
     features = {"input": torch.zeros(8, T), "labels": torch.zeros(8, dtype=torch.long)}
     with pytest.raises(ScoringError, match=r"bigrams need input_ids.*found none with 1 pred"):
         Sifter(nn.Linear(T, V), criterion=clm, exit_layer="full").score(features)
