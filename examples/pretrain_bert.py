@@ -169,15 +169,12 @@ class BertOfPairs(BertForPreTraining):
 def make_loader(
     options: argparse.Namespace, preset: Preset, shards: TokenShards, model: nn.Module
 ) -> Iterable[dict[str, Tensor]]:
-    # Every iter() draws a random number: not from the stream of dropout, for a resumed run has one more.
-    draws = torch.Generator()
     if options.sift == "none":
-        return DataLoader(shards, preset.batch_size, drop_last=True, generator=draws)
+        return DataLoader(shards, preset.batch_size, drop_last=True)
     return SiftingDataLoader(
         shards,
         preset.batch_size,
         drop_last=True,
-        generator=draws,
         model=model,
         exit_layer=options.exit_layer,
         criterion=options.sift,
@@ -197,9 +194,7 @@ def pretrain(
     """Command line to trained model, for any model that takes a batch and returns loss and logits."""
     options, preset = parse(arguments, description, presets)
     with process_group() as device:
-        torch.manual_seed(
-            options.seed
-        )  # the same initial weights, whatever the loader and the rank
+        torch.manual_seed(options.seed)  # the same weights at first, whatever the loader
         train_shards = TokenShards(options.shards, seed=options.seed)
         val_shards = TokenShards(options.shards, split="val")
         if len(train_shards) < preset.batch_size:
@@ -302,7 +297,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def endless(loader: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     while True:  # every iteration of the loader is the next epoch of the shards
-        yield from loader
+        # It begins by drawing a random number; a resumed run begins once more, and must drop out as before.
+        with torch.random.fork_rng(devices=[]):
+            epoch = iter(loader)
+        yield from epoch
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def process_group() -> Iterator[torch.device]:
     if "RANK" not in os.environ or dist.is_initialized():
         yield device
         return
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     try:
         yield device
     finally:

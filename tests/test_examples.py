@@ -164,15 +164,17 @@ def test_pairs_are_scored_by_their_masked_words_alone(pairs: Any) -> None:
     assert torch.equal(Sifter(model, exit_layer="full").score(batch), scores)
 
 
+@pytest.mark.parametrize("samples", [2, 5])
 @pytest.mark.parametrize("objective", ["mlm", "mlm-nsp", "clm"])
 def test_an_evaluation_is_the_mean_over_the_first_samples(
-    folders: dict[str, Path], objective: str
+    folders: dict[str, Path], objective: str, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pretrain_bert, "EVALUATION_BATCH", 3)
     shards = TokenShards(folders[objective], split="val")
     build = pretrain_gpt.build_gpt if objective == "clm" else pretrain_bert.build_bert
     model = build(SMALLEST, shards)
-    found = pretrain_bert.evaluate(model, shards, 5)
-    batch = {name: field[:5] for name, field in next(iter(shards.batches(VAL))).items()}
+    found = pretrain_bert.evaluate(model, shards, samples)
+    batch = {name: field[:samples] for name, field in next(iter(shards.batches(VAL))).items()}
     inputs = {name: field for name, field in batch.items() if "label" not in name}
     with torch.no_grad():
         output = model.eval()(**inputs)
