@@ -1,4 +1,5 @@
-"""The command line: ``siftloader shard``, ``bigrams``, ``verify``, ``inspect`` and ``inspect-selections``.
+"""The command line: ``siftloader shard``, ``bigrams``, ``verify``, ``inspect``,
+``inspect-selections`` and ``report``.
 
 Exit status: 0 done, 1 the data are not as they should be, 2 the command is not, 130 interrupted.
 """
@@ -32,6 +33,8 @@ from siftloader.inspection import (
 )
 from siftloader.packing import Packing
 from siftloader.prepare import ENGINES, Preparation, Summary, prepare
+from siftloader.report import Selections, table as compared, write_page
+from siftloader.results import read_results, write_results
 from siftloader.selection_report import (
     drift,
     ids_of,
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_inspect(commands)
     _add_inspect_selections(commands)
+    _add_report(commands)
     return parser
 
 
@@ -651,6 +655,92 @@ def _texts(
         return found
 
     return texts, _mismatch(dataset, tokenizer, name)
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="say which of several training runs ended better, as a table and a page",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=(
+            "Read the logs of training runs (*.jsonl, as examples/pretrain_bert.py --log writes them; results\n"
+            "in Parquet), print how every arm ended, and write a page that needs no network. Arms are compared\n"
+            "with the control seed by seed: same seed, same initial weights and candidates, so that a small\n"
+            "difference shows. One seed decides nothing; five make an interval worth looking at."
+        ),
+        epilog=(
+            'A log is named by its first line, {"run": {"experiment": .., "arm": .., "seed": ..}}, else by its\n'
+            "folder and file: runs/small/loss-3.jsonl is arm loss, seed 3 of small. An arm plain@0.71 is plain\n"
+            "training at 0.71 of the budget: with some of these, the page says what a loss is worth in time.\n"
+            "plain#1 and plain#2 repeat plain, which shows how much chance does.\n\n"
+            "example: siftloader report runs/compare\n"
+            "example: siftloader report runs/seeds --control bert-none --out bert.html --parquet bert.parquet\n"
+            "example: siftloader report runs/compare --selections runs/loss.selections --shards shards/demo"
+        ),
+    )
+    parser.add_argument("runs", help="a folder of logs and results, looked through to its depth")
+    parser.add_argument(
+        "--control",
+        default="plain",
+        metavar="ARM",
+        help="the arm that the others are compared with (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", metavar="HTML", help="the page (default: report.html in the folder of the runs)"
+    )
+    parser.add_argument(
+        "--parquet", metavar="FILE", help="also write every evaluation of every run as one table"
+    )
+    parser.add_argument(
+        "--selections",
+        action="append",
+        default=[],
+        metavar="LOG",
+        help="a folder that log_selections=... wrote, to show on the page too; may be given again",
+    )
+    parser.add_argument(
+        "--shards", metavar="FOLDER", help="the shards of those runs: gives the texts"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="a tokenizer.json, a folder that holds one, or a hub name (default: a tokenizer.json in the "
+        "folder of the shards, if there is one)",
+    )
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    if arguments.shards and not arguments.selections:
+        raise ValueError("--shards are for the texts of --selections; add those, or leave it out")
+    if arguments.tokenizer and not arguments.shards:
+        raise ValueError("--tokenizer needs --shards: a log holds ids, the shards hold the text")
+    folder = Path(arguments.runs)
+    page = Path(arguments.out or (folder if folder.is_dir() else folder.parent) / "report.html")
+    for file, ending in ((page, ".html"), (Path(arguments.parquet or "x.parquet"), ".parquet")):
+        if file.suffix != ending:
+            raise ValueError(f"{file}: give it a name that ends in {ending}")
+        if not file.parent.is_dir():
+            raise SiftError(f"{file}: no folder {file.parent}; make it, or write somewhere else")
+    results = read_results(folder)
+    told = compared(results, arguments.control)
+    print("\n".join(map(shown, told.split("\n"))) + "\n")
+    if arguments.parquet:
+        write_results(results, arguments.parquet)
+        print(shown(f"wrote {arguments.parquet}"))
+    dataset = ShardSet.open(arguments.shards) if arguments.shards else None
+    logs = [_selections(log, dataset, arguments.tokenizer) for log in arguments.selections]
+    write_page(results, page, control=arguments.control, selection_logs=logs)
+    print(shown(f"wrote {page}: the same with figures, to open in a browser"))
+    return 0
+
+
+def _selections(log: str, dataset: ShardSet | None, tokenizer: str | None) -> Selections:
+    if dataset is None:
+        return Selections(log, note="For the texts behind the ids, add --shards.")
+    _check_ids(ids_of(log), dataset)
+    texts, note = _texts(dataset, tokenizer)
+    return Selections(log, texts, note)
 
 
 if __name__ == "__main__":

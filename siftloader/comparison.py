@@ -156,7 +156,7 @@ def ends(runs: Iterable[Run]) -> dict[str, dict[int, Run]]:
     """Finished runs by arm and seed; where only repeats of an arm are there, the first stands for it."""
     found: dict[str, dict[int, Run]] = {}
     # The arm itself, then its repeats: who comes first stays.
-    for run in sorted(runs, key=lambda run: _repeat(run.arm)):
+    for run in sorted(runs, key=lambda run: (_repeat(run.arm), run.key)):
         if run.end is not None:
             arm = run.arm if _repeat(run.arm) < 0 else run.arm.rpartition("#")[0]
             found.setdefault(arm, {}).setdefault(run.seed, run)

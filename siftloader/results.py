@@ -103,8 +103,9 @@ class Results:
         return [run for run in self.runs if run.end is None]
 
     def of(self, experiment: str) -> list[Run]:
-        """The runs of one experiment."""
-        return [run for run in self.runs if run.experiment == experiment]
+        """The runs of one experiment, sorted."""
+        found = (run for run in self.runs if run.experiment == experiment)
+        return sorted(found, key=lambda run: run.key)
 
 
 def read_results(folder: str | os.PathLike[str]) -> Results:

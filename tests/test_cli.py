@@ -131,7 +131,7 @@ def test_a_command_that_makes_no_sense_is_status_2(command, capsys):
     assert "usage: siftloader" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["shard", "verify", "inspect"])
+@pytest.mark.parametrize("command", ["shard", "verify", "inspect", "report"])
 def test_help_teaches_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])
@@ -331,3 +331,107 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m siftloader.cli inspect {DEMO} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("folder") and done.stderr == ""
+
+
+# --- report ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    """Two arms of two seeds, and one of them still under way in a third."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for arm, ends_at in (("plain", 6.0), ("loss", 5.9)):
+        for seed in range(2 + (arm == "loss")):
+            lines: list[dict] = [{"run": {"experiment": "small", "arm": arm, "seed": seed}}]
+            for step in (10, 20, 30):
+                loss = ends_at + seed + 1 / step + 0.001 * seed * (arm == "loss")
+                record = {"step": step, "samples": 8 * step, "val_loss": loss}
+                lines.append({**record, "val_accuracy": 0.1, "seconds_training": 2.0 * step})
+            if seed < 2:
+                lines.append({**lines[-1], "final": True})
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            (folder / f"{arm}-{seed}.jsonl").write_text(text)
+    return folder
+
+
+def test_report_prints_the_table_and_writes_page_and_parquet(runs, tmp_path, capsys):
+    parquet = tmp_path / "all.parquet"
+    assert main(["report", str(runs), "--parquet", str(parquet)]) == 0
+    printed, complaints = capsys.readouterr()
+    assert re.search(r"\nloss +2 +240 +60 .* -0\.0995 ± 0\.0064 .* better\n", printed)
+    assert "not finished, and left out: loss (seed 2)" in printed
+    assert f"wrote {parquet}\n" in printed
+    page = runs / "report.html"
+    assert printed.endswith(f"wrote {page}: the same with figures, to open in a browser\n")
+    assert complaints == ""
+    assert page.read_text().startswith("<!doctype html>")
+
+    again = tmp_path / "again.html"
+    assert main(["report", str(parquet), "--out", str(again)]) == 0
+    assert again.read_bytes() == page.read_bytes(), "Parquet holds all that the logs hold"
+    assert main(["report", str(runs), "--control", "loss", "--out", str(again)]) == 0
+    assert re.search(r"\nplain .* \+0\.0995 ± 0\.0064 .* worse\n", capsys.readouterr().out)
+
+
+def test_report_shows_selections_with_their_texts(runs, tmp_path, capsys):
+    log = tmp_path / "x.selections"
+    write_selections(log, ShardSet.open(DEMO).fingerprint)
+    command = ["report", str(runs), "--selections", str(log)]
+    assert main(command) == 0
+    assert "add --shards" in (runs / "report.html").read_text()
+    assert main([*command, "--shards", str(DEMO), "--tokenizer", str(DEMO)]) == 0
+    text = (runs / "report.html").read_text()
+    assert "What was selected: x.selections" in text
+    assert re.search(r'<td class="word">[^<]{60,}</td>', text), "a line of text"
+    write_selections(tmp_path / "y", "another fingerprint")
+    assert main(["report", str(runs), "--selections", str(tmp_path / "y"), "--shards", str(DEMO)])
+    assert "the log is of shards with fingerprint another" in capsys.readouterr().err
+
+
+def write_selections(folder: Path, ids: str) -> None:
+    import torch
+
+    from siftloader.selection_log import SelectionLog
+
+    log = SelectionLog(folder, ids=ids)
+    for pool in range(4):
+        scores = torch.arange(6.0)
+        log.add(pool, pool, torch.arange(6), scores, scores.topk(3).indices)
+    log.flush()
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "message"),
+    [
+        (["--control", "none"], 1, "no finished run of an arm 'none' to compare with, only loss"),
+        (["--out", "x.pdf"], 2, "x.pdf: give it a name that ends in .html"),
+        (["--out", "gone/x.html"], 1, "no folder gone; make it, or write somewhere else"),
+        (["--parquet", "x.csv"], 2, "x.csv: give it a name that ends in .parquet"),
+        (["--shards", str(DEMO)], 2, "--shards are for the texts of --selections"),
+        (["--selections", "gone", "--tokenizer", "t"], 2, "--tokenizer needs --shards"),
+        (["--selections", "gone"], 1, "gone: no finished part of a selection log here"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_report_is_one_line(runs, capsys, more, status, message):
+    assert main(["report", str(runs), *more]) == status
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and message in complaint
+    assert not (runs / "report.html").exists()
+
+
+def test_a_report_of_what_is_no_log_names_file_and_line(runs, capsys):
+    (runs / "odd.jsonl").write_text('{"shard": "train-000000"}\n')
+    assert main(["report", str(runs)]) == 1
+    assert "odd.jsonl, line 1: no 'step'; a log of training has" in capsys.readouterr().err
+    assert main(["report", str(runs / "gone")]) == 1
+    assert "no log (*.jsonl) or results (*.parquet) here" in capsys.readouterr().err
+
+
+def test_what_a_run_is_called_cannot_command_the_terminal(runs, capsys):
+    path = runs / "loss-0.jsonl"
+    path.write_text(path.read_text().replace('"loss"', '"\\u001b[31mloss"'))
+    assert main(["report", str(runs)]) == 1
+    complaint = capsys.readouterr().err
+    assert "which is no name" in complaint and "\x1b[" not in complaint

@@ -1,0 +1,349 @@
+"""The table and the page say what the runs say, and nothing that they hold can break out of the page."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from effort import examples
+from hypothesis import given, strategies as st
+from synthetic import LADDER, realistic, runs_of
+
+from siftloader import report
+from siftloader.comparison import difference, ends, worth
+from siftloader.errors import SiftError
+from siftloader.report import Selections, table, write_page
+from siftloader.results import Results, Run
+from siftloader.selection_log import SelectionLog
+
+
+EVIL = "<script>alert('1')</script> \"onload=\" & $x_1$"
+VOID = {"meta", "br", "path", "use", "rect", "circle", "img", "hr", "link"}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, ids, texts; every tag that opens must close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def named(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def few(*more: Run) -> Results:
+    runs = [*runs_of("plain", 0, 1, 2, None, 1), *runs_of("loss", -0.02, 1.2, 2, "loss", 1), *more]
+    return Results(tuple(sorted(runs, key=lambda run: run.key)))
+
+
+def without(run: Run, **changes) -> Run:
+    return replace(run, evaluations=tuple(replace(one, **changes) for one in run.evaluations))
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def rows_of(told: str) -> dict[str, list[str]]:
+    lines = [re.split(r"  +", line.strip()) for line in told.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) > 4}
+
+
+def test_the_table_says_what_the_comparison_found():
+    results = realistic()
+    rows = rows_of(table(results))
+    assert list(rows)[:3] == ["arm", "plain", "random"], "controls first"
+    assert list(rows)[-4:] == list(LADDER), "other budgets last, in order"
+    losses = {arm: float(cells[3]) for arm, cells in rows.items() if arm != "arm"}
+    middle = [losses[arm] for arm in list(rows)[3:-4]]
+    assert middle == sorted(middle)
+    for against, column in (("plain", 4), ("random", 5)):
+        found = difference(results, "gpt", "loss", against)
+        assert rows["loss"][column] == f"{found.mean:+.4f} ± {found.half_width:.4f}"
+    run_ends = [run.end for run in ends(results.runs)["loss"].values()]
+    assert losses["loss"] == round(float(np.mean([end.loss for end in run_ends])), 4)
+    assert rows["loss"][0] == "5" and rows["loss"][1] == "64,000"
+    factor = worth(results, "gpt", "loss", "plain").factor
+    assert rows["loss"][-2:] == [f"{factor:.2f}", "better"]
+    assert rows["rarity"][-1] == "worse"
+    told = table(results)
+    for words in (
+        "2 better",
+        "57 h / 43 h",
+        "repeats: the same arm",
+        "0.5, 0.71, 1, 1.41, 2 of its",
+    ):
+        assert words in " ".join(told.split())
+    assert max(map(len, told.splitlines()[5:])) <= 130
+
+
+def test_notes_are_only_those_that_apply():
+    told = table(few())
+    for words in ("speed-up", "repeats", "not finished", "Holm", "random"):
+        assert words not in told
+    assert "minus plain" in told
+    alone = table(Results(tuple(runs_of("plain", 0, 1, 2, None, 1))))
+    assert "Nothing here can be compared with plain" in alone and "interval" not in alone
+
+
+def test_a_verdict_that_does_not_survive_many_arms_is_marked():
+    results = few(*(run for k in range(30) for run in runs_of(f"arm {k}", 0, 1, 2, "loss", 1)))
+    marked = [row for row in rows_of(table(results)).values() if row[-1].endswith("†")]
+    assert marked and all(row[-1] in ("better†", "worse†") for row in marked)
+
+
+def test_unfinished_runs_are_told_and_left_out():
+    late = runs_of("loss", -0.02, 1.2, 3, "loss", 1)[2]
+    results = few(replace(late, evaluations=late.evaluations[:-1]))
+    assert "not finished, and left out: loss (seed 2)" in table(results)
+    assert rows_of(table(results))["loss"][0] == "2"
+    many = [replace(late, seed=seed, evaluations=()) for seed in range(2, 12)]
+    assert "and 4 more" in table(few(*many))
+
+
+def test_fewer_pairs_than_seeds_are_told():
+    results = few(*runs_of("loss", -0.02, 1.2, 4, "loss", 1)[2:])
+    assert "(2 seeds)" in rows_of(table(results))["loss"][4]
+
+
+def test_without_the_control_it_says_which_arms_there_are(tmp_path):
+    for call in (
+        table,
+        lambda *given: write_page(given[0], tmp_path / "x.html", control=given[1]),
+    ):
+        with pytest.raises(
+            SiftError, match=r"no finished run of an arm 'bert' .*only loss, plain;"
+        ):
+            call(few(), "bert")
+    with pytest.raises(SiftError, match="none has finished"):
+        table(Results(tuple(replace(run, evaluations=()) for run in few().runs)))
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_an_experiment_without_the_control_is_shown_without_differences():
+    other = [replace(run, experiment="other") for run in runs_of("loss", 0, 1, 2, "loss", 1)]
+    assert "Nothing here can be compared with plain" in table(few(*other))
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("selections") / f"{EVIL.replace('/', '')}.parquet"
+    log = SelectionLog(folder)
+    generator = torch.Generator().manual_seed(0)
+    for pool in range(30):
+        ids = torch.randint(0, 30, (8,), generator=generator)
+        scores = torch.rand(8, generator=generator)
+        log.add(10 * pool, pool, ids, scores, scores.topk(4).indices, labels=ids + 1)
+    log.flush()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evil(selected, tmp_path_factory) -> str:
+    """A page on which whatever comes from outside would like to be more than text."""
+    runs = [
+        replace(run, arm=f"{run.arm} {EVIL} 中文" * (run.arm == "loss") or run.arm)
+        for run in few().runs
+    ]
+    runs += [
+        replace(run, settings={EVIL: EVIL, "lr": 1}) for run in runs_of("x", 0, 1, 2, EVIL, 1)
+    ]
+    runs = [replace(run, experiment=EVIL) for run in runs]
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    texts = Selections(selected, lambda ids: dict.fromkeys(ids, f"text {EVIL}"), note=EVIL)
+    write_page(Results(tuple(runs)), path, selection_logs=[texts])
+    return path.read_text(encoding="utf-8")
+
+
+def test_nothing_from_outside_is_more_than_text(evil):
+    page = Page(evil)
+    assert {"script", "img", "iframe", "object", "link"}.isdisjoint(tag for tag, _ in page.tags)
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+    assert page.text.count(EVIL) > 8, "but it is all there to read"
+    assert f"text {EVIL}" in page.text and "中文" in page.text
+
+
+def test_the_page_fetches_nothing(evil):
+    assert "http-equiv" in evil and "default-src 'none'" in evil
+    addresses = set(re.findall(r"https?://[^\"'\s<]+", evil))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    for _, attributes in Page(evil).tags:
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "@import" not in evil and not re.search(r"url\((?!#)", evil)
+
+
+def test_ids_are_used_once_and_references_lead_somewhere(evil):
+    attributes = [attributes for _, attributes in Page(evil).tags]
+    ids = [one["id"] for one in attributes if "id" in one]
+    assert len(ids) == len(set(ids)) > 20
+    pointed = set(re.findall(r"url\(#([^)]+)\)|href=\"#([^\"]+)\"", evil))
+    assert {one or other for one, other in pointed} <= set(ids) and pointed
+    assert {one["aria-labelledby"] for one in attributes if "aria-labelledby" in one} <= set(ids)
+
+
+def test_figures_are_svg_with_titles_and_the_colours_of_the_page(evil):
+    pictures = re.findall(r"<svg.*?</svg>", evil, flags=re.DOTALL)
+    assert len(pictures) == 6, "loss, accuracy, samples, time, audit, histograms"
+    for picture in pictures:
+        tree = ElementTree.fromstring(picture)
+        assert tree.get("viewBox") and tree.get("width") is None
+        assert tree[0].tag.endswith("title") and len(tree[0].text) > 20
+        assert "#0102" not in picture and "#0103" not in picture, "numbers that stand for names"
+        assert "var(--ink)" in picture
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", evil))
+    assert used <= set(re.findall(r"(--[a-z0-9]+):", evil)), "every colour is given"
+
+
+def test_the_page_is_in_order_for_those_who_do_not_see_it(evil):
+    page = Page(evil)
+    assert page.named("html")[0]["lang"] == "en" and len(page.named("h1")) == 1
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in pairwise(headings))
+    assert all(one.get("scope") in ("col", "row") for one in page.named("th"))
+    for one in page.named("div"):
+        assert one["aria-label"] and one["tabindex"] == "0", (
+            "what scrolls can be reached by keyboard"
+        )
+
+
+def test_the_same_results_are_the_same_bytes(tmp_path):
+    results = few()
+    write_page(results, tmp_path / "one.html")
+    write_page(Results(results.runs[::-1]), tmp_path / "other.html")
+    assert (tmp_path / "one.html").read_bytes() == (tmp_path / "other.html").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.html", "other.html"]
+
+
+def test_the_papers_tables_and_the_settings_are_there(tmp_path):
+    results = few(*runs_of("loss, exit 3", -0.01, 1.4, 2, "loss", 3))
+    write_page(results, tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    one, three = (
+        np.mean([run.end.accuracy for run in ends(results.runs)[arm].values()])
+        for arm in ("loss", "loss, exit 3")
+    )
+    told = difference(results, "gpt", "loss", "plain", measure="accuracy")
+    assert (
+        f"<td>{one:.2%} ({100 * told.mean:+.2f} ± {100 * told.half_width:.2f} points)</td>" in text
+    )
+    assert f"<td>{three:.2%} (" in text
+    assert "<td>160 s (16.7% of all)</td>" in text, (
+        "0.4 s for each of 2000 steps, 0.2 of it scoring"
+    )
+    assert "<td>AMD EPYC, 2 cores</td>" in text and "<td>2.13.0</td>" in text
+    assert "<h3>Audits" in text
+
+
+def test_without_accuracy_audits_or_settings_their_parts_are_left_out(tmp_path):
+    bare = [replace(without(run, accuracy=math.nan, fields={}), settings={}) for run in few().runs]
+    write_page(Results(tuple(bare)), tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    for words in ("accuracy", "Audits", "Table 1", "Table 2", "Settings"):
+        assert words not in text.split("</style>")[1], words
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_odd_results_make_a_page_too(tmp_path, seeds):
+    """One seed, one evaluation, a run that diverged, an experiment under way, only a control."""
+    short = runs_of("short", 0, 1, seeds, None, 1)
+    short = [replace(run, evaluations=run.evaluations[-1:]) for run in short]
+    wild = runs_of("wild", 0, 1, seeds, None, 1)
+    wild = [without(run, loss=math.nan) for run in wild]
+    level = [replace(run, arm="level") for run in runs_of("plain", 0, 1, seeds, None, 1)]
+    begun = [replace(run, experiment="begun", evaluations=()) for run in short]
+    alone = [replace(run, experiment="alone") for run in runs_of("plain", 0, 1, 1, None, 1)]
+    plain = runs_of("plain", 0, 1, seeds, None, 1)
+    results = Results((*plain, *short, *wild, *level, *begun, *alone))
+    assert "1 diverged" in table(results)
+    write_page(results, tmp_path / "x.html")
+    assert "No run has finished" in (tmp_path / "x.html").read_text()
+
+
+def test_no_more_curves_have_names_than_can_be_told_apart():
+    results = few(*(run for k in range(12) for run in runs_of(f"arm {k}", k, 1, 1, "loss", 1)))
+    lines = report._lines(results, "gpt", "plain")
+    colors = report._colors(lines, "plain")
+    assert len(colors) == len(set(colors.values())) == report.EMPHASISED
+    assert next(iter(colors)) == "plain" and "arm 11" not in colors
+
+
+def test_a_band_is_the_interval_of_the_paired_difference():
+    results = realistic(3)
+    found = ends(results.runs)
+    curve = report._curve(
+        "loss", found["loss"], found["plain"], lambda one: one.samples, lambda one: one.loss
+    )
+    told = difference(results, "gpt", "loss", "plain")
+    assert curve.half[-1] == pytest.approx(told.half_width)
+    assert curve.y[-1] == pytest.approx(np.mean([run.end.loss for run in found["loss"].values()]))
+
+
+@examples(60)
+@given(
+    places=st.lists(st.floats(0, 1), min_size=1, max_size=8).map(sorted), gap=st.floats(0.01, 0.12)
+)
+def test_names_stand_apart_in_their_order_and_inside(places, gap):
+    found = report._apart(places, gap)
+    assert len(found) == len(places) and found[-1] <= 1
+    assert all(b - a >= gap - 1e-9 for a, b in pairwise(found))
+    free = all(b - a >= gap for a, b in pairwise(places))
+    assert not free or found == pytest.approx(places)
+
+
+def test_without_matplotlib_the_table_is_there_and_the_page_says_what_to_install(
+    tmp_path, monkeypatch
+):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "better" in table(few())
+    with pytest.raises(SiftError, match=r"matplotlib.*siftloader\[log\]"):
+        write_page(few(), tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_the_report_needs_no_torch():
+    code = """
+        import sys
+        import siftloader.report, siftloader.comparison, siftloader.results
+        assert "torch" not in sys.modules and "matplotlib" not in sys.modules
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
