@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from siftloader.bigrams import BIGRAMS, SEAL
 from siftloader.errors import CorpusError, ShardError
 from siftloader.shards import DESCRIPTION, MANIFEST, UNIGRAMS, ShardSet, write_atomically
 
@@ -26,8 +27,9 @@ RECIPE = "prepare.json"  # marks a folder as ours, and says what it was asked to
 WORK = ".work"  # in the folder, until it is finished
 
 _SHARD = r"(train|val)-\d{6}"
+_FILES = (RECIPE, MANIFEST, DESCRIPTION, UNIGRAMS, BIGRAMS, SEAL)
 _OURS = re.compile(
-    rf"({re.escape(WORK)}|({'|'.join(map(re.escape, (RECIPE, MANIFEST, DESCRIPTION, UNIGRAMS)))}"
+    rf"({re.escape(WORK)}|({'|'.join(map(re.escape, _FILES))}"
     rf"|{_SHARD}\.(tar|sources\.npy))(\.part)?)"
 )
 _MADE = re.compile(

@@ -49,6 +49,11 @@ class Predictions:
         return self._targets.samples
 
     @property
+    def targets(self) -> Targets:
+        """Where the predictions stand: flat positions ``row * T + t``, and the labels there."""
+        return self._targets
+
+    @property
     def labels(self) -> Tensor:
         """The labels at the targets, [M] (soft ones [M, V]), those of a sample side by side."""
         return self._targets.labels

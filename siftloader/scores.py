@@ -349,7 +349,7 @@ class _Pairs:
 
     def _ids(self, early: Predictions) -> tuple[Tensor, Tensor, Tensor]:
         # input_ids [P, T], V for those that no count knows, and where the predictions stand in them.
-        batch, targets = early.pool.batch, early._targets
+        batch, targets = early.pool.batch, early.targets
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if ids is None and isinstance(batch, (tuple, list)) and batch:
             ids = batch[0]

@@ -27,6 +27,7 @@ import siftloader.prepare
 import siftloader.samples
 import siftloader.shards
 import siftloader.tokens
+from siftloader.bigrams import write_bigrams
 from siftloader.errors import CorpusError, ShardError
 from siftloader.packing import Packing
 from siftloader.prepare import Preparation, prepare
@@ -415,6 +416,17 @@ def test_shards_of_text_that_shrank_after_a_kill_do_not_stay(desk, tmp_path):
     run(desk, tmp_path / "fresh" / "set", source)
     assert hashes(tmp_path / "killed" / "set") == hashes(tmp_path / "fresh" / "set")
     assert len(list((tmp_path / "fresh" / "set").glob("*.tar"))) < before
+
+
+def test_a_damaged_set_is_made_again_and_its_bigrams_do_not_outlive_it(desk, tmp_path):
+    out = tmp_path / "set"
+    run(desk, out)
+    before = hashes(out)
+    write_bigrams(ShardSet.open(out))
+    shard = min(out.glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-512])
+    run(desk, out)
+    assert hashes(out) == before
 
 
 @pytest.mark.slow
