@@ -21,7 +21,7 @@ A killed run goes on where it was, to the bit: with --checkpoint runs/bert.pt --
 begins, continues, and does nothing when all is done. On several GPUs (or, slowly, processes on a CPU) each
 rank trains on samples of its own, --batch-size of them:
 
-    torchrun --nproc-per-node 8 examples/pretrain_bert.py --preset base --shards shards/wikibooks \
+    torchrun --nproc-per-node 8 examples/pretrain_bert.py --preset base --shards shards/wikibooks \\
         --sift entropy --log-file runs/entropy.jsonl --checkpoint runs/entropy.pt --continue
 
 That is the paper's run (Das et al., 2024, section 7 and appendix F), on shards of 512 tokens with pairs;

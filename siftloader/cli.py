@@ -740,7 +740,7 @@ def _selections(log: str, dataset: ShardSet | None, tokenizer: str | None) -> Se
         return Selections(log, note="For the texts behind the ids, add --shards.")
     _check_ids(ids_of(log), dataset)
     texts, note = _texts(dataset, tokenizer)
-    return Selections(log, texts, note)
+    return Selections(log, texts, [source.name for source in dataset.sources], note)
 
 
 if __name__ == "__main__":

@@ -68,11 +68,13 @@ AUDITS = {
 class Selections:
     """A selection log to show, and maybe how to find what stands behind its ids.
 
-    ``texts`` turns ids into texts; ``note`` is what the reader should know of them.
+    ``texts`` turns ids into texts, ``sources`` are the names of the sources by number; ``note`` is what the
+    reader should know of them.
     """
 
     folder: str | os.PathLike[str]
     texts: Callable[[list[int]], dict[int, str]] | None = None
+    sources: Sequence[str] = ()
     note: str = ""
 
 
@@ -927,7 +929,7 @@ def _selections(log: Selections, number: int) -> str:
         parts.append(_table_html(words, cells))
     groups = (
         ("Kept by length (labelled positions)", by_length(rows)),
-        ("Kept by source", by_source(rows)),
+        ("Kept by source", by_source(rows, names=log.sources)),
     )
     for words, group in groups:
         if len(group) > 1:
@@ -957,9 +959,7 @@ def _figure_html(title: str, picture: str, caption: str) -> str:
 
 
 def _table_html(title: str, rows: Sequence[Sequence[str]], figures: bool = True) -> str:
-    head = "".join(
-        f'<th scope="col"{_WORD * (cell in _WORDS)}>{_e(cell)}</th>' for cell in rows[0]
-    )
+    head = "".join(f'<th scope="col"{_WORDS.get(cell, "")}>{_e(cell)}</th>' for cell in rows[0])
     body = []
     for row in rows[1:]:
         cells = [_cell(cell, rows[0][column]) for column, cell in enumerate(row) if column]
@@ -971,13 +971,13 @@ def _table_html(title: str, rows: Sequence[Sequence[str]], figures: bool = True)
     )
 
 
-_WORDS, _WORD = ("verdict", "text"), ' class="word"'  # columns of words stand to the left
+_WORDS = {"verdict": ' class="word"', "text": ' class="word text"'}  # these stand to the left
 
 
 def _cell(text: str, heading: str) -> str:
     if heading == "verdict" and text.rstrip("†") in ("better", "worse"):
         return f'<td class="word {text.rstrip("†")}">{_e(text)}</td>'
-    return f"<td{_WORD * (heading in _WORDS)}>{_e(text)}</td>"
+    return f"<td{_WORDS.get(heading, '')}>{_e(text)}</td>"
 
 
 def _plain(text: str) -> str:
@@ -1039,7 +1039,7 @@ table.figures td, table.figures thead th { text-align: right; font-variant-numer
 table.figures thead th { white-space: normal; }
 table.figures thead th:first-child { text-align: left; }
 table.figures .word, table.figures thead .word { text-align: left; }
-table.figures td.word { white-space: normal; overflow-wrap: anywhere; }
+table.figures td.text { white-space: normal; overflow-wrap: anywhere; min-width: 18rem; }
 td.better { color: var(--better); font-weight: 700; }
 td.worse { color: var(--worse); font-weight: 700; }
 details { margin-top: 2rem; }

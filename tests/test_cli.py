@@ -383,7 +383,7 @@ def test_report_shows_selections_with_their_texts(runs, tmp_path, capsys):
     assert main([*command, "--shards", str(DEMO), "--tokenizer", str(DEMO)]) == 0
     text = (runs / "report.html").read_text()
     assert "What was selected: x.selections" in text
-    assert re.search(r'<td class="word">[^<]{60,}</td>', text), "a line of text"
+    assert re.search(r'<td class="word text">[^<]{60,}</td>', text), "a line of text"
     write_selections(tmp_path / "y", "another fingerprint")
     assert main(["report", str(runs), "--selections", str(tmp_path / "y"), "--shards", str(DEMO)])
     assert "the log is of shards with fingerprint another" in capsys.readouterr().err

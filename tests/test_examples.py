@@ -454,6 +454,7 @@ def test_help_teaches_every_option(example: Any, capsys: pytest.CaptureFixture[s
     text = capsys.readouterr().out
     assert all(f"--sift {value}" in text for value in ("none", "loss", "entropy", "random"))
     assert "torchrun" in text and "--continue" in text
+    assert example is pretrain_gpt or "wikibooks \\\n        --sift" in text  # a command to copy
 
 
 def test_base_is_the_paper() -> None:
