@@ -239,7 +239,7 @@ def test_holm_is_the_textbook_example():
     def tested(arm: str, p: float | None, verdict: str = "better") -> Difference:
         return Difference(arm, "plain", "loss", (0, 1), (0.0, 0.0), 0.0, 1.0, p, verdict)
 
-    arms = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}  # 4 x 0.005, 3 x 0.01, then 2 x 0.03
+    arms = {"a": 0.015, "b": 0.04, "c": 0.03, "d": 0.005}  # 4 x 0.005, 3 x 0.015, then 2 x 0.03
     found = corrected([tested(arm, p) for arm, p in arms.items()])
     assert {one.arm: one.holds for one in found} == {"a": True, "b": False, "c": False, "d": True}
     assert [one.arm for one in found] == [*arms], "as they came"
