@@ -745,9 +745,9 @@ def write_page(
     missing.
     """
     _check_control(results, control)
-    parts = [_experiment(results, name, control, n) for n, name in enumerate(results.experiments)]
-    parts += [_selections(log, number) for number, log in enumerate(selection_logs)]
-    page = _PAGE.replace("CONTENT", "\n".join(parts))
+    selected = [_selections(log, number) for number, log in enumerate(selection_logs)]  # may fail
+    found = [_experiment(results, name, control, n) for n, name in enumerate(results.experiments)]
+    page = _PAGE.replace("CONTENT", "\n".join(found + selected))
     write_atomically(Path(path), page.encode("utf-8"))
 
 

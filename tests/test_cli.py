@@ -370,17 +370,14 @@ def test_report_prints_the_table_and_writes_page_and_parquet(runs, tmp_path, cap
     again = tmp_path / "again.html"
     assert main(["report", str(parquet), "--out", str(again)]) == 0
     assert again.read_bytes() == page.read_bytes(), "Parquet holds all that the logs hold"
-    assert main(["report", str(runs), "--control", "loss", "--out", str(again)]) == 0
-    assert re.search(r"\nplain .* \+0\.0995 ± 0\.0064 .* worse\n", capsys.readouterr().out)
 
 
 def test_report_shows_selections_with_their_texts(runs, tmp_path, capsys):
     log = tmp_path / "x.selections"
     write_selections(log, ShardSet.open(DEMO).fingerprint)
-    command = ["report", str(runs), "--selections", str(log)]
-    assert main(command) == 0
-    assert "add --shards" in (runs / "report.html").read_text()
+    command = ["report", str(runs), "--selections", str(log), "--control", "loss"]
     assert main([*command, "--shards", str(DEMO), "--tokenizer", str(DEMO)]) == 0
+    assert re.search(r"\nplain .* \+0\.0995 ± 0\.0064 .* worse\n", capsys.readouterr().out)
     text = (runs / "report.html").read_text()
     assert "What was selected: x.selections" in text
     assert re.search(r'<td class="word text">[^<]{60,}</td>', text), "a line of text"
