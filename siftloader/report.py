@@ -901,7 +901,8 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{above}{name}.")
         else:
-            found[above + name] = value if isinstance(value, str) else json.dumps(value)
+            told = value if isinstance(value, str) else json.dumps(value)
+            found[above + name] = "none" if value is None else told
     return found
 
 
