@@ -2,7 +2,8 @@
 
 python tools/make_demo_data.py            # writes tokenizer.json, then the shards
 
-The tokenizer is a WordPiece vocabulary of 8,192 entries trained on the whole text. The shards hold
+The tokenizer is a WordPiece vocabulary of 8,192 entries trained on the whole text; bpe-2048.json is a small
+byte-level one for tools/compare.py, whose tiny models would else spend their time in the head. The shards hold
 the beginning of every document, so that all the books are in them: about 2,400 samples of 128 tokens
 to train on and 100 held out.
 """
@@ -38,6 +39,7 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     texts = [document.text for document in read_documents(find_inputs([str(folder / TEXT)]))]
     train_tokenizer(texts, folder / "tokenizer.json")
+    train_small_tokenizer(texts, folder / "bpe-2048.json")
     with tempfile.TemporaryDirectory() as scratch:
         excerpt = Path(scratch, "embedded_pd.txt")
         excerpt.write_text("\n\n".join(map(beginning, texts)), encoding="utf-8", newline="")
@@ -88,6 +90,22 @@ def train_tokenizer(texts: list[str], out: Path) -> None:
     clean.decoder = decoders.WordPiece()
     clean.add_special_tokens(SPECIAL)
     clean.save(str(out))
+
+
+def train_small_tokenizer(texts: list[str], out: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(out))
 
 
 def beginning(text: str) -> str:

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from siftloader import TokenShards
+from siftloader.pool import Pool
+from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
+
+import compare
+from arms import FULL_GRID, LOSS, PLAIN, RANDOM, SUITES, Arm, Middle, Spread, charged
+from compare import Comparison
+
+
+EVERY = {arm.name: arm for suite in SUITES.values() for arm in suite}
+TIMES = {"seconds_training", "seconds_loading", "seconds_scoring", "date"}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random letters for next-token prediction, of two sources."""
+    folder, layout = tmp_path_factory.mktemp("clm"), Layout.for_vocabulary(16, 90)
+    rng = np.random.default_rng(0)
+    written = [
+        write_shard(
+            folder, stem, rng.integers(0, 90, (n, 16)), (np.arange(n) % 2).astype(np.uint8), layout
+        )
+        for stem, n in (("train-000000", 160), ("val-000000", 8))
+    ]
+    write_dataset(
+        folder,
+        written,
+        layout=layout,
+        objective="clm",
+        tokenizer=Tokenizer("letters", "0" * 64, 90, {"eos": 0}),
+        sources=[Source("a", "0" * 64, 1), Source("b", "1" * 64, 1)],
+        unigrams=np.arange(90),
+        seed=0,
+    )
+    return folder
+
+
+def options(shards: Path, out: Path, *more: str) -> Any:
+    out.mkdir(parents=True, exist_ok=True)
+    least = ("--steps=8", "--batch-size=4", "--final-samples=8", "--workers=1", "--preset=cpu")
+    return compare.parse([f"--shards={shards}", f"--out={out}", *least, *more])
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Costs as if measured: a plain step 2 s, a sifted one half as long again. Which arms, per call."""
+    asked = []
+
+    def measure(comparison: Comparison, arms: Any) -> tuple[float, dict[str, float]]:
+        asked.append([arm.name for arm in arms])
+        return 2.0, {arm.name: 1.5 if arm.sifts else 1.0 for arm in arms}
+
+    monkeypatch.setattr(compare, "measure", measure)
+    return asked
+
+
+def told(file: Path) -> list[dict[str, Any]]:
+    """A run's file without what differs from run to run: when, and how long it took."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0] = lines[0]["run"]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+# Arms differ in nothing but the loader.
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"reducible", "residual-bigram"}))
+def test_every_arm_draws_the_same_candidates_in_the_same_order(shards, name):
+    torch.manual_seed(0)
+    data = TokenShards(shards, seed=3)
+    model = compare.SUBJECTS["gpt"].build(
+        replace(compare.pretrain_gpt.TINY, layers=3, hidden=32), data
+    )
+    order = [int(sample["id"]) for sample in TokenShards(shards, seed=3, with_ids=True)]
+    seen: list[int] = []
+    loader = replace(EVERY[name], warmup=0.0, cooldown=0.0).loader(
+        data, model, 4, 6, layers=3, autocast=None, on_select=lambda ids, *_: seen.extend(ids)
+    )
+    handed = [len(batch["labels"]) for _, batch in zip(range(6), loader, strict=False)]
+    assert handed == [4] * 6
+    if EVERY[name].sifts:
+        assert len(seen) == round(6 * 4 / EVERY[name].keep)
+    assert list(map(int, seen)) == order[: len(seen)]
+
+
+def test_arms_of_a_seed_start_from_the_same_weights(shards, tmp_path, measured, monkeypatch):
+    comparison = Comparison.prepare(options(shards, tmp_path / "c"))
+    found = []
+
+    def train(options, preset, model, loader, train_shards, val_shards):
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        found.append((weights, torch.get_rng_state(), val_shards.split, options.eval_samples))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.pretrain_bert, "train", train)
+    for arm in comparison.arms:
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(comparison, arm.name, 1)
+    (weights, stream, *rest), *others = found
+    assert len(others) == 3
+    for other, other_stream, *other_rest in others:
+        assert torch.equal(weights, other) and torch.equal(stream, other_stream)
+        assert rest == other_rest
+
+
+# What an arm is charged.
+
+
+def test_with_equal_time_scoring_is_paid_in_steps(shards, tmp_path, measured):
+    comparison = Comparison.prepare(options(shards, tmp_path / "c", "--steps=1000"))
+    plain, loss, timed = PLAIN, LOSS, charged(LOSS)
+    assert [comparison.steps(arm) for arm in (plain, RANDOM, loss)] == [1000] * 3
+    assert comparison.seconds_at(plain, 1000) == 2000
+    # 5 % pass through before and 20 % after, the others take half as long again
+    assert comparison.seconds_at(loss, 1000) == 2000 + 750 * 0.5 * 2
+    assert comparison.scoring_at(loss, 50) == 0 and comparison.scoring_at(loss, 51) == 1
+    steps = comparison.steps(timed)
+    assert steps == int(1000 / 1.375)
+    assert 0 <= 2000 - comparison.seconds_at(timed, steps) < 4
+
+
+def test_a_budget_is_a_share_of_the_plain_one(shards, tmp_path, measured):
+    comparison = Comparison.prepare(
+        options(shards, tmp_path / "c", "--steps=1000", "--suite=full", "--arms", "plain@0.71")
+    )
+    assert [arm.name for arm in comparison.arms] == ["plain", "random", "plain@0.71"]
+    assert comparison.steps(comparison.arm("plain@0.71")) == 710
+
+
+def test_the_plan_is_kept_and_only_new_arms_are_measured(shards, tmp_path, measured):
+    out = tmp_path / "c"
+    first = Comparison.prepare(options(shards, out, "--name=a"))
+    again = Comparison.prepare(options(shards, out, "--suite=full", "--arms", "loss", "entropy"))
+    assert measured[0] == [arm.name for arm in SUITES["quick"]]
+    assert measured[1:] == [["entropy"]]
+    assert again.costs == {**first.costs, "entropy": 1.5} and again.name == "a"
+    assert "loss, equal time" in {arm.name for arm in Comparison.open(out).arms}
+
+
+@pytest.mark.parametrize("change", ["--steps=9", "--batch-size=8", "--final-samples=4"])
+def test_a_folder_of_another_comparison_is_refused(shards, tmp_path, measured, change):
+    out = tmp_path / "c"
+    Comparison.prepare(options(shards, out))
+    with pytest.raises(SystemExit, match="choose another --out"):
+        Comparison.prepare(options(shards, out, change))
+
+
+def test_an_arm_that_changed_is_refused(shards, tmp_path, measured, monkeypatch):
+    out = tmp_path / "c"
+    Comparison.prepare(options(shards, out))
+    changed = [replace(arm, keep=0.25) if arm.name == "loss" else arm for arm in SUITES["quick"]]
+    monkeypatch.setitem(compare.SUITES, "quick", changed)
+    with pytest.raises(SystemExit, match="'loss' was"):
+        Comparison.prepare(options(shards, out))
+
+
+def test_one_writer_to_a_folder(tmp_path):
+    with compare.alone(tmp_path), pytest.raises(SystemExit, match="in use"):
+        with compare.alone(tmp_path):
+            pass
+
+
+# A run.
+
+
+def test_what_steps_cost_is_measured(shards, tmp_path):
+    comparison = Comparison._wanted(options(shards, tmp_path / "c"))
+    seconds, costs = compare.measure(comparison, SUITES["quick"])
+    assert costs.keys() == {arm.name for arm in SUITES["quick"]}
+    assert seconds > 0 and costs["plain"] == 1
+    assert costs["loss"] == costs["loss, equal time"] > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "loss"])
+def test_a_run_repeats_and_continues_to_the_bit(shards, tmp_path, measured, monkeypatch, name):
+    straight = Comparison.prepare(options(shards, tmp_path / "a", "--name=c"))
+    broken = Comparison.prepare(options(shards, tmp_path / "b", "--name=c"))
+    monkeypatch.setattr(compare, "LEAST_CHECKPOINT", 3)
+    arm = straight.arm(name)
+    compare.run(straight, name, 1)
+    with monkeypatch.context() as patch:
+        written = []
+
+        def write(log: Any, record: dict[str, Any]) -> None:
+            written.append(record)
+            if record.get("step") == 5:
+                raise KeyboardInterrupt
+
+        patch.setattr(compare.pretrain_bert.Log, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            compare.run(broken, name, 1)
+    assert not broken.file(arm, 1).exists() and list((tmp_path / "b" / ".unfinished").glob("*.pt"))
+    compare.run(broken, name, 1)
+    # The log of the broken run was the patched one's: what was written after the break is compared.
+    ours, theirs = told(straight.file(arm, 1)), told(broken.file(arm, 1))
+    assert theirs[1:] and theirs[1:] == ours[-len(theirs[1:]) :]
+    assert ours[-1]["final"] and ours[-1]["seconds"] == straight.seconds_at(arm, 8)
+    assert ours[0]["arm"] == name and ours[0]["shards"] == straight.fingerprint
+    assert not list((tmp_path / "b" / ".unfinished").iterdir())
+
+
+# Which runs.
+
+
+def finish(comparison: Comparison, losses: dict[str, list[float]]) -> None:
+    for name, values in losses.items():
+        for seed, loss in enumerate(values):
+            run = {"experiment": comparison.name, "arm": name, "seed": seed, "steps": 8}
+            end = {"step": 8, "samples": 32, "val_loss": loss, "val_accuracy": 0.1}
+            lines = [{"run": run}, {**end, "seconds": 1.0, "seconds_training": 1.0, "final": True}]
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            comparison.file(comparison.arm(name), seed).write_text(text)
+
+
+def names(runs: list[tuple[Arm, int]]) -> list[tuple[str, int]]:
+    return [(arm.name, seed) for arm, seed in runs]
+
+
+def test_runs_go_seed_by_seed(shards, tmp_path, measured):
+    chosen = options(shards, tmp_path / "c", "--seeds=2", "--least-seeds=2")
+    comparison = Comparison.prepare(chosen)
+    arms = [arm.name for arm in SUITES["quick"]]
+    assert names(compare.wanted(comparison, chosen)) == [(a, s) for s in range(2) for a in arms]
+    finish(comparison, {"plain": [1.0], "loss": [1.0, 1.0]})
+    left = [(a, s) for a, s in [(a, s) for s in range(2) for a in arms]]
+    left = [run for run in left if run not in {("plain", 0), ("loss", 0), ("loss", 1)}]
+    assert names(compare.wanted(comparison, chosen)) == left
+
+
+def test_seeds_are_added_until_every_interval_is_narrow(shards, tmp_path, measured):
+    chosen = options(shards, tmp_path / "c", "--seeds=4", "--least-seeds=3")
+    comparison = Comparison.prepare(chosen)
+    settled = {"plain": [5.0, 6.0, 7.0], "random": [5.001, 6.0, 7.001]}
+    narrow, wide = [5.1, 6.101, 7.1], [5.1, 6.3, 7.0]
+    finish(comparison, {**settled, "loss": narrow, "loss, equal time": narrow})
+    assert compare.wanted(comparison, chosen) == []
+    finish(comparison, {"loss": wide})
+    assert names(compare.wanted(comparison, chosen)) == [("plain", 3), ("random", 3), ("loss", 3)]
+    finish(comparison, {"plain": [5, 6, 7, 8], "random": [5, 6, 7, 8], "loss": [*wide, 9.0]})
+    assert compare.wanted(comparison, chosen) == []  # of four at most
+
+
+def test_two_names_are_never_one_file(shards, tmp_path, measured):
+    comparison = Comparison.prepare(options(shards, tmp_path / "c"))
+    assert len({comparison.file(arm, 0).name for arm in EVERY.values()}) == len(EVERY)
+    assert len({json.dumps(arm.settings()) for arm in FULL_GRID}) == len(FULL_GRID)
+
+
+# Selections that no user needs.
+
+
+def test_spread_takes_one_of_each_run_of_neighbours():
+    scores = torch.randperm(64, generator=torch.Generator().manual_seed(0)).float()
+    ranked = torch.sort(scores, descending=True).indices.tolist()
+    drawn = set()
+    for number in range(50):
+        kept = Spread()(scores, 16, Pool(number=number)).tolist()
+        assert kept == sorted(set(kept)) and len(kept) == 16
+        assert sorted(ranked.index(k) // 4 for k in kept) == list(range(16))
+        drawn |= set(kept)
+    assert len(drawn) == 64
+
+
+def test_the_middle_leaves_out_as_many_above_as_below():
+    scores = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 7.0, 6.0])
+    assert Middle()(scores, 4, Pool()).tolist() == [0, 2, 3, 4]
+
+
+# Stories.
+
+
+@pytest.mark.slow
+def test_killed_anywhere_the_same_command_continues(shards, tmp_path):
+    def command(out: Path) -> list[str]:
+        arguments = ["--seeds=2", "--least-seeds=2", "--workers=2", "--steps=120", "--preset=cpu"]
+        return [
+            *(sys.executable, str(ROOT / "tools" / "compare.py"), f"--shards={shards}"),
+            *(f"--out={out}", "--name=c", "--batch-size=4", "--final-samples=8", *arguments),
+        ]
+
+    straight, broken = tmp_path / "a", tmp_path / "b"
+    done = subprocess.run(command(straight), check=True, capture_output=True, text=True)
+    assert "minus plain" in done.stdout and (straight / "report.html").exists()
+    # The same prices: another measurement would be another number of steps.
+    broken.mkdir()
+    (broken / "plan.json").write_bytes((straight / "plan.json").read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            command(broken), stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(rng.uniform(5, 25))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command(broken), check=True, capture_output=True)
+    runs = sorted(file.name for file in straight.glob("*.jsonl"))
+    assert len(runs) == 8 and runs == sorted(file.name for file in broken.glob("*.jsonl"))
+    for name in runs:
+        assert told(straight / name) == told(broken / name)
