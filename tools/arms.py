@@ -56,9 +56,13 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self.criterion is not None and self.criterion not in CRITERIA:
-            raise ValueError(f"arm {self.name!r}: no criterion {self.criterion!r} in {[*CRITERIA]}")
+            raise ValueError(
+                f"arm {self.name!r}: no criterion {self.criterion!r} in {[*CRITERIA]}"
+            )
         if self.selection not in SELECTIONS:
-            raise ValueError(f"arm {self.name!r}: no selection {self.selection!r} in {[*SELECTIONS]}")
+            raise ValueError(
+                f"arm {self.name!r}: no selection {self.selection!r} in {[*SELECTIONS]}"
+            )
 
     @property
     def sifts(self) -> bool:

@@ -44,7 +44,8 @@ from tqdm import tqdm
 
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples")]
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "tools"))
 
 import pretrain_bert
 import pretrain_gpt
@@ -156,7 +157,9 @@ def alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            sys.exit(f"{folder} is in use by another comparison; wait for it, or choose another --out")
+            sys.exit(
+                f"{folder} is in use by another comparison; wait for it, or choose another --out"
+            )
         yield
 
 
@@ -191,7 +194,14 @@ class Comparison:
         file = options.out / "plan.json"
         if file.exists():
             found = cls.open(options.out)
-            for field in ("subject", "fingerprint", "preset", "precision", "threads", "final_samples"):
+            for field in (
+                "subject",
+                "fingerprint",
+                "preset",
+                "precision",
+                "threads",
+                "final_samples",
+            ):
                 if getattr(found, field) != getattr(wanted, field):
                     sys.exit(
                         f"{file} was made with {field} {getattr(found, field)!r}, now it is "
@@ -206,12 +216,18 @@ class Comparison:
                     )
             new = [arm for arm in wanted.arms if arm.name not in found.costs]
             wanted = replace(
-                wanted, name=found.name, seconds=found.seconds, costs=found.costs, machine=found.machine
+                wanted,
+                name=found.name,
+                seconds=found.seconds,
+                costs=found.costs,
+                machine=found.machine,
             )
             if new:
                 # Only ratios are taken from this second measurement: hours may lie between the two.
                 wanted = replace(wanted, costs={**found.costs, **measure(wanted, new)[1]})
-            unused = [arm for arm in found.arms if arm.name not in {arm.name for arm in wanted.arms}]
+            unused = [
+                arm for arm in found.arms if arm.name not in {arm.name for arm in wanted.arms}
+            ]
             plan = replace(wanted, arms=(*wanted.arms, *unused))
         else:
             seconds, costs = measure(wanted, wanted.arms)
@@ -228,7 +244,9 @@ class Comparison:
         if options.arms:
             unknown = {*options.arms} - {arm.name for arm in arms}
             if unknown:
-                sys.exit(f"no arm {sorted(unknown)} in {options.suite}: {[arm.name for arm in arms]}")
+                sys.exit(
+                    f"no arm {sorted(unknown)} in {options.suite}: {[arm.name for arm in arms]}"
+                )
             arms = [arm for arm in arms if arm.name in {*options.arms, *CONTROLS}]
         gpu = torch.cuda.is_available()
         threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
@@ -236,7 +254,7 @@ class Comparison:
             folder=options.out,
             name=options.name or options.out.name,
             subject=options.subject,
-            shards=os.path.abspath(options.shards),
+            shards=str(options.shards.resolve()),
             fingerprint=TokenShards(options.shards).fingerprint,
             preset=preset,
             precision="bf16",
@@ -296,9 +314,8 @@ class Comparison:
             f"steps of {preset.batch_size} samples, lr {preset.lr:g}, {self.precision}",
             f"measured on {self.machine}: a plain step takes {1000 * self.seconds:.0f} ms; a sifted one",
         ]
-        for arm in self.arms:
-            if arm.sifts and not arm.charged:
-                lines.append(f"    {self.costs[arm.name]:5.2f} x as long   {arm.name}")
+        sifted = [arm for arm in self.arms if arm.sifts and not arm.charged]
+        lines += [f"    {self.costs[arm.name]:5.2f} x as long   {arm.name}" for arm in sifted]
         return "\n".join(lines)
 
 
