@@ -19,15 +19,15 @@ from siftloader.pool import Pool
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import compare
 from arms import FULL_GRID, LOSS, PLAIN, RANDOM, SUITES, Arm, Middle, Spread, charged
 from compare import Comparison
 
 
+ROOT = Path(__file__).resolve().parent.parent
 EVERY = {arm.name: arm for suite in SUITES.values() for arm in suite}
 TIMES = {"seconds_training", "seconds_loading", "seconds_scoring", "date"}
 
@@ -187,7 +187,8 @@ def test_one_writer_to_a_folder(tmp_path):
 # A run.
 
 
-def test_what_steps_cost_is_measured(shards, tmp_path):
+def test_what_steps_cost_is_measured(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROUNDS", 2)
     comparison = Comparison._wanted(options(shards, tmp_path / "c"))
     seconds, costs = compare.measure(comparison, SUITES["quick"])
     assert costs.keys() == {arm.name for arm in SUITES["quick"]}

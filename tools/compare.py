@@ -43,9 +43,8 @@ from torch import nn
 from tqdm import tqdm
 
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import pretrain_bert
 import pretrain_gpt
@@ -59,9 +58,11 @@ from siftloader.report import table
 from siftloader.results import read_results, write_results
 
 
+ROOT = Path(__file__).resolve().parent.parent
 CONTROLS = ("plain", "random")
 EVALUATIONS = 8  # of a run, the last one not counted
 CURVE_SAMPLES = 256  # held-out samples for each of them
+ROUNDS = 15  # of steps, one of each arm, from which their costs are measured
 LEAST_CHECKPOINT = 100  # steps; a run that is killed begins again at the last tenth of its steps
 
 
@@ -380,7 +381,7 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
         return time.perf_counter() - since
 
     rounds: list[dict[Any, float]] = []
-    for number in tqdm(range(3 + 15), desc="what steps cost", disable=None, leave=False):
+    for number in tqdm(range(3 + ROUNDS), desc="what steps cost", disable=None, leave=False):
         found = {kind: step(kind) for kind in batches}
         if number >= 3:  # the first ones warm up
             rounds.append(found)
