@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import transformers
@@ -332,15 +331,14 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
     model.train()
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(pretrain_bert.parameter_groups(model), 1e-6)
-    kinds: dict[Any, list[str]] = {}
+    # Arms whose sifted steps are the same are measured once; None is a plain step.
+    kinds: dict[Arm | None, list[str]] = {None: []}
     for arm in arms:
-        kind = (arm.criterion, arm.selection, arm.exit_layer, arm.keep) if arm.sifts else None
-        kinds.setdefault(kind, []).append(arm.name)
-    by_name = {arm.name: arm for arm in arms}
-    plain = Arm("plain")
+        same = replace(arm, name="", charged=False, budget=1.0, warmup=0.0, cooldown=0.0)
+        kinds.setdefault(same if arm.sifts else None, []).append(arm.name)
     batches = {
         kind: pretrain_bert.endless(
-            replace(by_name[names[0]], warmup=0.0, cooldown=0.0).loader(
+            (kind or Arm("plain")).loader(
                 TokenShards(comparison.shards, seed=0),
                 model,
                 comparison.preset.batch_size,
@@ -349,23 +347,10 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
                 autocast=torch.bfloat16,
             )
         )
-        for kind, names in kinds.items()
+        for kind in kinds
     }
-    batches.setdefault(
-        None,
-        pretrain_bert.endless(
-            plain.loader(
-                shards,
-                model,
-                comparison.preset.batch_size,
-                1_000_000,
-                layers=comparison.preset.layers,
-                autocast=torch.bfloat16,
-            )
-        ),
-    )
 
-    def step(kind: Any) -> float:
+    def step(kind: Arm | None) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         since = time.perf_counter()
@@ -380,7 +365,7 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
             torch.cuda.synchronize()
         return time.perf_counter() - since
 
-    rounds: list[dict[Any, float]] = []
+    rounds: list[dict[Arm | None, float]] = []
     for number in tqdm(range(3 + ROUNDS), desc="what steps cost", disable=None, leave=False):
         found = {kind: step(kind) for kind in batches}
         if number >= 3:  # the first ones warm up
