@@ -265,6 +265,25 @@ def test_seeds_are_added_until_every_interval_is_narrow(shards, tmp_path, measur
     assert compare.wanted(comparison, chosen) == []  # of four at most
 
 
+def test_finished_runs_count_when_only_the_parquet_file_is_left(shards, tmp_path, measured):
+    chosen = options(shards, tmp_path / "c", "--seeds=3", "--least-seeds=3")
+    comparison = Comparison.prepare(chosen)
+    finish(comparison, {arm: [1.0, 2.0] for arm in ("plain", "random", "loss")})
+    before = names(compare.wanted(comparison, chosen))
+    compare.say(comparison, chosen)
+    for file in (tmp_path / "c").glob("*.jsonl"):
+        file.unlink()
+    assert names(compare.wanted(comparison, chosen)) == before
+    assert ("loss", 2) in before and ("loss", 1) not in before
+    assert (tmp_path / "c" / "table.txt").read_text().count("loss") >= 2
+
+
+def test_steps_may_follow_from_seconds_and_then_stay(shards, tmp_path, measured):
+    out = tmp_path / "c"
+    assert Comparison.prepare(options(shards, out, "--seconds=600")).preset.steps == 300
+    assert Comparison.prepare(options(shards, out, "--seconds=60")).preset.steps == 300
+
+
 def test_two_names_are_never_one_file(shards, tmp_path, measured):
     comparison = Comparison.prepare(options(shards, tmp_path / "c"))
     assert len({comparison.file(arm, 0).name for arm in EVERY.values()}) == len(EVERY)

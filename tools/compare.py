@@ -54,11 +54,13 @@ import siftloader.cli
 from siftloader import TokenShards
 from siftloader.comparison import difference
 from siftloader.report import table
-from siftloader.results import read_results, write_results
+from siftloader.results import Results, read_results, write_results
 
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = "results.parquet"
 CONTROLS = ("plain", "random")
+COMPARABLE = ("subject", "fingerprint", "preset", "precision", "threads", "final_samples")
 EVALUATIONS = 8  # of a run, the last one not counted
 CURVE_SAMPLES = 256  # held-out samples for each of them
 ROUNDS = 15  # of steps, one of each arm, from which their costs are measured
@@ -122,6 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--name", help="what this comparison is called in tables (default: the folder's name)")
     add("--preset", choices=["cpu", "gpu"], help="size of the model (default: of this machine)")
     add("--steps", type=int, help="steps of plain training; others follow from the budget")
+    add("--seconds", type=float, help="instead: as many as plain training does in so many seconds")
     add("--batch-size", type=int, help="samples backpropagated per step")
     add("--lr", type=float, help="highest learning rate")
     add("--final-samples", type=int, default=4096, help="held-out samples at the end (4096)")
@@ -194,14 +197,9 @@ class Comparison:
         file = options.out / "plan.json"
         if file.exists():
             found = cls.open(options.out)
-            for field in (
-                "subject",
-                "fingerprint",
-                "preset",
-                "precision",
-                "threads",
-                "final_samples",
-            ):
+            if options.seconds:
+                wanted = replace(wanted, preset=replace(wanted.preset, steps=found.preset.steps))
+            for field in COMPARABLE:
                 if getattr(found, field) != getattr(wanted, field):
                     sys.exit(
                         f"{file} was made with {field} {getattr(found, field)!r}, now it is "
@@ -231,6 +229,9 @@ class Comparison:
             plan = replace(wanted, arms=(*wanted.arms, *unused))
         else:
             seconds, costs = measure(wanted, wanted.arms)
+            if options.seconds:
+                steps = max(10, round(options.seconds / seconds, -1))
+                wanted = replace(wanted, preset=replace(wanted.preset, steps=int(steps)))
             plan = wanted = replace(wanted, seconds=seconds, costs=costs)
         write(file, json.dumps({**asdict(plan), "folder": None}, indent=1))
         return wanted
@@ -462,28 +463,36 @@ def write(file: Path, text: str) -> None:
 # ---- all runs
 
 
+def found_in(comparison: Comparison) -> Results:
+    """The runs that the folder holds, in files of their own or in a results.parquet."""
+    if any(comparison.folder.glob("*.jsonl")) or (comparison.folder / RESULTS).exists():
+        return read_results(comparison.folder)
+    return Results(())
+
+
 def wanted(comparison: Comparison, options: argparse.Namespace) -> list[tuple[Arm, int]]:
     """The runs still to do, seed by seed, so that wherever it stops whole pairs are done."""
+    results = found_in(comparison)
+    done = {run.key for run in results.runs if run.end is not None}
     todo = []
     for seed in range(options.seeds):
         open_arms = {arm.name for arm in comparison.arms}
         if seed >= options.least_seeds:
-            open_arms = unsettled(comparison, seed, options.precision)
+            open_arms = unsettled(comparison, results, seed, options.precision)
             if open_arms:
                 open_arms |= {*CONTROLS}
         todo += [
             (arm, seed)
             for arm in comparison.arms
-            if arm.name in open_arms and not comparison.file(arm, seed).exists()
+            if arm.name in open_arms and (comparison.name, arm.name, seed) not in done
         ]
         if todo and seed + 1 >= options.least_seeds:
             break  # what the next seed is needed for shows when this one is done
     return todo
 
 
-def unsettled(comparison: Comparison, seeds: int, precision: float) -> set[str]:
+def unsettled(comparison: Comparison, results: Results, seeds: int, precision: float) -> set[str]:
     """The arms whose interval against the control, over the first ``seeds`` seeds, is too wide."""
-    results = read_results(comparison.folder)
     wide = set()
     for arm in comparison.arms:
         against = "random" if arm.sifts and arm.name != "random" else "plain"
@@ -556,11 +565,14 @@ def next_to_end(running: Iterable[subprocess.Popen[bytes]]) -> subprocess.Popen[
 
 def say(comparison: Comparison, options: argparse.Namespace) -> None:
     """The table, as text; the runs as one Parquet file; the page."""
-    results = read_results(comparison.folder)
+    results = found_in(comparison)
+    if not results.runs:
+        print("no run has finished; give it more --minutes")
+        return
     text = f"{comparison.about()}\n\n{table(results)}"
     print("\n" + text)
     write(comparison.folder / "table.txt", text + "\n")
-    write_results(results, comparison.folder / "results.parquet")
+    write_results(results, comparison.folder / RESULTS)
     page = ["report", str(comparison.folder), "--out", str(comparison.folder / "report.html")]
     log = comparison.selections(comparison.arm("loss")) if "loss" in comparison.costs else None
     if log is not None and log.is_dir():
