@@ -1,11 +1,20 @@
 # make            set up .venv in this folder (pinned versions)
 # make demo       real text -> shards -> a tiny BERT and GPT, plain and sifted -> a table and a picture
+# make compare    which half trains better? paired seeds, equal samples and equal time: a table and a page
 # make test       every law and table at small size, under 6 minutes on 2 cores
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all check format bench wheel-check clean
+# Text of which tools/compare.py makes its shards, and the tools that run without an installation.
+TEXT ?= shards/demo/embedded_pd.txt.xz
+RUN ?= $(BIN)/python
+GPT := --tokenizer shards/demo/bpe-2048.json --objective clm --seq-len 128 --val-fraction 0.05 --seed 0
+BERT := --tokenizer shards/demo/tokenizer.json --objective mlm --seq-len 128 --val-fraction 0.05 --seed 0
+TEXTS := gpt gpt-repeated-0.5 gpt-repeated-0.25 gpt-repeated-0.1
+SHOW := --tokenizer shards/demo/bpe-2048.json
+
+.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms
 
 setup: $(READY)
 
@@ -20,6 +29,52 @@ demo: $(READY)
 	$(BIN)/python tools/make_shards.py shards/demo/embedded_pd.txt.xz --out shards/built/clm-128 \
 	    --tokenizer shards/demo/tokenizer.json --objective clm --seq-len 128 --val-fraction 0.05 --seed 0
 	$(BIN)/python tools/demo.py
+
+# Twenty minutes on two idle cores: prose as it is, and the same with half of it repeated. Stopped, it goes on.
+compare: $(READY) shards/built/gpt/manifest.jsonl shards/built/gpt-repeated-0.5/manifest.jsonl
+	$(RUN) tools/compare.py --shards shards/built/gpt $(SHOW) --name "GPT, prose" \
+	    --out runs/compare/prose --seeds 3 --minutes 11
+	$(RUN) tools/compare.py --shards shards/built/gpt-repeated-0.5 $(SHOW) --name "GPT, half of it repeated" \
+	    --out runs/compare/repeated --seeds 3 --minutes 11
+	$(RUN) -m siftloader.cli report runs/compare
+
+# Days: every arm until its interval is narrow, on prose, on prose that repeats itself, causal and masked.
+compare-full: $(READY) $(foreach s,bert $(TEXTS),shards/built/$(s)/manifest.jsonl)
+	$(foreach s,$(TEXTS),$(RUN) -m siftloader.cli bigrams shards/built/$(s) &&) true
+	$(foreach s,$(TEXTS), \
+	    $(RUN) tools/compare.py --shards shards/built/$(s) $(SHOW) --suite full --out runs/full/$(s) --seeds 12 &&) true
+	$(RUN) tools/compare.py --subject bert --shards shards/built/bert --suite masked --out runs/full/bert --seeds 12
+	$(RUN) -m siftloader.cli report runs/full
+
+# For a machine with a GPU: as many runs of a minute as fit into MINUTES each, added to those in tools/results.
+# Nothing is installed there: make gpu-arms RUN=python3 TEXT=corpus.txt.xz GPU_OUT=somewhere
+MINUTES ?= 4
+GPU_OUT ?= runs/gpu
+gpu-arms:
+	$(RUN) tools/make_shards.py $(TEXT) --out shards/built/gpu-bert $(BERT)
+	$(RUN) tools/make_shards.py $(TEXT) --out shards/built/gpu-gpt $(GPT)
+	mkdir -p $(GPU_OUT)/bert $(GPU_OUT)/gpt
+	-cp tools/results/gpu-bert/* $(GPU_OUT)/bert
+	-cp tools/results/gpu-gpt/* $(GPU_OUT)/gpt
+	$(RUN) tools/compare.py --subject bert --preset gpu --suite gpu --shards shards/built/gpu-bert \
+	    --out $(GPU_OUT)/bert --name "BERT, one GPU" --seconds 60 --seeds 12 --minutes $(MINUTES)
+	$(RUN) tools/compare.py --subject gpt --preset gpu --suite gpu --shards shards/built/gpu-gpt \
+	    --out $(GPU_OUT)/gpt --name "GPT, one GPU" --seconds 60 --seeds 12 --minutes $(MINUTES)
+
+# The manifest comes last: where it is, the shards are whole.
+shards/built/gpt/manifest.jsonl:
+	$(RUN) tools/make_shards.py $(TEXT) --out $(@D) $(GPT)
+
+shards/built/bert/manifest.jsonl:
+	$(RUN) tools/make_shards.py $(TEXT) --out $(@D) $(BERT)
+
+shards/built/gpt-repeated-%/manifest.jsonl: shards/built/repeated-%.txt
+	$(RUN) tools/make_shards.py $(TEXT) repeated=$< --out $(@D) $(GPT)
+
+.PRECIOUS: shards/built/repeated-%.txt
+shards/built/repeated-%.txt:
+	mkdir -p shards/built
+	$(RUN) tools/repeat_documents.py $(TEXT) --share $* --out $@
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"

@@ -211,6 +211,20 @@ FULL_GRID = [
     Arm("loss, keep 0.25", "loss", keep=0.25),
     Arm("loss, keep 0.67", "loss", keep=2 / 3),
 ]
+MASKED = [
+    PLAIN,
+    RANDOM,
+    LOSS,
+    charged(LOSS),
+    Arm("entropy", "entropy"),
+    charged(Arm("entropy", "entropy")),
+    Arm("rarity", "rarity"),
+    Arm("residual", "residual"),
+    Arm("loss, rank sampled", "loss", "rank"),
+    Arm("loss, full depth", "loss", exit_layer=FULL),
+    Arm("loss, no cool-down", "loss", cooldown=0.0),
+    *LADDER,
+]
 GPU = [
     PLAIN,
     RANDOM,
@@ -229,4 +243,4 @@ GPU = [
     Arm("loss, exit 2", "loss", exit_layer=2),
     Arm("loss, exit 3", "loss", exit_layer=3),
 ]
-SUITES = {"quick": QUICK, "full": FULL_GRID, "gpu": GPU}
+SUITES = {"quick": QUICK, "full": FULL_GRID, "masked": MASKED, "gpu": GPU}
