@@ -28,6 +28,7 @@ from siftloader.results import Results, Run
 
 Measure = Literal["loss", "accuracy"]
 
+RANDOM = "random"  # the arm that chooses from the same candidates without looking at them
 CONFIDENCE = 0.95
 LEVEL = {"loss": 0.01, "accuracy": 0.003}  # nats; a share: differences too small to care for
 _NAME = re.compile(r"(?P<base>.+?)(?:@(?P<budget>\d+(?:\.\d*)?))?(?:#(?P<repeat>\d+))?")
@@ -274,6 +275,18 @@ def noise(results: Results, experiment: str, measure: Measure = "loss") -> Noise
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in repeated)
     runs = sum(map(len, repeated))
     return Noise(math.sqrt(squares / (runs - len(repeated))), runs, len(repeated))
+
+
+def signed(found: Difference | None, seeds: int) -> str:
+    """A difference as text: "-0.0240 ± 0.0031", and over how many seeds where those are fewer than ``seeds``."""
+    if found is None or not math.isfinite(found.mean):
+        return ""
+    scale, unit = (100, " points") if found.measure == "accuracy" else (1, "")
+    digits = 2 if found.measure == "accuracy" else 4
+    told = f"{scale * found.mean:+.{digits}f}"
+    if found.half_width is not None:
+        told += f" ± {scale * found.half_width:.{digits}f}"
+    return told + unit + (f" ({len(found.seeds)} seeds)" if len(found.seeds) < seeds else "")
 
 
 # ---- worth

@@ -13,24 +13,20 @@ accuracy and loss against samples and against time, accuracy and scoring time by
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import math
 import os
-import re
 import textwrap
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from siftloader.comparison import (
     LEVEL,
+    RANDOM,
     Difference,
     Measure,
     Name,
@@ -38,14 +34,21 @@ from siftloader.comparison import (
     differences,
     ends,
     noise,
-    t_quantile,
+    signed,
     worth,
 )
 from siftloader.errors import SiftError
+from siftloader.figures import (
+    audits,
+    colors,
+    curves,
+    escaped,
+    forest,
+    histograms,
+)
 from siftloader.results import Results, Run
 from siftloader.selection_report import (
     Group,
-    Table,
     by_length,
     by_sample,
     by_source,
@@ -53,15 +56,6 @@ from siftloader.selection_report import (
     read_log,
 )
 from siftloader.shards import write_atomically
-
-
-RANDOM = "random"
-EMPHASISED = 7  # curves that are told apart by colour; the others are grey
-AUDITS = {
-    "rho": "rho: mean loss of the kept over mean loss of all",
-    "overlap": "overlap of the kept with the full model's choice",
-    "spearman": "rank correlation of scores with the full model's",
-}
 
 
 @dataclass(frozen=True)
@@ -145,8 +139,8 @@ def _rows(lines: Sequence[_Line], control: str) -> list[list[str]]:
                 f"{line.samples:,.0f}",
                 _count(line.seconds),
                 _figure(line.loss),
-                _signed(one, line.seeds),
-                _signed(line.random, line.seeds),
+                signed(one, line.seeds),
+                signed(line.random, line.seeds),
                 "" if math.isnan(line.accuracy) else f"{line.accuracy:.2%}",
                 "" if own else _speed(line.worth),
                 told,
@@ -154,17 +148,6 @@ def _rows(lines: Sequence[_Line], control: str) -> list[list[str]]:
         )
     filled = [any(row[column] for row in rows[1:]) for column in range(len(rows[0]))]
     return [[cell for cell, keep in zip(row, filled, strict=True) if keep] for row in rows]
-
-
-def _signed(found: Difference | None, seeds: int) -> str:
-    if found is None or not math.isfinite(found.mean):
-        return ""
-    scale, unit = (100, " points") if found.measure == "accuracy" else (1, "")
-    digits = 2 if found.measure == "accuracy" else 4
-    told = f"{scale * found.mean:+.{digits}f}"
-    if found.half_width is not None:
-        told += f" ± {scale * found.half_width:.{digits}f}"
-    return told + unit + (f" ({len(found.seeds)} seeds)" if len(found.seeds) < seeds else "")
 
 
 def _speed(found: Worth) -> str:
@@ -192,7 +175,7 @@ def _summary(results: Results, experiment: str, control: str, lines: Sequence[_L
     best = min(found, key=lambda one: one.mean if math.isfinite(one.mean) else math.inf)
     sentence = f"Of {arms} compared with {control}: {told}."
     if math.isfinite(best.mean):
-        sentence += f" The lowest: “{best.arm}”, {_signed(best, len(best.seeds))} nats."
+        sentence += f" The lowest: “{best.arm}”, {signed(best, len(best.seeds))} nats."
     return sentence
 
 
@@ -296,439 +279,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-# ---- figures
-
-
-# Colours are named here and given in the style sheet, so that they suit light and dark. Matplotlib knows
-# only numbers: these stand for the names until the figure is text.
-INK, MUTED, GRID = "#010203", "#010204", "#010205"
-BETTER, WORSE = "#010206", "#010207"
-SERIES = [f"#01030{number}" for number in range(EMPHASISED)]
-_STYLE = {
-    INK: "ink",
-    MUTED: "muted",
-    GRID: "grid",
-    BETTER: "better",
-    WORSE: "worse",
-    **{color: f"series{number}" for number, color in enumerate(SERIES)},
-}
-
-
-def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """A figure as SVG that stands in HTML: its own ids, colours of the page, text as text."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SiftError(
-            "the figures of a page need `matplotlib`; pip install 'siftloader[log]'"
-        ) from error
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": name,
-        "text.parse_math": False,
-        "font.size": 10,
-        "text.color": INK,
-        "axes.edgecolor": MUTED,
-        "axes.labelcolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "grid.color": GRID,
-        "axes.unicode_minus": False,
-    }
-    whole = io.StringIO()
-    with rc_context(style), warnings.catch_warnings():
-        # The browser has letters that matplotlib's font, which only measures them, has not.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(whole, format="svg", metadata=nothing, transparent=True)
-    text = whole.getvalue()
-    text = re.sub(r"<[^<>]+>", lambda tag: _for_page(tag[0], name), text[text.index("<svg") :])
-    head = f'<svg role="img" aria-labelledby="{name}-title"'
-    titled = f'<title id="{name}-title">{_e(alt)}</title>'
-    text = text.replace("<svg", head, 1)
-    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + titled, text, count=1)
-
-
-def _for_page(tag: str, name: str) -> str:
-    if tag.startswith("<svg"):
-        tag = re.sub(
-            r' (?:width|height)="[^"]*"', "", tag
-        )  # the page decides; viewBox has the shape
-    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
-    for color, word in _STYLE.items():
-        tag = tag.replace(color, f"var(--{word})")
-    return re.sub(r"font: (\d+)px [^;\"]*", r"font: \1px var(--font)", tag)
-
-
-@dataclass(frozen=True)
-class _Curve:
-    # Mean over seeds, and half the 95 % interval of its difference from the control there.
-    arm: str
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
-    half: NDArray[np.float64] | None
-
-
-def _curve(
-    arm: str,
-    runs: Mapping[int, Run],
-    control: Mapping[int, Run],
-    along: Callable[[Any], float],
-    value: Callable[[Any], float],
-) -> _Curve | None:
-    points = {seed: _points(run, along, value) for seed, run in runs.items()}
-    steps = sorted(set.intersection(*(set(found) for found in points.values())))
-    if not steps:
-        return None
-    x = np.array(
-        [[found[step][0] for step in steps] for found in points.values()]
-    )  # [seeds, steps]
-    y = np.array([[found[step][1] for step in steps] for found in points.values()])
-    half = None
-    pairs = [row for row, seed in enumerate(points) if seed in control]
-    if len(pairs) > 1 and control is not runs:
-        apart = []
-        for row in pairs:
-            other = np.array(sorted(_points(control[[*points][row]], along, value).values()))
-            if not len(other):
-                return _Curve(arm, x.mean(0), y.mean(0), None)
-            apart.append(y[row] - np.interp(x[row], other[:, 0], other[:, 1]))
-        half = np.std(apart, axis=0, ddof=1) / math.sqrt(len(pairs)) * t_quantile(len(pairs) - 1)
-    return _Curve(arm, x.mean(0), y.mean(0), half)
-
-
-def _points(
-    run: Run, along: Callable[[Any], float], value: Callable[[Any], float]
-) -> dict[int, tuple[float, float]]:
-    # By step. The last one is evaluated twice, on as much text as the others and on all of it: the
-    # former belongs to the curve.
-    found: dict[int, tuple[float, float]] = {}
-    for one in run.evaluations:
-        point = (float(along(one)), float(value(one)))
-        if math.isfinite(point[1]):
-            found.setdefault(one.step, point)
-    return found
-
-
-def _colors(lines: Sequence[_Line], control: str) -> dict[str, str]:
-    """A colour for at most EMPHASISED arms: control, random, then the lowest losses; no budgets."""
-    drawn = [line.arm for line in lines if Name.of(line.arm).budget == 1]
-    palette = iter(SERIES)
-    found = {}
-    for arm in drawn[:EMPHASISED]:
-        found[arm] = INK if arm == control else MUTED if arm == RANDOM else next(palette)
-    return found
-
-
-def _draw_curves(
-    axes: Any,
-    curves: Sequence[_Curve],
-    colors: Mapping[str, str],
-    inches: float,
-    rungs: NDArray[np.float64] | None = None,
-    zoom: bool = True,
-) -> None:
-    """Curves with their names where they end; those without a colour thin and nameless.
-
-    ``rungs`` [2, n] are where the control ends at its budgets; ``inches`` is the height of a panel.
-    """
-    for curve in sorted(curves, key=lambda curve: curve.arm in colors):
-        color = colors.get(curve.arm)
-        dot = "o" if len(curve.x) == 1 else None
-        if color is None:
-            axes.plot(curve.x, curve.y, color=GRID, linewidth=1, marker=dot, zorder=1)
-            continue
-        if curve.half is not None:
-            low, high = curve.y - curve.half, curve.y + curve.half
-            axes.fill_between(curve.x, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(curve.x, curve.y, color=color, linewidth=1.8, marker=dot, markersize=4)
-    if rungs is not None:
-        axes.plot(*rungs, "o--", color=MUTED, linewidth=1, markersize=3.5, zorder=1)
-    named = [curve for curve in curves if curve.arm in colors]
-    if zoom:
-        _zoom(axes, named)
-    axes.grid(True, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.xaxis.set_major_formatter(_thousands)
-    _name_ends(axes, [(c.x[-1], c.y[-1], _short(c.arm), colors[c.arm]) for c in named], inches)
-
-
-def _zoom(axes: Any, curves: Sequence[_Curve]) -> None:
-    # The first drop is a hundred times what arms differ by: the second half is looked at.
-    last = max(float(curve.x[-1]) for curve in curves)
-    values = np.concatenate([curve.y[curve.x >= last / 2] for curve in curves])
-    low, high = float(values.min()), float(values.max())
-    room = 0.05 * (high - low) or 0.01
-    axes.set_ylim(low - room, high + room)
-    axes.set_xlim(0.3 * last, last * 1.005)
-
-
-def _name_ends(axes: Any, named: Sequence[tuple[float, float, str, str]], inches: float) -> None:
-    bottom, top = axes.get_ylim()
-    gap = 13 / 72 / inches  # a line of text, as a share of the panel
-    inside = sorted(named, key=lambda one: one[1])
-    places = _apart([(y - bottom) / (top - bottom) for _, y, _, _ in inside], gap)
-    for place, (x, y, name, color) in zip(places, inside, strict=True):
-        axes.annotate(
-            name,
-            (x, min(max(y, bottom), top)),
-            (1.025, place),
-            textcoords="axes fraction",
-            annotation_clip=False,
-            va="center",
-            color=color,
-            fontweight="bold",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": color,
-                "alpha": 0.5,
-                "linewidth": 0.7,
-                "relpos": (0, 0.5),
-                "shrinkA": 1,
-                "shrinkB": 1,
-            },
-        )
-
-
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Sorted places moved as little as needed to stand ``gap`` apart: groups share their middle."""
-    groups: list[list[float]] = []
-    for place in places:
-        groups.append([place])
-        while len(groups) > 1 and _middle(groups[-1]) - _middle(groups[-2]) < gap * (
-            (len(groups[-1]) + len(groups[-2])) / 2
-        ):
-            last = groups.pop()
-            groups[-1] = groups[-1] + last
-    found = []
-    for group in groups:
-        first = _middle(group) - gap * (len(group) - 1) / 2
-        found += [first + gap * number for number in range(len(group))]
-    for number in reversed(
-        range(len(found))
-    ):  # not above the panel, and better below than on others
-        found[number] = min(found[number], 1 - gap * (len(found) - 1 - number))
-    return found
-
-
-def _middle(group: Sequence[float]) -> float:
-    return sum(group) / len(group)
-
-
-def _thousands(value: float, _: object) -> str:
-    return f"{value:,.0f}" if value == round(value) else f"{value:g}"
-
-
-def _short(name: str) -> str:
-    name = _plain(name)
-    return name if len(name) <= 28 else f"{name[:27]}…"
-
-
-def _curves_figure(
-    results: Results, experiment: str, control: str, lines: Sequence[_Line], name: str, time: bool
-) -> str:
-    found = ends(results.of(experiment))
-    colors = _colors(lines, control)
-    longest = max(line.seconds for line in lines)
-    unit, seconds = _unit(longest)
-    what = f"{unit} charged, scoring included" if time else "samples backpropagated"
-
-    def along(one: Any) -> float:
-        return one.seconds / seconds if time else float(one.samples)
-
-    panels: list[tuple[str, Callable[[Any], float]]] = [
-        ("held-out accuracy, %", lambda one: 100 * one.accuracy),
-        ("held-out loss, nats", lambda one: float(one.loss)),
-    ]
-    drawn = []
-    for title, value in panels:
-        curves = [
-            _curve(arm, runs, found.get(control, {}), along, value)
-            for arm, runs in found.items()
-            if Name.of(arm).budget == 1
-        ]
-        real = [curve for curve in curves if curve is not None]
-        if any(curve.arm in colors for curve in real):
-            drawn.append((title, value, real))
-    if not drawn:
-        return ""
-    ladder = [line.arm for line in lines if Name.of(line.arm).base == control]
-    ladder.sort(key=lambda arm: Name.of(arm).budget)
-
-    def draw(figure: Any) -> None:
-        all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (title, value, curves) in zip(all_axes, drawn, strict=True):
-            rungs = None
-            if time and len(ladder) > 1:
-                last = [
-                    [(along(run.end), value(run.end)) for run in found[arm].values()]
-                    for arm in ladder
-                ]
-                rungs = np.array([np.mean(rung, axis=0) for rung in last]).T
-            _draw_curves(axes, curves, colors, 2.5, rungs)
-            axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
-        all_axes[-1].set_xlabel(what)
-
-    alt = f"{experiment}: {' and '.join(title for title, _, _ in drawn)} against {what}"
-    return _svg(name, alt, (9, 0.6 + 3.1 * len(drawn)), draw)
-
-
-def _unit(longest: float) -> tuple[str, float]:
-    for name, seconds in (("hours", 3600.0), ("minutes", 60.0)):
-        if longest >= 3 * seconds:
-            return name, seconds
-    return "seconds", 1.0
-
-
-def _forest(found: Sequence[Difference], control: str, name: str) -> str:
-    """Paired differences with intervals, best on top, a dot per seed."""
-    shown = [one for one in found if math.isfinite(one.mean)]
-    measure: Measure = shown[0].measure
-    scale = 100 if measure == "accuracy" else 1
-    unit = "points" if measure == "accuracy" else "nats"
-    sign = -1 if measure == "accuracy" else 1  # a better arm stands higher
-    shown.sort(key=lambda one: sign * one.mean, reverse=True)
-
-    def draw(figure: Any) -> None:
-        axes = figure.add_subplot()
-        level = scale * LEVEL[measure]
-        axes.axvspan(-level, level, color=GRID, alpha=0.55, linewidth=0)
-        axes.axvline(0, color=MUTED, linewidth=1)
-        for row, one in enumerate(shown):
-            color = {"better": BETTER, "worse": WORSE}.get(one.verdict, INK)
-            values = [scale * value for value in one.values]
-            axes.plot(
-                values, [row - 0.26] * len(values), "o", color=MUTED, markersize=3, alpha=0.75
-            )
-            if one.half_width is not None:
-                axes.errorbar(
-                    scale * one.mean,
-                    row,
-                    xerr=scale * one.half_width,
-                    color=color,
-                    linewidth=2.2,
-                    capsize=4,
-                    capthick=1.6,
-                )
-            axes.plot(scale * one.mean, row, "o", color=color, markersize=7)
-            axes.text(
-                1.02,
-                row,
-                f"{_signed(one, len(one.seeds))}, {one.verdict}{'†' * (not one.holds)}",
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                color=color,
-            )
-        axes.set_yticks(range(len(shown)), [_short(one.arm) for one in shown])
-        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10)
-        axes.set_ylim(-0.7, len(shown) - 0.3)
-        axes.set_xlabel(f"{measure} minus that of {_short(control)}, {unit}")
-        sides = ("better", "worse") if measure == "loss" else ("worse", "better")
-        for place, side, align in (
-            (0.0, f"← {sides[0]}", "left"),
-            (1.0, f"{sides[1]} →", "right"),
-        ):
-            axes.text(
-                place,
-                1.02,
-                side,
-                transform=axes.transAxes,
-                ha=align,
-                color=BETTER if "better" in side else WORSE,
-            )
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(True, axis="x", linewidth=0.6)
-
-    told = "; ".join(f"{_plain(one.arm)} {_signed(one, 0)}, {one.verdict}" for one in shown[::-1])
-    alt = f"{measure} minus that of {control}, by arm: {told}"
-    return _svg(name, alt, (9, 1.3 + 0.46 * len(shown)), draw)
-
-
-def _audit_figure(
-    results: Results, experiment: str, control: str, lines: Sequence[_Line], name: str
-) -> str:
-    """What scoring at full depth said beside the exit, where the logs have it; else nothing."""
-    found = ends(results.of(experiment))
-    colors = _colors(lines, control)
-    drawn = []
-    for field, title in AUDITS.items():
-        curves = [
-            _curve(arm, runs, {}, lambda one: float(one.samples), _field(field))
-            for arm, runs in found.items()
-            if Name.of(arm).budget == 1
-        ]
-        real = [curve for curve in curves if curve is not None]
-        if any(curve.arm in colors for curve in real):
-            drawn.append((title, real))
-    if not drawn:
-        return ""
-
-    def draw(figure: Any) -> None:
-        all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
-        for axes, (title, curves) in zip(all_axes, drawn, strict=True):
-            _draw_curves(axes, curves, colors, 1.6, zoom=False)
-            axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
-        all_axes[-1].set_xlabel("samples backpropagated")
-
-    titles = ", ".join(title for title, _ in drawn)
-    return _svg(name, f"{experiment}: {titles}", (9, 0.6 + 2.2 * len(drawn)), draw)
-
-
-def _field(name: str) -> Callable[[Any], float]:
-    def value(one: Any) -> float:
-        found = one.fields.get(name)
-        return float(found) if isinstance(found, int | float) else math.nan
-
-    return value
-
-
-def _histograms(log: Table, name: str, what: str) -> str:
-    """Scores of the kept and the dropped in three thirds of the steps."""
-    step, score, kept = (log[column].to_numpy() for column in ("step", "score", "kept"))
-    real = np.isfinite(score)
-    if not real.any():
-        return ""
-    step, score, kept = step[real], score[real].astype(np.float64), kept[real]
-    low, high = np.quantile(score, (0.002, 0.998))
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, 49)
-    first, last = int(step.min()), int(step.max())
-    thirds = np.minimum((step - first) * 3 // max(1, last - first + 1), 2)
-    panels = [number for number in range(3) if (thirds == number).any()]
-
-    def draw(figure: Any) -> None:
-        all_axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, number in zip(all_axes, panels, strict=True):
-            here = thirds == number
-            for chosen, color in ((~kept, SERIES[1]), (kept, SERIES[0])):
-                counts, _ = np.histogram(score[here & chosen], edges)
-                share = counts / max(1, int(here.sum()))
-                axes.stairs(share, edges, fill=True, color=color, alpha=0.3)
-                axes.stairs(share, edges, color=color, linewidth=1.4)
-            steps = step[here]
-            title = f"steps {int(steps.min()):,} to {int(steps.max()):,}"
-            axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
-            axes.set_xlabel("score")
-            axes.set_yticks([])
-            axes.spines[["top", "right", "left"]].set_visible(False)
-        for line, (word, color) in enumerate((("kept", SERIES[0]), ("dropped", SERIES[1]))):
-            all_axes[0].text(
-                *(0.02, 0.94 - 0.09 * line, word),
-                transform=all_axes[0].transAxes,
-                color=color,
-                fontweight="bold",
-                va="top",
-            )
-
-    return _svg(name, f"{what}: scores of kept and dropped candidates", (9, 2.8), draw)
-
-
 # ---- the page
 
 
@@ -754,17 +304,17 @@ def write_page(
 def _experiment(results: Results, experiment: str, control: str, number: int) -> str:
     lines = _lines(results, experiment, control)
     name = f"e{number}"
-    parts = [f"<h2>{_e(experiment)}</h2>"]
+    parts = [f"<h2>{escaped(experiment)}</h2>"]
     if not lines:
         return _section([*parts, '<p class="lead">No run has finished.</p>'])
-    parts.append(f'<p class="lead">{_e(_summary(results, experiment, control, lines))}</p>')
+    parts.append(f'<p class="lead">{escaped(_summary(results, experiment, control, lines))}</p>')
     measured = any(not math.isnan(line.accuracy) for line in lines)
     measures: list[Measure] = ["loss", "accuracy"] if measured else ["loss"]
     for measure in measures:
         found = [*differences(results, experiment, control, measure).values()]
         if any(math.isfinite(one.mean) for one in found):
             words = f"Each arm minus {control}: held-out {measure}"
-            picture = _forest(found, control, f"{name}-{measure}")
+            picture = forest(found, control, f"{name}-{measure}")
             caption = (
                 "Large dot and bar: mean over seeds and its 95 % interval; small dots: one seed each, the "
                 "same in both arms. Grey: too small to care for."
@@ -772,15 +322,15 @@ def _experiment(results: Results, experiment: str, control: str, number: int) ->
             parts.append(_figure_html(words, picture, caption))
     parts.append(_table_html("How each arm ended", _rows(lines, control)))
     notes = _notes(results, experiment, control, lines)
-    parts.append("<ul class='notes'>" + "".join(f"<li>{_e(n)}</li>" for n in notes) + "</ul>")
-    colors = _colors(lines, control)
-    grey = sum(Name.of(line.arm).budget == 1 for line in lines) > len(colors)
+    parts.append("<ul class='notes'>" + "".join(f"<li>{escaped(n)}</li>" for n in notes) + "</ul>")
+    arms = [line.arm for line in lines]
+    grey = sum(Name.of(arm).budget == 1 for arm in arms) > len(colors(arms, control))
     for time, words in (
         (False, "Figure 1. Against samples backpropagated"),
         (True, "Figure 2. Against the time charged"),
     ):
-        picture = _curves_figure(
-            results, experiment, control, lines, f"{name}-{'time' if time else 'samples'}", time
+        picture = curves(
+            results, experiment, control, arms, f"{name}-{'time' if time else 'samples'}", time
         )
         caption = (
             f"Means over seeds. Where an arm's band leaves {control}'s line out, the two differ: it is the 95 % "
@@ -792,7 +342,7 @@ def _experiment(results: Results, experiment: str, control: str, number: int) ->
         if picture:
             parts.append(_figure_html(words, picture, caption))
     parts += _paper_tables(results, experiment, control)
-    if audit := _audit_figure(results, experiment, control, lines, f"{name}-audit"):
+    if audit := audits(results, experiment, control, arms, f"{name}-audit"):
         parts.append(
             _figure_html("Audits: the exit against full depth", audit, "Means over seeds.")
         )
@@ -821,7 +371,7 @@ def _paper_tables(results: Results, experiment: str, control: str) -> list[str]:
         if math.isnan(mean):
             return ""
         paired = against.get(Name.of(runs[0].arm).base)
-        return f"{mean:.2%}" + (f" ({_signed(paired, len(runs))})" if paired else "")
+        return f"{mean:.2%}" + (f" ({signed(paired, len(runs))})" if paired else "")
 
     def told(say: Callable[[Sequence[Run]], str]) -> list[list[str]]:
         rows = [["criterion", *(f"exit layer {layer}" for layer in layers)]]
@@ -909,14 +459,14 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
 def _selections(log: Selections, number: int) -> str:
     rows = read_log(log.folder)
     name = Path(log.folder).name
-    parts = [f"<h2>What was selected: {_e(name)}</h2>"]
+    parts = [f"<h2>What was selected: {escaped(name)}</h2>"]
     kept = float(rows["kept"].to_numpy().mean())
     samples = by_sample(rows)
     parts.append(
         f'<p class="lead">{len(rows):,} candidates scored, {kept:.1%} of them kept; {len(samples):,} '
         f"different samples.</p>"
     )
-    if picture := _histograms(rows, f"s{number}", name):
+    if picture := histograms(rows, f"s{number}", name):
         caption = "Each panel a third of the steps; areas are shares of the candidates."
         parts.append(_figure_html("Scores of the kept and the dropped", picture, caption))
     for words, found in zip(("Kept most", "Kept least"), extremes(samples, 12), strict=True):
@@ -936,7 +486,7 @@ def _selections(log: Selections, number: int) -> str:
         if len(group) > 1:
             parts.append(_table_html(words, _group_rows(group)))
     if log.note:
-        parts.append(f'<p class="notes">{_e(log.note)}</p>')
+        parts.append(f'<p class="notes">{escaped(log.note)}</p>')
     return _section(parts)
 
 
@@ -954,19 +504,21 @@ def _section(parts: Iterable[str]) -> str:
 
 def _figure_html(title: str, picture: str, caption: str) -> str:
     return (
-        f'<figure><h3>{_e(title)}</h3><div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{_e(title)}">{picture}</div><figcaption>{_e(caption)}</figcaption></figure>'
+        f'<figure><h3>{escaped(title)}</h3><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="{escaped(title)}">{picture}</div><figcaption>{escaped(caption)}</figcaption></figure>'
     )
 
 
 def _table_html(title: str, rows: Sequence[Sequence[str]], figures: bool = True) -> str:
-    head = "".join(f'<th scope="col"{_WORDS.get(cell, "")}>{_e(cell)}</th>' for cell in rows[0])
+    head = "".join(
+        f'<th scope="col"{_WORDS.get(cell, "")}>{escaped(cell)}</th>' for cell in rows[0]
+    )
     body = []
     for row in rows[1:]:
         cells = [_cell(cell, rows[0][column]) for column, cell in enumerate(row) if column]
-        body.append(f'<tr><th scope="row">{_e(row[0])}</th>{"".join(cells)}</tr>')
+        body.append(f'<tr><th scope="row">{escaped(row[0])}</th>{"".join(cells)}</tr>')
     return (
-        f'<h3>{_e(title)}</h3><div class="scroll" tabindex="0" role="region" aria-label="{_e(title)}">'
+        f'<h3>{escaped(title)}</h3><div class="scroll" tabindex="0" role="region" aria-label="{escaped(title)}">'
         f"<table{' class=figures' * figures}><thead><tr>{head}</tr></thead><tbody>{''.join(body)}"
         f"</tbody></table></div>"
     )
@@ -977,19 +529,8 @@ _WORDS = {"verdict": ' class="word"', "text": ' class="word text"'}  # these sta
 
 def _cell(text: str, heading: str) -> str:
     if heading == "verdict" and text.rstrip("†") in ("better", "worse"):
-        return f'<td class="word {text.rstrip("†")}">{_e(text)}</td>'
-    return f"<td{_WORDS.get(heading, '')}>{_e(text)}</td>"
-
-
-def _plain(text: str) -> str:
-    """What neither prints nor is a space is not handed to a browser."""
-    return "".join(
-        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
-
-
-def _e(text: str) -> str:
-    return html.escape(_plain(text))
+        return f'<td class="word {text.rstrip("†")}">{escaped(text)}</td>'
+    return f"<td{_WORDS.get(heading, '')}>{escaped(text)}</td>"
 
 
 _PAGE = """<!doctype html>

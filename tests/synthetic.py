@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -81,3 +82,14 @@ def realistic(seeds: int = 5) -> Results:
         runs += runs_of(arm, 0.0, 1.0, seeds, None, 1)
     runs += runs_of("plain#1", 0.0, 1.0, 1, None, 1)
     return Results(tuple(sorted(runs, key=lambda run: run.key)))
+
+
+def few(*more: Run) -> Results:
+    """Two arms of two seeds, and more."""
+    runs = [*runs_of("plain", 0, 1, 2, None, 1), *runs_of("loss", -0.02, 1.2, 2, "loss", 1), *more]
+    return Results(tuple(sorted(runs, key=lambda run: run.key)))
+
+
+def without(run: Run, **changes: object) -> Run:
+    """The same run with every evaluation changed."""
+    return replace(run, evaluations=tuple(replace(one, **changes) for one in run.evaluations))

@@ -16,15 +16,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from effort import examples
-from hypothesis import given, strategies as st
-from synthetic import LADDER, realistic, runs_of
+from synthetic import LADDER, few, realistic, runs_of, without
 
-from siftloader import report
 from siftloader.comparison import difference, ends, worth
 from siftloader.errors import SiftError
 from siftloader.report import Selections, table, write_page
-from siftloader.results import Results, Run
+from siftloader.results import Results
 from siftloader.selection_log import SelectionLog
 
 
@@ -61,15 +58,6 @@ class Page(HTMLParser):
 
     def named(self, tag: str) -> list[dict]:
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-def few(*more: Run) -> Results:
-    runs = [*runs_of("plain", 0, 1, 2, None, 1), *runs_of("loss", -0.02, 1.2, 2, "loss", 1), *more]
-    return Results(tuple(sorted(runs, key=lambda run: run.key)))
-
-
-def without(run: Run, **changes) -> Run:
-    return replace(run, evaluations=tuple(replace(one, **changes) for one in run.evaluations))
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -296,37 +284,6 @@ def test_odd_results_make_a_page_too(tmp_path):
     assert "1 level" in told and "1 diverged" in told and "1 with one seed only" in told
     write_page(results, tmp_path / "x.html")
     assert "No run has finished" in (tmp_path / "x.html").read_text()
-
-
-def test_no_more_curves_have_names_than_can_be_told_apart():
-    results = few(*(run for k in range(12) for run in runs_of(f"arm {k}", k, 1, 1, "loss", 1)))
-    lines = report._lines(results, "gpt", "plain")
-    colors = report._colors(lines, "plain")
-    assert len(colors) == len(set(colors.values())) == report.EMPHASISED
-    assert next(iter(colors)) == "plain" and "arm 11" not in colors
-
-
-def test_a_band_is_the_interval_of_the_paired_difference():
-    results = realistic(3)
-    found = ends(results.runs)
-    curve = report._curve(
-        "loss", found["loss"], found["plain"], lambda one: one.samples, lambda one: one.loss
-    )
-    told = difference(results, "gpt", "loss", "plain")
-    assert curve.half[-1] == pytest.approx(told.half_width)
-    assert curve.y[-1] == pytest.approx(np.mean([run.end.loss for run in found["loss"].values()]))
-
-
-@examples(60)
-@given(
-    places=st.lists(st.floats(0, 1), min_size=1, max_size=8).map(sorted), gap=st.floats(0.01, 0.12)
-)
-def test_names_stand_apart_in_their_order_and_inside(places, gap):
-    found = report._apart(places, gap)
-    assert len(found) == len(places) and found[-1] <= 1
-    assert all(b - a >= gap - 1e-9 for a, b in pairwise(found))
-    free = all(b - a >= gap for a, b in pairwise(places))
-    assert not free or found == pytest.approx(places)
 
 
 def test_without_matplotlib_the_table_is_there_and_the_page_says_what_to_install(
