@@ -176,6 +176,11 @@ def charged(arm: Arm) -> Arm:
     return replace(arm, name=f"{arm.name}, equal time", charged=True)
 
 
+def longer(arm: Arm, budget: float) -> Arm:
+    """The same arm under another budget, to be compared with plain training under that one."""
+    return replace(arm, name=f"{arm.name}@{budget:g}", budget=budget)
+
+
 # For a small causal model the head at all positions costs more than the layers; one in eight is enough to
 # tell what is known by heart from what is not.
 SPARSE = Arm("loss, 1 in 8", "loss", stride=8)
@@ -188,6 +193,8 @@ FULL_GRID = [
     charged(LOSS),
     SPARSE,
     charged(SPARSE),
+    longer(SPARSE, 2),
+    longer(charged(SPARSE), 2),
     Arm("entropy", "entropy"),
     Arm("rarity", "rarity"),
     Arm("residual", "residual"),
