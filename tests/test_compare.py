@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 
 from siftloader import TokenShards
 from siftloader.pool import Pool
+from siftloader.samples import split_of
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
@@ -23,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import compare
+import repeat_documents
 from arms import FULL_GRID, LOSS, PLAIN, RANDOM, SUITES, Arm, Middle, Spread, charged
 from compare import Comparison
 
@@ -158,6 +162,67 @@ def test_the_plan_is_kept_and_only_new_arms_are_measured(shards, tmp_path, measu
     assert "loss, equal time" in {arm.name for arm in Comparison.open(out).arms}
 
 
+def test_arms_that_differ_in_their_budget_alone_cost_the_same(shards, tmp_path, measured):
+    arms = ["loss, 1 in 8"]
+    Comparison.prepare(options(shards, tmp_path / "c", "--suite=full", "--arms", *arms))
+    arms += ["loss, 1 in 8@2", "loss, 1 in 8, equal time", "plain@2"]
+    more = Comparison.prepare(options(shards, tmp_path / "c", "--suite=full", "--arms", *arms))
+    assert len(measured) == 1
+    assert {more.costs[name] for name in arms[:-1]} == {1.5} and more.costs["plain@2"] == 1
+
+
+def test_arms_of_the_same_steps_pay_the_same_price(shards, tmp_path, measured):
+    out = tmp_path / "c"
+    Comparison.prepare(options(shards, out, "--suite=full", "--arms", "loss"))
+    added = ["loss, equal time", "loss, no cool-down", "plain@2"]
+    again = Comparison.prepare(options(shards, out, "--suite=full", "--arms", *added))
+    assert measured == [["plain", "random", "loss"]]
+    assert [again.costs[name] for name in added] == [1.5, 1.5, 1.0]
+
+
+def test_a_plan_goes_on_with_its_threads_on_any_number_of_cores(
+    shards, tmp_path, measured, monkeypatch, capsys
+):
+    out = tmp_path / "c"
+    found = Comparison.prepare(options(shards, out))
+    monkeypatch.setattr(compare.os, "sched_getaffinity", lambda _: set(range(96)))
+    assert Comparison.prepare(options(shards, out)).threads == found.threads != 96
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match="made with threads"):
+        Comparison.prepare(options(shards, out, "--threads=96"))
+
+
+def test_another_machine_is_no_secret(shards, tmp_path, measured, monkeypatch, capsys):
+    out = tmp_path / "c"
+    Comparison.prepare(options(shards, out))
+    monkeypatch.setattr(compare, "machine", lambda: "another, torch 9, 2030-01-01")
+    again = Comparison.prepare(options(shards, out))
+    said = capsys.readouterr().err
+    assert "here it is another, torch 9" in said and "at the prices of the former" in said
+    assert again.machine != "another, torch 9, 2030-01-01"
+
+
+@pytest.mark.parametrize("text", ["", '{"preset": {}, "arms": []}', '{"preset": {"a": 1}}', "[]"])
+def test_a_damaged_plan_says_so(shards, tmp_path, measured, text):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "plan.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"plan\.json is missing, damaged, .* put back"):
+        Comparison.prepare(options(shards, tmp_path / "c"))
+
+
+def test_a_comparison_has_a_name_wherever_it_is(shards, tmp_path, measured, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Comparison.prepare(options(shards, Path("."))).name == tmp_path.name
+
+
+@pytest.mark.parametrize("wrong", ["--steps=0", "--workers=0", "--seeds=x", "--tokenizer=none"])
+def test_what_cannot_be_is_refused_before_anything_runs(shards, tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit):
+        options(shards, tmp_path / "c", wrong)
+    said = capsys.readouterr().err
+    assert "whole number of at least 1" in said or "no such file or folder" in said
+
+
 @pytest.mark.parametrize("change", ["--steps=9", "--batch-size=8", "--final-samples=4"])
 def test_a_folder_of_another_comparison_is_refused(shards, tmp_path, measured, change):
     out = tmp_path / "c"
@@ -224,6 +289,49 @@ def test_a_run_repeats_and_continues_to_the_bit(shards, tmp_path, measured, monk
     assert not list((tmp_path / "b" / ".unfinished").iterdir())
 
 
+def test_plain_steps_are_drawn_and_learned_like_sifted_ones(shards, tmp_path, monkeypatch):
+    # torch's loader collates sample by sample: on a GPU a third of a step, charged to plain alone.
+    monkeypatch.setattr(compare, "ROUNDS", 1)
+    used, adam = [], torch.optim.AdamW
+
+    def optimizer(*arguments: Any, **given: Any) -> Any:
+        used.append(given)
+        return adam(*arguments, **given)
+
+    def collate(*_: Any) -> Any:
+        raise AssertionError("sample by sample")
+
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
+    monkeypatch.setattr(torch.utils.data._utils.collate, "default_collate", collate)
+    monkeypatch.setattr(compare.TokenShards, "__iter__", collate)
+    comparison = Comparison._wanted(options(shards, tmp_path / "c"))
+    _, costs = compare.measure(comparison, [PLAIN, EVERY["plain@2"], RANDOM])
+    assert costs["plain"] == costs["plain@2"] == 1 <= costs["random"]
+    assert used == [{"fused": True}]
+
+
+def test_a_run_that_begins_anew_leaves_no_older_selections(shards, tmp_path, measured):
+    comparison = Comparison.prepare(options(shards, tmp_path / "c"))
+    folder = comparison.selections(LOSS)
+    compare.run(comparison, "loss", 0)
+    (part,) = folder.iterdir()
+    stale = part.rename(part.with_name(part.name.replace("part-000000", "part-000007")))
+    comparison.file(LOSS, 0).unlink()
+    compare.run(comparison, "loss", 0)
+    assert not stale.exists() and part.exists()
+
+
+def test_a_run_ends_with_the_process_that_began_it(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(compare.os, "_exit", lambda status: ended.set())
+    end, parent = os.pipe()
+    with open(end, "rb") as stream:
+        compare.end_with_parent(stream)
+        assert not ended.wait(0.1)
+        os.close(parent)
+        assert ended.wait(10)
+
+
 # Which runs.
 
 
@@ -263,6 +371,62 @@ def test_seeds_are_added_until_every_interval_is_narrow(shards, tmp_path, measur
     assert names(compare.wanted(comparison, chosen)) == [("plain", 3), ("random", 3), ("loss", 3)]
     finish(comparison, {"plain": [5, 6, 7, 8], "random": [5, 6, 7, 8], "loss": [*wide, 9.0]})
     assert compare.wanted(comparison, chosen) == []  # of four at most
+
+
+def test_repeats_ask_for_no_more_seeds(shards, tmp_path, measured):
+    chosen = options(shards, tmp_path / "c", "--seeds=4", "--suite=gpu", "--arms", "plain#1", "loss")
+    comparison = Comparison.prepare(chosen)
+    ends = [5.0, 6.0, 7.0]
+    finish(comparison, {arm.name: ends for arm in comparison.arms})
+    assert [arm.name for arm in comparison.arms] == ["plain", "random", "loss", "plain#1"]
+    assert compare.wanted(comparison, chosen) == []
+
+
+@pytest.mark.parametrize(
+    ("minutes", "expected"), [(0.25, []), (0.5, ["plain", "random"]), (0.7, ["plain", "random", "plain@2"])]
+)
+def test_no_run_begins_that_would_not_end_in_time(
+    shards, tmp_path, measured, monkeypatch, capsys, minutes, expected
+):
+    # Eight steps of two seconds; plain@2 takes twice as many. The clock stands still.
+    chosen = options(
+        shards, tmp_path / "c", f"--minutes={minutes}", "--suite=full", "--seeds=1", "--least-seeds=1",
+        *("--arms", "plain@2"),
+    )  # fmt: skip
+    comparison, begun = Comparison.prepare(chosen), []
+    monkeypatch.setattr(compare.time, "monotonic", lambda: 7.0)
+
+    def start(comparison: Comparison, arm: Arm, seed: int, alive: int) -> Any:
+        begun.append(arm.name)
+        finish(comparison, {arm.name: [5.0]})
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(compare, "start", start)
+    compare.work(comparison, chosen, 7.0)
+    assert begun == expected
+    said = capsys.readouterr().out
+    assert ("the same command goes on" in said) == (len(expected) < 3)
+
+
+def test_the_end_of_another_run_says_how(shards, tmp_path, measured, monkeypatch):
+    chosen = options(shards, tmp_path / "c")
+    comparison = Comparison.prepare(chosen)
+    monkeypatch.setattr(
+        compare, "start", lambda *_: subprocess.Popen(["sh", "-c", "kill -9 $$"])
+    )
+    with pytest.raises(SystemExit, match=r"plain, seed 0 failed \(exit status -9"):
+        compare.work(comparison, chosen, time.monotonic())
+
+
+def test_results_are_told_without_the_arm_that_shows_its_texts(shards, tmp_path, measured):
+    out = tmp_path / "c"
+    Comparison.prepare(options(shards, out, "--suite=full", "--arms", "loss"))
+    chosen = options(shards, out, "--suite=full", "--arms", "entropy")
+    comparison = Comparison.prepare(chosen)
+    finish(comparison, {arm: [1.0, 2.0] for arm in ("plain", "random", "entropy")})
+    comparison.selections(LOSS).mkdir(parents=True)  # of a run that was killed before its first part
+    compare.say(comparison, chosen)
+    assert (out / "report.html").exists()
 
 
 def test_finished_runs_count_when_only_the_parquet_file_is_left(shards, tmp_path, measured):
@@ -308,6 +472,61 @@ def test_spread_takes_one_of_each_run_of_neighbours():
 def test_the_middle_leaves_out_as_many_above_as_below():
     scores = torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 0.0, 7.0, 6.0])
     assert Middle()(scores, 4, Pool()).tolist() == [0, 2, 3, 4]
+
+
+# Text that repeats itself.
+
+
+def test_repeated_documents_are_never_held_out(tmp_path):
+    # The second is written without its blank line: other text, which would be held out.
+    texts = [f"document {number}\n\nends here" for number in range(200)]
+    text, out = tmp_path / "text.jsonl", tmp_path / "out.txt"
+    text.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts))
+    repeat_documents.main([str(text), "--out", str(out), "--share", "0.5", "--size", "500"])
+    written = out.read_text()
+    assert 0.45 < len(written) / (len(written) + sum(map(len, texts))) < 0.6
+    copies = [each for each in written.split("\n\n") if each]
+    assert len(set(copies)) > 10
+    # Of each both texts, as it was and as it is, are among the upper half by hash.
+    for copy in set(copies):
+        for each in (copy, copy.replace("\n", "\n\n")):
+            assert split_of(hashlib.sha256(each.encode()).digest(), 0.5) == "train", each
+
+
+# Where nothing is installed.
+
+
+def test_the_tools_run_without_an_installation_and_without_extras(tmp_path):
+    code = f"""
+import runpy, sys
+sys.path[:] = [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+for name in ("webdataset", "torchdata", "zstandard", "ray", "mwparserfromhell", "fsspec"):
+    sys.modules[name] = None
+sys.argv = ["compare.py", "--help"]
+try:
+    runpy.run_path({str(ROOT / "tools" / "compare.py")!r}, run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "--minutes" in done.stdout, done.stderr
+
+
+def test_results_of_before_do_not_replace_a_plan_that_went_on(tmp_path):
+    makefile = (ROOT / "Makefile").read_text()
+    (tmp_path / "Makefile").write_text(makefile)
+    kept = tmp_path / "tools" / "results" / "gpu-bert"
+    kept.mkdir(parents=True)
+    (kept / "plan.json").write_text("before")
+    arguments = ["make", "gpu-arms", "RUN=true", "GPU_OUT=out"]
+    subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
+    plan = tmp_path / "out" / "bert" / "plan.json"
+    assert plan.read_text() == "before"
+    plan.write_text("went on")
+    done = subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert plan.read_text() == "went on" and not done.stderr
 
 
 # Stories.

@@ -76,6 +76,14 @@ class Arm:
         """The share of its steps that are sifted."""
         return 1 - self.warmup - self.cooldown if self.sifts else 0.0
 
+    @property
+    def sifted_step(self) -> Arm | None:
+        """What a sifted step of it is made of, as an arm without a name; None where no step is sifted."""
+        if not self.sifts:
+            return None
+        plain = {"charged": False, "budget": 1.0, "warmup": 0.0, "cooldown": 0.0, "repeat": 0}
+        return replace(self, name="", **plain)
+
     def settings(self) -> dict[str, Any]:
         """What makes this arm this arm, JSON-able."""
         return {name: value for name, value in asdict(self).items() if name != "name"}

@@ -212,17 +212,22 @@ class Comparison:
                         f"arm {arm.name!r} was {known[arm.name]} and now is {arm}; give it another "
                         f"name, or choose another --out"
                     )
-            new = [arm for arm in wanted.arms if arm.name not in found.costs]
+            priced = {arm.sifted_step: found.costs[arm.name] for arm in found.arms}
+            costs = {
+                **{arm.name: priced.get(arm.sifted_step, 0.0) for arm in wanted.arms},
+                **found.costs,
+            }
+            new = [arm for arm in wanted.arms if not costs[arm.name]]
             wanted = replace(
                 wanted,
                 name=found.name,
                 seconds=found.seconds,
-                costs=found.costs,
+                costs=costs,
                 machine=found.machine,
             )
             if new:
                 # Only ratios are taken from this second measurement: hours may lie between the two.
-                wanted = replace(wanted, costs={**found.costs, **measure(wanted, new)[1]})
+                wanted = replace(wanted, costs={**costs, **measure(wanted, new)[1]})
             unused = [
                 arm for arm in found.arms if arm.name not in {arm.name for arm in wanted.arms}
             ]
@@ -335,8 +340,7 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
     # Arms whose sifted steps are the same are measured once; None is a plain step.
     kinds: dict[Arm | None, list[str]] = {None: []}
     for arm in arms:
-        same = replace(arm, name="", charged=False, budget=1.0, warmup=0.0, cooldown=0.0)
-        kinds.setdefault(same if arm.sifts else None, []).append(arm.name)
+        kinds.setdefault(arm.sifted_step, []).append(arm.name)
     batches = {
         kind: pretrain_bert.endless(
             (kind or Arm("plain")).loader(
