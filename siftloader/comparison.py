@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from siftloader.results import Results, Run
+from siftloader.results import Evaluation, Results, Run
 
 
 Measure = Literal["loss", "accuracy"]
@@ -61,8 +61,9 @@ class Difference:
     holds after Holm's correction for all arms that are compared.
 
     Verdicts: ``better`` and ``worse`` (the interval leaves 0 out), ``level`` (it lies within 0.01 nats, or
-    0.3 points of accuracy, of 0), ``inconclusive``; ``one seed``, ``no seed``; ``diverged`` (a loss that
-    is not finite).
+    0.3 points of accuracy, of 0), ``better, by little`` and ``worse, by little`` (both of that),
+    ``inconclusive``; ``one seed``, ``no seed``; ``diverged`` and ``control diverged`` (a loss that is not
+    finite), ``not measured`` (of accuracy).
     """
 
     arm: str
@@ -81,10 +82,10 @@ class Difference:
 class Worth:
     """How much of the control's time buys the loss that an arm ended with, by seed.
 
-    ``equivalents`` are in budgets of the control, ``factors`` those divided by what the arm was charged
-    (in charges of the control): 1.3 means that the control needs 1.3 x the time. ``bounds`` say of each
-    whether it is met ("=") or lies above the largest (">") or below the smallest ("<") budget at which the
-    control was run. ``factor`` is the geometric mean, ``bound`` what is known of it; "?" if nothing is.
+    All times are those that the runs were charged, whatever their names say. ``equivalents`` are in charges
+    of the control at its whole budget, ``factors`` in those of the arm: 1.3 means that the control needs
+    1.3 x the time. ``bounds`` say of each whether it is met ("=") or lies above the largest (">") or below
+    the smallest ("<") time at which the control was run. ``factor`` is the geometric mean, ``bound`` what is known of it; "?" if nothing is.
     """
 
     seeds: tuple[int, ...]
@@ -140,11 +141,16 @@ def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
 
 
 def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % interval over seeds; None from less than two finite values."""
+    """Mean and half-width of its 95 % interval over seeds; nan and None where a value is not finite.
+
+    None, too, from less than two values.
+    """
     found = np.asarray(values, np.float64)
     if not len(found):
         return math.nan, None
-    if len(found) < 2 or not np.isfinite(found).all():
+    if not np.isfinite(found).all():
+        return math.nan, None
+    if len(found) < 2:
         return float(found.mean()), None
     error = found.std(ddof=1) / math.sqrt(len(found))
     return float(found.mean()), t_quantile(len(found) - 1) * float(error)
@@ -227,6 +233,8 @@ def _difference(
     else:
         p = float(mean == 0)
     said = _verdict(values, mean, half_width, measure)
+    if said == "diverged" and not all(math.isfinite(_end(theirs[seed], measure)) for seed in both):
+        said = "control diverged"
     return Difference(arm, control, measure, tuple(both), values, mean, half_width, p, said)
 
 
@@ -244,9 +252,17 @@ def _verdict(
         return "diverged" if measure == "loss" else "not measured"
     if half_width is None:
         return "one seed"
+    little = abs(mean) + half_width <= LEVEL[measure]
     if abs(mean) > half_width:
-        return "better" if (mean < 0) == (measure == "loss") else "worse"
-    return "level" if abs(mean) + half_width <= LEVEL[measure] else "inconclusive"
+        told = "better" if (mean < 0) == (measure == "loss") else "worse"
+        return f"{told}, by little" if little else told
+    return "level" if little else "inconclusive"
+
+
+def direction(verdict: str) -> str:
+    """What a verdict says, however much: "better", "worse", or "" for neither."""
+    word = verdict.partition(",")[0]
+    return word if word in ("better", "worse") else ""
 
 
 def corrected(compared: Sequence[Difference]) -> list[Difference]:
@@ -257,18 +273,21 @@ def corrected(compared: Sequence[Difference]) -> list[Difference]:
         holding &= (one.p or 0.0) * (len(tested) - rank) < 1 - CONFIDENCE
         if holding:
             kept.add(one.arm)
-    tells = ("better", "worse")
-    return [replace(one, holds=one.verdict not in tells or one.arm in kept) for one in compared]
+    return [replace(one, holds=not direction(one.verdict) or one.arm in kept) for one in compared]
 
 
 def noise(results: Results, experiment: str, measure: Measure = "loss") -> Noise | None:
-    """What repeats (``plain#1``, ``plain#2``) differ by under one seed; None where nothing was repeated."""
+    """What repeats (``plain#1``, ``plain#2``) differ by under one seed; None where nothing was repeated.
+
+    Ends that are not finite are left out.
+    """
     groups: dict[tuple[str, float, int], list[float]] = {}
     for run in results.of(experiment):
         if run.end is not None:
             name = Name.of(run.arm)
             value = _end(run, measure)
-            groups.setdefault((name.base, name.budget, run.seed), []).append(value)
+            if math.isfinite(value):
+                groups.setdefault((name.base, name.budget, run.seed), []).append(value)
     repeated = [np.array(values) for values in groups.values() if len(values) > 1]
     if not repeated:
         return None
@@ -293,11 +312,11 @@ def signed(found: Difference | None, seeds: int) -> str:
 
 
 def equivalent(ladder: Mapping[float, float], loss: float) -> tuple[float, str]:
-    """The least budget at which the control reaches ``loss``, and "=", "<" or ">" for out of its range.
+    """The least time in which the control reaches ``loss``, and "=", "<" or ">" for out of its range.
 
-    equivalent({0.5: 3.4, 1.0: 3.2, 2.0: 3.0}, 3.1) == (sqrt(2), "=")
+    equivalent({0.5: 3.4, 1.0: 3.2, 2.0: 3.0}, 3.1) == (sqrt(2), "=")     # times, and where they end
 
-    Straight lines in log(budget) join what was measured; nothing is extrapolated. nan, "?" without at
+    Straight lines in log(time) join what was measured; nothing is extrapolated. nan, "?" without at
     least two finite rungs.
     """
     rungs = sorted((budget, end) for budget, end in ladder.items() if math.isfinite(end))
@@ -320,19 +339,17 @@ def worth(results: Results, experiment: str, arm: str, control: str) -> Worth:
     By seed, of those for which the arm, the control and one more of its budgets are finished.
     """
     found = ends(results.of(experiment))
-    rungs = {Name.of(name).budget: name for name in found if Name.of(name).base == control}
+    rungs = [name for name in found if Name.of(name).base == control]
     rows = []
     for seed, run in sorted(found.get(arm, {}).items()):
-        ladder = {
-            b: _end(found[name][seed], "loss") for b, name in rungs.items() if seed in found[name]
-        }
-        if run.end is None or 1.0 not in ladder:
+        here = [found[name][seed].end for name in rungs if seed in found[name]]
+        ladder = {end.seconds: end.loss for end in here if end is not None and _timed(end)}
+        plain = found.get(control, {}).get(seed)
+        if run.end is None or not _timed(run.end) or plain is None or plain.end is None:
             continue
-        plain = found[rungs[1.0]][seed].end
-        budget, bound = equivalent(ladder, run.end.loss)
-        if bound == "?" or plain is None or not plain.seconds > 0 or not run.end.seconds > 0:
-            continue
-        rows.append((seed, budget, budget / (run.end.seconds / plain.seconds), bound))
+        seconds, bound = equivalent(ladder, run.end.loss)
+        if bound != "?" and _timed(plain.end):
+            rows.append((seed, seconds / plain.end.seconds, seconds / run.end.seconds, bound))
     if not rows:
         return Worth((), (), (), (), math.nan, "?")
     seeds, budgets, factors, bounds = zip(*rows, strict=True)
@@ -341,3 +358,7 @@ def worth(results: Results, experiment: str, arm: str, control: str) -> Worth:
     known = {"="} | set(bounds)
     bound = "?" if len(known) == 3 else max(known - {"="}, default="=")
     return Worth(seeds, budgets, factors, bounds, factor, bound)
+
+
+def _timed(end: Evaluation) -> bool:
+    return 0 < end.seconds < math.inf

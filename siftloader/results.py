@@ -41,6 +41,7 @@ COLUMNS = {
 }
 # A selection log is a folder of these; it lies beside the runs and is none.
 SELECTIONS = re.compile(r"rank-\d{5,}-part-\d{6,}\.parquet")
+LARGEST = (1 << 63) - 1  # of a whole number in Parquet
 _SEEDED = re.compile(r"(.+)-(\d+)")
 
 RunKey: TypeAlias = tuple[str, str, int]
@@ -163,13 +164,9 @@ def _content(run: Run) -> str:
 
 
 def _read_log(file: Path, root: Path) -> Run:
-    try:
-        text = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _foreign(file, 1, f"not UTF-8 at byte {error.start}") from error
-    *lines, torn = text.split("\n")
+    *lines, torn = file.read_bytes().split(b"\n")
     # Half a line at the end was being written when we looked, or when the run was killed.
-    if torn.rstrip().endswith("}"):
+    if _is_whole(torn):
         lines.append(torn)
     records = [
         (number, _object(file, number, line))
@@ -194,15 +191,25 @@ def _read_log(file: Path, root: Path) -> Run:
     experiment = _named(file, header.pop("experiment", experiment), "experiment")
     arm = _named(file, header.pop("arm", arm), "arm")
     seed, steps = header.pop("seed", seed), header.pop("steps", last)
-    for name, number in (("seed", seed), ("steps", steps)):
-        if type(number) is not int:
-            raise _foreign(file, 1, f"{name} of the run is {number!r}, not a whole number")
+    for name, number, least in (("seed", seed, -LARGEST), ("steps", steps, 0)):
+        if type(number) is not int or not least <= number <= LARGEST:
+            problem = f"{name} of the run is {number!r}, not a whole number from {least} on"
+            raise _foreign(file, 1, f"{problem} of at most 63 bits")
     return Run(experiment, arm, seed, steps, tuple(evaluations), header, str(file))
 
 
-def _object(file: Path, number: int, line: str) -> dict[str, Any]:
+def _is_whole(line: bytes) -> bool:
     try:
-        found = json.loads(line)
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _object(file: Path, number: int, line: bytes | str) -> dict[str, Any]:
+    try:
+        found = json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _foreign(file, number, f"not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise _foreign(file, number, f"not JSON ({error})") from error
     if not isinstance(found, dict):
@@ -215,6 +222,7 @@ def _evaluation(file: Path, number: int, record: dict[str, Any]) -> Evaluation:
     step, samples = (_needed(file, number, rest, name, int) for name in ("step", "samples"))
     charged = "seconds" if "seconds" in rest else "seconds_training"
     seconds = _needed(file, number, rest, charged, float)
+    _check_amount(file, number, charged, seconds)
     if charged == "seconds_training":
         rest["seconds_training"] = seconds  # it says more than what is charged
     loss = _needed(file, number, rest, "val_loss", float)
@@ -230,12 +238,19 @@ def _needed(file: Path, number: int, record: dict[str, Any], name: str, kind: ty
     """Take a field out of the record; whole numbers are real ones too."""
     if name not in record:
         raise _foreign(file, number, f"no {name!r}")
-    value = record.pop(name)
-    if kind is float and type(value) is int:
+    value: Any = record.pop(name)
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
-    if type(value) is not kind or (type(value) is int and value < 0):
-        raise _foreign(file, number, f"{name} is {value!r}")
+    if type(value) is not kind:
+        raise _foreign(file, number, f"{name} is {value!r:.40}")
+    if kind is int:
+        _check_amount(file, number, name, value)
     return value
+
+
+def _check_amount(file: Path, number: int, name: str, value: float) -> None:
+    if not 0 <= value <= LARGEST:  # nan is not, either
+        raise _foreign(file, number, f"{name} is {value!r:.40}")
 
 
 def _check_order(file: Path, number: int, before: Evaluation, after: Evaluation) -> None:
@@ -301,15 +316,17 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _read_parquet(file: Path) -> list[Run]:
-    _, parquet = _pyarrow()
+    arrow, parquet = _pyarrow()
     try:
-        table = parquet.read_table(file, partitioning=None)
-        found = {field.name: str(field.type) for field in table.schema}
-        missing = {name: kind for name, kind in COLUMNS.items() if found.get(name) != kind}
-        if missing.keys() - {"fields"} or ("fields" in missing and "fields" in found):
-            raise ValueError(f"columns {found}, needed are {COLUMNS}")
-        rows = table.select([name for name in COLUMNS if name in found]).to_pylist()
-    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of these kinds
+        there = set(parquet.read_schema(file).names)
+        for name in COLUMNS:
+            if name not in there and name != "fields":
+                raise ValueError(f"no column {name}; needed are {', '.join(COLUMNS)}")
+        names = [name for name in COLUMNS if name in there]
+        table = parquet.read_table(file, columns=names, partitioning=None)
+        columns = [_values(arrow, table[name], name) for name in names]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    except (arrow.ArrowException, OSError, ValueError, KeyError) as error:
         raise SiftError(
             f"{file}: not a file of results that write_results wrote, or damaged ({error}); move it out of "
             f"the folder"
@@ -323,6 +340,25 @@ def _read_parquet(file: Path) -> list[Run]:
     return [_run(file, key, numbered) for key, numbered in grouped.items()]
 
 
+def _values(arrow: Any, column: Any, name: str) -> list[Any]:
+    """A column as ours, whatever wrote it: categories, other widths, and null for nan."""
+    types, needed, found = arrow.types, COLUMNS[name], column.type
+    if types.is_dictionary(found):
+        found = found.value_type
+    fits = {
+        "string": types.is_string(found) or types.is_large_string(found),
+        "int64": types.is_integer(found),
+        "double": types.is_floating(found) or types.is_integer(found),
+        "bool": types.is_boolean(found),
+    }
+    if not fits[needed]:
+        raise ValueError(f"{name} is {found}, needed is {needed}")
+    values: list[Any] = column.cast(found).cast(arrow.type_for_alias(needed)).to_pylist()
+    if name in ("loss", "accuracy"):
+        return [math.nan if value is None else value for value in values]
+    return values
+
+
 def _run(file: Path, key: RunKey, numbered: list[tuple[int, dict[str, Any]]]) -> Run:
     evaluations: list[Evaluation] = []
     first = numbered[0][1]
@@ -330,6 +366,8 @@ def _run(file: Path, key: RunKey, numbered: list[tuple[int, dict[str, Any]]]) ->
         if (row["steps"], row["settings"]) != (first["steps"], first["settings"]):
             raise _foreign(file, number, "other steps or settings than its run had before")
         fields = _object(file, number, row.get("fields", "{}"))
+        for name in ("steps", "step", "samples", "seconds"):
+            _check_amount(file, number, name, row[name])
         step, samples, seconds, loss, accuracy, final = (row[name] for name in _ROW[:-1])
         found = Evaluation(step, samples, seconds, loss, accuracy, final, fields)
         if evaluations:

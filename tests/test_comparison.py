@@ -42,7 +42,11 @@ def run(
 
 def results(losses: dict[str, list[float]]) -> Results:
     return Results(
-        tuple(run(arm, k, x) for arm, ends in losses.items() for k, x in enumerate(ends))
+        tuple(
+            run(arm, k, x, seconds=100 * Name.of(arm).budget)
+            for arm, ends in losses.items()
+            for k, x in enumerate(ends)
+        )
     )
 
 
@@ -130,6 +134,10 @@ def test_a_difference_is_what_paper_and_pencil_give():
         ([0.02, 0.03, 0.025], "worse", "better"),
         ([0.001, -0.001, 0.0], "level", "level"),
         ([0.003, -0.001, 0.0], "level", "inconclusive"),
+        ([-0.0015, -0.0016, -0.0017], "better, by little", "worse, by little"),
+        ([0.0015, 0.0016, 0.0017], "worse, by little", "better, by little"),
+        ([-0.0065, -0.0066, -0.0067], "better, by little", "worse"),
+        ([-0.0095, -0.0096, -0.0107], "better", "worse"),
         ([0.02, -0.03, 0.0], "inconclusive", "inconclusive"),
         ([-0.5], "one seed", "one seed"),
         ([], "no seed", "no seed"),
@@ -159,6 +167,18 @@ def test_only_seeds_that_both_finished_count():
     assert difference(found, "e", "loss", "plain", seeds=range(2)).seeds == (1,)
     assert difference(found, "e", "gone", "plain").verdict == "no seed"
     assert difference(found, "other", "loss", "plain").verdict == "no seed"
+
+
+def test_a_control_that_diverged_is_not_held_against_the_arm():
+    found = difference(
+        results({"plain": [3.0, math.inf], "loss": [3.0, 3.0]}), "e", "loss", "plain"
+    )
+    assert found.verdict == "control diverged"
+    both = results({"plain": [3.0, math.nan], "loss": [3.0, math.inf]})
+    assert difference(both, "e", "loss", "plain").verdict == "control diverged"
+    wild = results({"plain": [3.0, math.inf, 3.0], "loss": [3.0, 3.0, math.inf]})
+    found = difference(wild, "e", "loss", "plain")  # inf and -inf have no mean, and warn of it
+    assert math.isnan(found.mean) and found.half_width is None
 
 
 # --- laws ------------------------------------------------------------------------------------------
@@ -229,7 +249,8 @@ def test_arm_and_control_in_exchanged_places_change_the_sign(table):
         other = difference(results(table), "e", "plain", arm)
         assert (one.mean, one.half_width) == (-other.mean, other.half_width)
         opposite = {"better": "worse", "worse": "better"}
-        assert opposite.get(one.verdict, one.verdict) == other.verdict
+        word, *little = one.verdict.split(", ")
+        assert ", ".join([opposite.get(word, word), *little]) == other.verdict
 
 
 # --- many arms -------------------------------------------------------------------------------------
@@ -247,6 +268,8 @@ def test_holm_is_the_textbook_example():
         [tested("b", 0.04), tested("x", None, "one seed"), tested("y", 0.9, "level")]
     )
     assert [one.holds for one in alone] == [False, True, True]
+    little = corrected([tested(arm, p, "worse, by little") for arm, p in arms.items()])
+    assert [one.holds for one in little] == [True, False, False, True]
 
 
 def test_of_noise_alone_holm_finds_something_in_five_tries_of_a_hundred_at_most():
@@ -318,6 +341,9 @@ def test_noise_is_the_pooled_deviation_of_repeats():
     assert told.deviation == pytest.approx(math.sqrt(0.02 / 3))
     assert (told.runs, told.groups) == (5, 2)
     assert noise(results({"plain": [3.0], "loss": [2.0]}), "e") is None
+    wild = results({"plain": [3.0, 4.0], "plain#1": [3.2, math.nan], "plain#2": [3.1, math.inf]})
+    assert noise(wild, "e").deviation == pytest.approx(0.1), "of those that have an end"
+    assert noise(results({"plain": [3.0], "plain#1": [math.nan]}), "e") is None
 
 
 # --- worth -----------------------------------------------------------------------------------------
@@ -387,6 +413,36 @@ def test_the_papers_claim_is_57_hours_over_43():
     runs.append(run("loss", 0, 3.0, seconds=43.0))
     found = worth(Results(tuple(runs)), "e", "loss", "plain")
     assert (found.factor, found.bound) == (pytest.approx(57 / 43), "=")
+
+
+def test_time_is_what_was_charged_and_not_what_a_name_says():
+    """The rungs took less and more than their names say, and each its own by seed."""
+    runs, factors = [], []
+    for seed, (half, whole, arm) in enumerate([(60.0, 100.0, 80.0), (44.0, 110.0, 90.0)]):
+        runs += [run("plain@0.5", seed, 3.4, seconds=half), run("plain", seed, 3.2, seconds=whole)]
+        runs.append(run("loss", seed, 3.3, seconds=arm))
+        factors.append(math.sqrt(half * whole) / arm)  # in the middle, in log time
+    found = worth(Results(tuple(runs)), "e", "loss", "plain")
+    assert found.factors == pytest.approx(factors)
+    assert found.equivalents == pytest.approx([math.sqrt(0.6), math.sqrt(0.4)])
+    assert found.factor == pytest.approx(math.sqrt(factors[0] * factors[1]))
+
+
+@pytest.mark.parametrize("seconds", [0.0, math.nan, math.inf])
+def test_of_time_that_is_none_nothing_is_told(seconds):
+    ladder = [run("plain", 0, 3.2), run("plain@0.5", 0, 3.4, seconds=50.0)]
+    arm = run("loss", 0, 3.3, seconds=seconds)
+    assert worth(Results((*ladder, arm)), "e", "loss", "plain").bound == "?"
+    ladder[1] = run("plain@0.5", 0, 3.4, seconds=seconds)
+    assert worth(Results((*ladder, run("loss", 0, 3.3))), "e", "loss", "plain").bound == "?"
+
+
+def test_a_ladder_on_which_more_time_is_worse_gives_the_least_time():
+    found, told = equivalent({1.0: 3.3, 2.0: 3.4, 4.0: 3.0}, 3.35)
+    assert (found, told) == (1.0, "<")
+    found, told = equivalent({1.0: 3.3, 2.0: 3.1, 4.0: 3.2}, 3.2)
+    assert (found, told) == (pytest.approx(math.sqrt(2)), "=")
+    assert equivalent({1.0: 3.3, 2.0: 3.1, 4.0: 3.2}, 3.0) == (4.0, ">")
 
 
 @pytest.mark.parametrize(

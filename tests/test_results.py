@@ -6,6 +6,7 @@ import builtins
 import json
 import math
 import random
+import re
 import tempfile
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_a_run_under_way_is_kept_and_counted(tmp_path):
     assert len(read_results(torn).runs[0].evaluations) == 1, "only its last newline is missing"
 
 
+@pytest.mark.parametrize(
+    "cut", ['{"step": 3, "nested": {"a": 1}', '{"text": "\u00e9', '{"step": 3}}']
+)
+def test_half_a_line_is_no_damage_wherever_it_was_cut(tmp_path, cut):
+    torn = log(tmp_path / "a-1.jsonl", line(1), line(2))
+    torn.write_bytes(torn.read_bytes() + cut.encode()[: len(cut)])
+    (run,) = read_results(tmp_path).runs
+    assert len(run.evaluations) == 2 and run.end is None
+
+
 def test_what_lies_beside_is_passed_over(tmp_path):
     log(tmp_path / "a.jsonl", line(1, final=True))
     log(tmp_path / ".cache" / "b.jsonl", {"no": "log"})
@@ -118,6 +129,14 @@ def test_what_lies_beside_is_passed_over(tmp_path):
             "after the final",
         ),
         ("[" * 100_000 + "\n", 1, "not JSON"),
+        (json.dumps(line(1, seconds=math.nan)) + "\n", 1, "seconds is nan"),
+        (json.dumps(line(1, seconds_training=-1)) + "\n", 1, "seconds_training is -1.0"),
+        (json.dumps(line(1, seconds=math.inf)) + "\n", 1, "seconds is inf"),
+        (json.dumps(line(1, val_loss=10**400)) + "\n", 1, "val_loss is 1000"),
+        (json.dumps(line(2**63)) + "\n", 1, "step is 9223372036854775808"),
+        ('{"run": {"seed": 9223372036854775808}}\n', 1, "seed of the run is 9223372036854775808"),
+        ('{"run": {"steps": -1}}\n', 1, "steps of the run is -1"),
+        ('{"step": ' + "1" * 5000 + "}\n", 1, "not JSON"),
     ],
 )
 def test_what_is_no_log_is_named_with_its_line(tmp_path, text, where, message):
@@ -187,7 +206,13 @@ def runs(draw) -> list[Run]:
     for _ in range(draw(st.integers(1, 5))):
         steps = sorted(draw(st.sets(st.integers(0, 1000), min_size=1, max_size=4)))
         evaluations = [
-            Evaluation(step, draw(st.integers(0, 99)), *(draw(NUMBERS) for _ in range(3)))
+            Evaluation(
+                step,
+                draw(st.integers(0, 99)),
+                draw(st.floats(0, 1e18)),
+                draw(NUMBERS),
+                draw(NUMBERS),
+            )
             for step in steps
         ]
         if draw(st.booleans()):
@@ -229,9 +254,95 @@ def test_a_file_of_the_columns_without_fields_is_read(tmp_path):
     assert run.evaluations[0].loss == 4.0 and run.evaluations[0].fields == {}
 
 
+def rewritten(table: pyarrow.Table, **kinds: pyarrow.DataType) -> pyarrow.Table:
+    for name, kind in kinds.items():
+        column = table.column_names.index(name)
+        table = table.set_column(column, name, table[name].cast(kind))
+    return table
+
+
+def test_a_file_that_another_program_rewrote_is_read(tmp_path):
+    """Categories, smaller and larger integers, no NaN but nulls, more columns, another order."""
+    ends = (Evaluation(1, 2, 3.0, 4.5), Evaluation(1, 2, 3.0, math.nan, 0.5, True))
+    results = Results((Run("e", "a", 0, 1, ends, {"lr": 1}), Run("e", "b", 7, 1, ends)))
+    write_results(results, tmp_path / "x")
+    table = pyarrow.parquet.read_table(tmp_path / "x")
+    odd = rewritten(
+        table,
+        experiment=pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        arm=pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string()),
+        settings=pyarrow.large_string(),
+        seed=pyarrow.int8(),
+        step=pyarrow.uint64(),
+        samples=pyarrow.int32(),
+        seconds=pyarrow.float32(),
+    )
+    for name in ("loss", "accuracy"):  # as pandas writes them
+        values = [None if math.isnan(one) else one for one in table[name].to_pylist()]
+        odd = odd.set_column(odd.column_names.index(name), name, [values])
+    odd = odd.append_column("more", [[1] * len(odd)]).select(sorted([*odd.column_names, "more"]))
+    pyarrow.parquet.write_table(odd, tmp_path / "y.parquet")
+    found = read_results(tmp_path / "y.parquet")
+    assert [run.key for run in found.runs] == [("e", "a", 0), ("e", "b", 7)]
+    assert found.runs[0].settings == {"lr": 1}
+    write_results(found, tmp_path / "z")
+    assert (tmp_path / "z").read_bytes() == (tmp_path / "x").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("seed", pyarrow.string(), "seed is string, needed is int64"),
+        ("steps", pyarrow.float64(), "steps is double, needed is int64"),
+        ("arm", pyarrow.binary(), "arm is binary, needed is string"),
+        ("final", pyarrow.int8(), "final is int8, needed is bool"),
+        ("loss", None, "no column loss"),
+    ],
+)
+def test_columns_that_are_not_ours_are_named(tmp_path, name, kind, message):
+    write_results(Results((Run("e", "a", 0, 1, (Evaluation(1, 2, 3.0, 4.0),)),)), tmp_path / "x")
+    table = pyarrow.parquet.read_table(tmp_path / "x")
+    table = table.drop_columns(name) if kind is None else rewritten(table, **{name: kind})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(SiftError, match=rf"x\.parquet: not a file of results.*{message}"):
+        read_results(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seconds", math.nan, "seconds is nan"),
+        ("seconds", None, "a row with a missing value"),
+        ("step", -1, "step is -1"),
+        ("samples", 2**63, "x.parquet: not a file of results"),
+        ("seed", None, "a row with a missing value"),
+        ("arm", "", "arm is '', which is no name"),
+        ("settings", "[", "not JSON"),
+    ],
+)
+def test_rows_that_no_run_can_have_are_named(tmp_path, name, value, message):
+    write_results(Results((Run("e", "a", 0, 1, (Evaluation(1, 2, 3.0, 4.0),)),)), tmp_path / "x")
+    table = pyarrow.parquet.read_table(tmp_path / "x")
+    kind = pyarrow.uint64() if value == 2**63 else table[name].type
+    column = pyarrow.array([value], kind)
+    table = table.set_column(table.column_names.index(name), name, column)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(SiftError, match=re.escape(message)):
+        read_results(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1PAR1", b"PAR1" + 40 * b"\xff" + b"PAR1"])
+def test_files_of_nothing_and_noise_are_named(tmp_path, data):
+    (tmp_path / "x.parquet").write_bytes(data)
+    with pytest.raises(SiftError, match=r"x\.parquet: not a file of results"):
+        read_results(tmp_path)
+
+
 def test_a_foreign_or_damaged_parquet_file_is_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "loss": [2.0]}), tmp_path / "x.parquet")
-    with pytest.raises(SiftError, match=r"x\.parquet: not a file of results.*needed are"):
+    with pytest.raises(
+        SiftError, match=r"x\.parquet: not a file of results.*no column experiment"
+    ):
         read_results(tmp_path)
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(SiftError, match=r"x\.parquet: not a file of results.*damaged"):
