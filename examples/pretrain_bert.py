@@ -373,11 +373,11 @@ def parse(
     add("--shards", required=True, help="folder written by tools/make_shards.py")
     add("--preset", choices=presets, default="tiny", help=preset_help(presets))
     add("--sift", choices=["none", "loss", "entropy", "random"], default="none")
-    add("--exit-layer", type=int, default=1, help="layers that score a candidate (default 1)")
+    add("--exit-layer", type=count, default=1, help="layers that score a candidate (default 1)")
     add("--warmup-steps", type=int, help="steps before sifting begins (the preset's share)")
     add("--cooldown", type=float, help="share of the steps after sifting ends (the preset's)")
-    add("--steps", type=int, help="updates of the model; the learning rate ends at zero there")
-    add("--batch-size", type=int, help="samples per step and rank; sifting draws twice as many")
+    add("--steps", type=count, help="updates of the model; the learning rate ends at zero there")
+    add("--batch-size", type=count, help="samples per step and rank; sifting draws twice as many")
     add("--lr", type=float, help="highest learning rate")
     add("--seed", type=int, default=0, help="initial weights, order of the samples, masks")
     add(
@@ -387,9 +387,9 @@ def parse(
         metavar="FILE.jsonl",
         help="write a line per evaluation here (under torchrun say --log-file)",
     )
-    add("--eval-every", type=int, help="steps between evaluations (default: 20 evaluations)")
-    add("--eval-samples", type=int, help="held-out samples for each of them (default all)")
-    add("--final-samples", type=int, help="the same for the last one, logged as final")
+    add("--eval-every", type=count, help="steps between evaluations (default: 20 evaluations)")
+    add("--eval-samples", type=count, help="held-out samples for each of them (default all)")
+    add("--final-samples", type=count, help="the same for the last one, logged as final")
     add(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -398,7 +398,7 @@ def parse(
     )
     add("--compile", action="store_true", help="torch.compile the training model: slow to begin")
     add("--checkpoint", type=Path, metavar="FILE", help="save everything here, at the end and")
-    add("--checkpoint-every", type=int, default=1000, help="... every so many steps (1000)")
+    add("--checkpoint-every", type=count, default=1000, help="... every so many steps (1000)")
     restart = parser.add_mutually_exclusive_group()
     restart.add_argument(
         "--resume", type=Path, metavar="FILE", help="go on from there as if never interrupted"
@@ -429,6 +429,13 @@ def parse(
         options.precision = "bf16" if torch.cuda.is_available() else "fp32"
     options.header = {}  # for programs that call this one: more for the first line of the log
     return options, preset
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, needed is a whole number of at least 1")
+    return int(text)
 
 
 def preset_help(presets: dict[str, Preset]) -> str:

@@ -212,7 +212,7 @@ def test_a_damaged_plan_says_so(shards, tmp_path, measured, text):
 
 def test_a_comparison_has_a_name_wherever_it_is(shards, tmp_path, measured, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Comparison.prepare(options(shards, Path("."))).name == tmp_path.name
+    assert Comparison.prepare(options(shards, Path())).name == tmp_path.name
 
 
 @pytest.mark.parametrize("wrong", ["--steps=0", "--workers=0", "--seeds=x", "--tokenizer=none"])
@@ -310,22 +310,28 @@ def test_plain_steps_are_drawn_and_learned_like_sifted_ones(shards, tmp_path, mo
     assert used == [{"fused": True}]
 
 
-def test_a_run_that_begins_anew_leaves_no_older_selections(shards, tmp_path, measured):
+def test_only_a_run_that_continues_finds_its_older_selections(
+    shards, tmp_path, measured, monkeypatch
+):
     comparison = Comparison.prepare(options(shards, tmp_path / "c"))
-    folder = comparison.selections(LOSS)
-    compare.run(comparison, "loss", 0)
-    (part,) = folder.iterdir()
-    stale = part.rename(part.with_name(part.name.replace("part-000000", "part-000007")))
-    comparison.file(LOSS, 0).unlink()
-    compare.run(comparison, "loss", 0)
-    assert not stale.exists() and part.exists()
+    monkeypatch.setattr(compare.pretrain_bert, "train", lambda *_: {}["killed"])
+    part = comparison.selections(LOSS) / "rank-00000-part-000007.parquet"
+    checkpoint = tmp_path / "c" / ".unfinished" / "loss-0.pt"
+    for file in (part, checkpoint):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    for continues in (True, False):
+        with pytest.raises(KeyError, match="killed"):
+            compare.run(comparison, "loss", 0)
+        assert part.exists() == continues
+        checkpoint.unlink(missing_ok=True)
 
 
 def test_a_run_ends_with_the_process_that_began_it(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(compare.os, "_exit", lambda status: ended.set())
     end, parent = os.pipe()
-    with open(end, "rb") as stream:
+    with os.fdopen(end, "rb") as stream:
         compare.end_with_parent(stream)
         assert not ended.wait(0.1)
         os.close(parent)
@@ -374,7 +380,9 @@ def test_seeds_are_added_until_every_interval_is_narrow(shards, tmp_path, measur
 
 
 def test_repeats_ask_for_no_more_seeds(shards, tmp_path, measured):
-    chosen = options(shards, tmp_path / "c", "--seeds=4", "--suite=gpu", "--arms", "plain#1", "loss")
+    chosen = options(
+        shards, tmp_path / "c", "--seeds=4", "--suite=gpu", "--arms", "plain#1", "loss"
+    )
     comparison = Comparison.prepare(chosen)
     ends = [5.0, 6.0, 7.0]
     finish(comparison, {arm.name: ends for arm in comparison.arms})
@@ -383,7 +391,8 @@ def test_repeats_ask_for_no_more_seeds(shards, tmp_path, measured):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "expected"), [(0.25, []), (0.5, ["plain", "random"]), (0.7, ["plain", "random", "plain@2"])]
+    ("minutes", "expected"),
+    [(0.25, []), (0.5, ["plain", "random"]), (0.7, ["plain", "random", "plain@2"])],
 )
 def test_no_run_begins_that_would_not_end_in_time(
     shards, tmp_path, measured, monkeypatch, capsys, minutes, expected
@@ -411,9 +420,7 @@ def test_no_run_begins_that_would_not_end_in_time(
 def test_the_end_of_another_run_says_how(shards, tmp_path, measured, monkeypatch):
     chosen = options(shards, tmp_path / "c")
     comparison = Comparison.prepare(chosen)
-    monkeypatch.setattr(
-        compare, "start", lambda *_: subprocess.Popen(["sh", "-c", "kill -9 $$"])
-    )
+    monkeypatch.setattr(compare, "start", lambda *_: subprocess.Popen(["sh", "-c", "kill -9 $$"]))
     with pytest.raises(SystemExit, match=r"plain, seed 0 failed \(exit status -9"):
         compare.work(comparison, chosen, time.monotonic())
 
@@ -424,7 +431,9 @@ def test_results_are_told_without_the_arm_that_shows_its_texts(shards, tmp_path,
     chosen = options(shards, out, "--suite=full", "--arms", "entropy")
     comparison = Comparison.prepare(chosen)
     finish(comparison, {arm: [1.0, 2.0] for arm in ("plain", "random", "entropy")})
-    comparison.selections(LOSS).mkdir(parents=True)  # of a run that was killed before its first part
+    comparison.selections(LOSS).mkdir(
+        parents=True
+    )  # of a run that was killed before its first part
     compare.say(comparison, chosen)
     assert (out / "report.html").exists()
 

@@ -322,6 +322,17 @@ def test_a_checkpoint_that_cannot_be_resumed_says_why(
         run(f"--resume={file}")
 
 
+@pytest.mark.parametrize(
+    "option", ["--eval-samples=0", "--final-samples=0", "--eval-every=0", "--checkpoint-every=0"]
+)
+def test_a_division_by_zero_does_not_wait_for_the_end_of_a_run(
+    parsed: Any, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed(option)
+    assert "needed is a whole number of at least 1" in capsys.readouterr().err
+
+
 def run_for(arguments: list[str], *more: str) -> None:
     pretrain_bert.main([*arguments, *more])
 

@@ -9,8 +9,9 @@ half of the same candidates, is the control to look at beside ``plain``.
 
 Arms have as many samples to backpropagate as plain training, or, named "equal time", as many seconds: the
 cost of a plain step and of a step of each arm is measured first, in turn, and the number of steps follows
-from it, so that scoring is paid for and a run still repeats to the bit. "plain@0.71" is plain training with
-0.71 of the budget, its learning rate decayed there: the measure of what a difference in loss is worth.
+from it, so that scoring is paid for and a run still repeats to the bit (on a CPU; a GPU adds in any order,
+hence the repeats "plain#1" there). "plain@0.71" is plain training with 0.71 of the budget, its learning rate
+decayed there: the measure of what a difference in loss is worth.
 
 Seeds are added until the 95 % interval of every arm against its control is narrow enough (--precision), or
 until --seeds; what is not told apart by then is called inconclusive. Stopped or killed at any moment, the
@@ -28,13 +29,16 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import BinaryIO
 
 import torch
 import transformers
@@ -42,17 +46,19 @@ from torch import nn
 from tqdm import tqdm
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # siftloader may not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import pretrain_bert
 import pretrain_gpt
-from arms import SUITES, Arm
+from arms import LOSS, SUITES, Arm
+from pretrain_bert import count
 
 import siftloader
 import siftloader.cli
 from siftloader import TokenShards
-from siftloader.comparison import difference
+from siftloader.comparison import Name, difference
 from siftloader.report import table
 from siftloader.results import Results, read_results, write_results
 
@@ -99,15 +105,17 @@ SUBJECTS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
+    begun = time.monotonic()
     options = parse(arguments)
     if options.run is not None:
+        end_with_parent(sys.stdin.buffer)
         run(Comparison.open(options.out), options.run, options.seed)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with alone(options.out):
         comparison = Comparison.prepare(options)
         print(comparison.about())
-        work(comparison, options)
+        work(comparison, options, begun)
         say(comparison, options)
 
 
@@ -123,18 +131,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--arms", nargs="+", metavar="NAME", help="only these of the suite, and the controls")
     add("--name", help="what this comparison is called in tables (default: the folder's name)")
     add("--preset", choices=["cpu", "gpu"], help="size of the model (default: of this machine)")
-    add("--steps", type=int, help="steps of plain training; others follow from the budget")
+    add("--steps", type=count, help="steps of plain training; others follow from the budget")
     add("--seconds", type=float, help="instead: as many as plain training does in so many seconds")
-    add("--batch-size", type=int, help="samples backpropagated per step")
+    add("--batch-size", type=count, help="samples backpropagated per step")
     add("--lr", type=float, help="highest learning rate")
-    add("--final-samples", type=int, default=4096, help="held-out samples at the end (4096)")
-    add("--seeds", type=int, default=5, help="at most so many (default 5)")
-    add("--least-seeds", type=int, default=3, help="at least so many for every arm (default 3)")
+    add("--final-samples", type=count, default=4096, help="held-out samples at the end (4096)")
+    add("--seeds", type=count, default=5, help="at most so many (default 5)")
+    add("--least-seeds", type=count, default=3, help="at least so many for every arm (default 3)")
     add("--precision", type=float, default=0.01, help="half-width to reach, in nats (0.01)")
-    add("--minutes", type=float, help="begin no run that would not end within so many")
+    add("--minutes", type=float, help="begin no run that would not end by then (default: no end)")
     add("--tokenizer", type=Path, help="that of the shards, to show which texts were kept")
-    add("--threads", type=int, help="of each run (default: the cores, divided by the workers)")
-    add("--workers", type=int, help="runs at a time (default: one per core, one on a GPU)")
+    add("--threads", type=count, help="of each run (default: the cores, divided by the workers)")
+    add("--workers", type=count, help="runs at a time (default: one per core, one on a GPU)")
     add("--run", metavar="ARM", help=argparse.SUPPRESS)
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -148,8 +156,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         options.shards = ROOT / "shards" / "built" / f"{objective}-128"
     if options.run is None and not (options.shards / "manifest.jsonl").exists():
         parser.error(f"{options.shards} holds no shards; `make compare` prepares them first")
-    if not 1 <= options.least_seeds <= options.seeds:
-        parser.error("--least-seeds must be at least 1 and at most --seeds")
+    if options.tokenizer and not options.tokenizer.exists():
+        parser.error(f"--tokenizer {options.tokenizer}: no such file or folder")
+    if options.least_seeds > options.seeds:
+        parser.error(f"--least-seeds {options.least_seeds} is more than --seeds {options.seeds}")
     return options
 
 
@@ -199,6 +209,8 @@ class Comparison:
             found = cls.open(options.out)
             if options.seconds:
                 wanted = replace(wanted, preset=replace(wanted.preset, steps=found.preset.steps))
+            if not options.threads and wanted.threads and found.threads:
+                wanted = replace(wanted, threads=found.threads)  # however many cores are here
             for field in COMPARABLE:
                 if getattr(found, field) != getattr(wanted, field):
                     sys.exit(
@@ -212,6 +224,12 @@ class Comparison:
                         f"arm {arm.name!r} was {known[arm.name]} and now is {arm}; give it another "
                         f"name, or choose another --out"
                     )
+            if undated(found.machine) != undated(wanted.machine):
+                print(
+                    f"note: {file} was made on {found.machine}; here it is {wanted.machine}. Runs of both "
+                    f"are compared, at the prices of the former",
+                    file=sys.stderr,
+                )
             priced = {arm.sifted_step: found.costs[arm.name] for arm in found.arms}
             costs = {
                 **{arm.name: priced.get(arm.sifted_step, 0.0) for arm in wanted.arms},
@@ -258,7 +276,7 @@ class Comparison:
         threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.workers)
         return cls(
             folder=options.out,
-            name=options.name or options.out.name,
+            name=options.name or options.out.resolve().name,
             subject=options.subject,
             shards=str(options.shards.resolve()),
             fingerprint=TokenShards(options.shards).fingerprint,
@@ -275,10 +293,17 @@ class Comparison:
     @classmethod
     def open(cls, folder: Path) -> Comparison:
         """Read the plan of a folder."""
-        found = json.loads((folder / "plan.json").read_text())
-        found["preset"] = pretrain_bert.Preset(**found["preset"])
-        found["arms"] = tuple(Arm(**arm) for arm in found["arms"])
-        return cls(**{**found, "folder": folder})
+        file = folder / "plan.json"
+        try:
+            found = json.loads(file.read_text())
+            found["preset"] = pretrain_bert.Preset(**found["preset"])
+            found["arms"] = tuple(Arm(**arm) for arm in found["arms"])
+            return cls(**{**found, "folder": folder})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(
+                f"{file} is missing, damaged, or of another version ({error!r}); put back the one that "
+                f"the runs beside it were made by, or choose another --out"
+            )
 
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
@@ -336,14 +361,17 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
     model = build(comparison, shards)
     model.train()
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(pretrain_bert.parameter_groups(model), 1e-6)
-    # Arms whose sifted steps are the same are measured once; None is a plain step.
+    optimizer = torch.optim.AdamW(pretrain_bert.parameter_groups(model), 1e-6, fused=True)
+    # Arms whose sifted steps are the same are measured once; None is a plain step. That one is drawn by the
+    # same code as the others: torch's own loader collates sample by sample, on a GPU a third of a step, which
+    # plain training alone would be charged.
+    plain = Arm("plain", "random", keep=1.0, warmup=0.0, cooldown=0.0)
     kinds: dict[Arm | None, list[str]] = {None: []}
     for arm in arms:
         kinds.setdefault(arm.sifted_step, []).append(arm.name)
     batches = {
         kind: pretrain_bert.endless(
-            (kind or Arm("plain")).loader(
+            (kind or plain).loader(
                 TokenShards(comparison.shards, seed=0),
                 model,
                 comparison.preset.batch_size,
@@ -379,7 +407,8 @@ def measure(comparison: Comparison, arms: Iterable[Arm]) -> tuple[float, dict[st
     costs = {}
     for kind, names in kinds.items():
         ratio = median(found[kind] / found[None] for found in rounds)
-        costs |= dict.fromkeys(names, ratio if kind is not None else 1.0)
+        # A sifted step does all that a plain one does: less than that is noise.
+        costs |= dict.fromkeys(names, max(1.0, ratio))
     return seconds, costs
 
 
@@ -406,6 +435,9 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
     kept.mkdir(exist_ok=True)
     log, checkpoint = kept / final.name, kept / f"{final.stem}.pt"
     steps = comparison.steps(arm)
+    chosen = comparison.selections(arm) if arm.sifts and seed == 0 else None
+    if chosen is not None and not checkpoint.exists():
+        shutil.rmtree(chosen, ignore_errors=True)  # of a run that got nowhere, or of an older one
     set_up(comparison, seed)
     train_shards = TokenShards(comparison.shards, seed=seed)
     val_shards = TokenShards(comparison.shards, split="val")
@@ -419,7 +451,7 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
         layers=preset.layers,
         autocast=torch.bfloat16,
         # What was kept, of one run: the page shows its scores and its texts.
-        log_selections=comparison.selections(arm) if arm.sifts and seed == 0 else None,
+        log_selections=chosen,
     )
     options, _ = pretrain_bert.parse(
         [
@@ -454,8 +486,21 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
     for record in records:
         record["seconds"] = comparison.seconds_at(arm, record["step"])
     write(final, "".join(json.dumps(line) + "\n" for line in (header, *records)))
-    for file in (log, checkpoint):
+    for file in (checkpoint, log):  # a checkpoint without its log would continue without its past
         file.unlink(missing_ok=True)
+
+
+def end_with_parent(stream: BinaryIO) -> None:
+    """End this process when ``stream``, a pipe from its parent, ends.
+
+    However the parent dies, no run goes on alone, writing to the files of the one that takes its place.
+    """
+
+    def wait() -> None:
+        stream.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def write(file: Path, text: str) -> None:
@@ -500,61 +545,71 @@ def unsettled(comparison: Comparison, results: Results, seeds: int, precision: f
     wide = set()
     for arm in comparison.arms:
         against = "random" if arm.sifts and arm.name != "random" else "plain"
-        if arm.name == against:
-            continue
+        if arm.name == against or Name.of(arm.name).repeat is not None:
+            continue  # a repeat tells how far apart equals end; it is compared with nothing
         found = difference(results, comparison.name, arm.name, against, seeds=range(seeds))
         if found.half_width is None or found.half_width > precision:
             wide.add(arm.name)
     return wide
 
 
-def work(comparison: Comparison, options: argparse.Namespace) -> None:
+def work(comparison: Comparison, options: argparse.Namespace, begun: float) -> None:
     """Train what is left to train, several runs at a time, each in a process of its own."""
-    begun = time.monotonic()
     running: dict[subprocess.Popen[bytes], tuple[Arm, int, float]] = {}
-    longest = 0.0
+    slowness = 1.0  # what a run took, beginning and evaluations included, in what its steps should
+    alive, ours = os.pipe()  # nothing is ever written: ``ours`` closes when this process ends
 
-    def late() -> bool:
-        spent = time.monotonic() - begun
-        return options.minutes is not None and spent + 1.1 * longest > 60 * options.minutes
+    def fits(arm: Arm) -> bool:
+        if options.minutes is None:
+            return True
+        left = 60 * options.minutes - (time.monotonic() - begun)
+        return 1.1 * slowness * comparison.seconds_at(arm, comparison.steps(arm)) <= left
 
     try:
         while True:
             under_way = {(arm.name, seed) for arm, seed, _ in running.values()}
-            todo = [
+            left = [
                 (arm, seed)
                 for arm, seed in wanted(comparison, options)
                 if (arm.name, seed) not in under_way
             ]
-            while todo and len(running) < options.workers and not late():
-                arm, seed = todo.pop(0)
-                running[start(comparison, arm, seed)] = (arm, seed, time.monotonic())
+            todo = [(arm, seed) for arm, seed in left if fits(arm)]
+            for arm, seed in todo[: options.workers - len(running)]:
+                running[start(comparison, arm, seed, alive)] = (arm, seed, time.monotonic())
             if not running:
+                if left:
+                    print(f"{len(left)} runs or more are left; the same command goes on")
                 break
             process = next_to_end(running)
             arm, seed, since = running.pop(process)
             if process.returncode:
-                sys.exit(f"{arm.name}, seed {seed} failed; what it said stands above")
-            longest = max(longest, time.monotonic() - since)
+                sys.exit(
+                    f"{arm.name}, seed {seed} failed (exit status {process.returncode}; negative: killed by that "
+                    f"signal); what it said stands above"
+                )
+            took = time.monotonic() - since
+            slowness = max(slowness, took / comparison.seconds_at(arm, comparison.steps(arm)))
             end = json.loads(comparison.file(arm, seed).read_text().splitlines()[-1])
             tqdm.write(
                 f"{arm.name}, seed {seed}: held-out loss {end['val_loss']:.4f}, accuracy "
-                f"{end['val_accuracy']:.2%}, {time.monotonic() - since:.0f} s"
+                f"{end['val_accuracy']:.2%}, {took:.0f} s"
             )
     finally:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
+        os.close(alive)
+        os.close(ours)
 
 
-def start(comparison: Comparison, arm: Arm, seed: int) -> subprocess.Popen[bytes]:
+def start(comparison: Comparison, arm: Arm, seed: int, alive: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--out", str(comparison.folder), "--run", arm.name]
     threads = {"OMP_NUM_THREADS": str(comparison.threads)} if comparison.threads else {}
     return subprocess.Popen(
         [*command, "--seed", str(seed)],
         env={**os.environ, **threads},
-        stdin=subprocess.DEVNULL,
+        stdin=alive,
         stdout=subprocess.DEVNULL,
     )
 
@@ -578,13 +633,19 @@ def say(comparison: Comparison, options: argparse.Namespace) -> None:
     write(comparison.folder / "table.txt", text + "\n")
     write_results(results, comparison.folder / RESULTS)
     page = ["report", str(comparison.folder), "--out", str(comparison.folder / "report.html")]
-    log = comparison.selections(comparison.arm("loss")) if "loss" in comparison.costs else None
-    if log is not None and log.is_dir():
+    log = comparison.selections(LOSS)
+    if any(log.glob("*.parquet")):
         page += ["--selections", str(log), "--shards", comparison.shards]
         page += ["--tokenizer", str(options.tokenizer)] if options.tokenizer else []
     with contextlib.redirect_stdout(io.StringIO()):  # the table once more
-        siftloader.cli.main(page)
+        if status := siftloader.cli.main(page):
+            sys.exit(status)  # it said why
     print(f"\n{os.path.relpath(comparison.folder / 'report.html')}: the same to look at")
+
+
+def undated(machine: str) -> str:
+    """The same without its date."""
+    return machine.rpartition(", ")[0]
 
 
 def machine() -> str:

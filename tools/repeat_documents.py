@@ -7,7 +7,8 @@ effect can be measured: prepare both together, and train.
     siftloader shard text.txt.xz repeated=repeated.txt --out shards/repeated ...
 
 The documents taken are those whose content hash is highest: never ones that preparation holds out, which
-takes the lowest. The same inputs give the same bytes.
+takes the lowest. That goes for a document as it was and as it is written here, without its blank lines. The same
+inputs give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,14 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 0 < options.share < 1 or options.size < 1:
         parser.error("--share must lie between 0 and 1, --size be at least 1")
+    before = [document.text for document in read_documents(find_inputs(options.paths))]
     # A blank line would end a document.
-    texts = [
-        "\n".join(line for line in document.text.splitlines() if line.strip())
-        for document in read_documents(find_inputs(options.paths))
-    ]
-    whole = sum(map(len, texts))
+    texts = ["\n".join(line for line in text.splitlines() if line.strip()) for text in before]
+    whole = sum(map(len, before))
+    lowest = [min(map(content_hash, pair)) for pair in zip(before, texts, strict=True)]
     taken, size = [], 0
-    for text in sorted(texts, key=content_hash, reverse=True):
+    for _, text in sorted(zip(lowest, texts, strict=True), reverse=True):
         if size + len(text) <= options.size:
             taken.append(text)
             size += len(text)
