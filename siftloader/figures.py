@@ -29,6 +29,7 @@ from siftloader.comparison import (
     Difference,
     Measure,
     Name,
+    direction,
     ends,
     signed,
     t_quantile,
@@ -67,7 +68,7 @@ _STYLE = {
 def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Any], None]) -> str:
     """A figure as SVG that stands in HTML: its own ids, colours of the page, text as text."""
     try:
-        from matplotlib import rc_context
+        from matplotlib import rc_context, rcdefaults, rcParams
         from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -88,7 +89,9 @@ def _svg(name: str, alt: str, size: tuple[float, float], draw: Callable[[Any], N
         "axes.unicode_minus": False,
     }
     whole = io.StringIO()
-    with rc_context(style), warnings.catch_warnings():
+    with rc_context(), warnings.catch_warnings():
+        rcdefaults()  # not what somebody set for figures of their own
+        rcParams.update(style)
         # The browser has letters that matplotlib's font, which only measures them, has not.
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure = Figure(figsize=size, layout="constrained")
@@ -118,9 +121,13 @@ def _for_page(tag: str, name: str) -> str:
 # ---- curves
 
 
+NOWHERE: NDArray[np.float64] = np.empty((2, 0))
+
+
 @dataclass(frozen=True)
 class _Curve:
-    # Mean over seeds, and half the 95 % interval of its difference from the control there.
+    # Mean over seeds, and half the 95 % interval of its difference from the control there: nan where the
+    # control has no line.
     arm: str
     x: NDArray[np.float64]
     y: NDArray[np.float64]
@@ -138,21 +145,52 @@ def _curve(
     steps = sorted(set.intersection(*(set(found) for found in points.values())))
     if not steps:
         return None
-    x = np.array(
-        [[found[step][0] for step in steps] for found in points.values()]
-    )  # [seeds, steps]
-    y = np.array([[found[step][1] for step in steps] for found in points.values()])
-    half = None
-    pairs = [row for row, seed in enumerate(points) if seed in control]
-    if len(pairs) > 1 and control is not runs:
-        apart = []
-        for row in pairs:
-            other = np.array(sorted(_points(control[[*points][row]], along, value).values()))
-            if not len(other):
-                return _Curve(arm, x.mean(0), y.mean(0), None)
-            apart.append(y[row] - np.interp(x[row], other[:, 0], other[:, 1]))
-        half = np.std(apart, axis=0, ddof=1) / math.sqrt(len(pairs)) * t_quantile(len(pairs) - 1)
-    return _Curve(arm, x.mean(0), y.mean(0), half)
+    plain = {}  # [2, points] by seed
+    for seed, run in control.items():
+        if found := _points(run, along, value):
+            plain[seed] = np.array(sorted(found.values())).T
+    paired = [seed for seed in points if seed in plain]
+    both = [[points[seed][step] for step in steps] for seed in paired or points]
+    x, y = np.moveaxis(np.array(both), 2, 0)  # [seeds, steps] each
+    middle, level = x.mean(0), y.mean(0)
+    if control is runs or not paired:
+        return _Curve(arm, middle, level, None)
+    # Seeds differ by more than arms do: what the other seeds of the control add, they add here too.
+    at = {seed: np.interp(middle, *curve) for seed, curve in plain.items()}
+    level += np.mean([*at.values()], axis=0) - np.mean([at[seed] for seed in paired], axis=0)
+    if len(paired) < 2:
+        return _Curve(arm, middle, level, None)
+    lines = [plain[seed] for seed in paired]
+    apart = [y[row] - np.interp(x[row], *line) for row, line in enumerate(lines)]
+    half = np.std(apart, axis=0, ddof=1) / math.sqrt(len(paired)) * t_quantile(len(paired) - 1)
+    for row, (along_control, _) in enumerate(
+        lines
+    ):  # where it has no line, nothing differs from it
+        half[x[row] < along_control[0] * (1 - 1e-9)] = np.nan
+        half[x[row] > along_control[-1] * (1 + 1e-9)] = np.nan
+    return _Curve(arm, middle, level, half)
+
+
+def _rungs(
+    ladder: Mapping[str, Mapping[int, Run]],
+    control: Mapping[int, Run],
+    along: Callable[[Any], float],
+    value: Callable[[Any], float],
+) -> NDArray[np.float64]:
+    """Where arms end, [2, n], as far from the end of the control as they are by seed; from left to right."""
+
+    def lasts(runs: Mapping[int, Run]) -> dict[int, NDArray[np.float64]]:
+        every = {seed: _points(run, along, value) for seed, run in runs.items()}
+        return {seed: np.array([*found.values()][-1]) for seed, found in every.items() if found}
+
+    plain = lasts(control)
+    found = []
+    for runs in ladder.values():
+        here = lasts(runs)
+        if paired := here.keys() & plain.keys():
+            apart = np.mean([here[seed] - plain[seed] for seed in paired], axis=0)
+            found.append(apart + np.mean([*plain.values()], axis=0))
+    return np.array(sorted(map(tuple, found))).reshape(-1, 2).T
 
 
 def _points(
@@ -183,7 +221,7 @@ def _draw_curves(
     curves: Sequence[_Curve],
     colors: Mapping[str, str],
     inches: float,
-    rungs: NDArray[np.float64] | None = None,
+    rungs: NDArray[np.float64] = NOWHERE,
     zoom: bool = True,
 ) -> None:
     """Curves with their names where they end; those without a colour thin and nameless.
@@ -194,31 +232,33 @@ def _draw_curves(
         color = colors.get(curve.arm)
         dot = "o" if len(curve.x) == 1 else None
         if color is None:
-            axes.plot(curve.x, curve.y, color=GRID, linewidth=1, marker=dot, zorder=1)
+            axes.plot(curve.x, curve.y, color=MUTED, alpha=0.4, linewidth=1, marker=dot, zorder=1)
             continue
         if curve.half is not None:
             low, high = curve.y - curve.half, curve.y + curve.half
             axes.fill_between(curve.x, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(curve.x, curve.y, color=color, linewidth=1.8, marker=dot, markersize=4)
-    if rungs is not None:
+    if rungs.size:
         axes.plot(*rungs, "o--", color=MUTED, linewidth=1, markersize=3.5, zorder=1)
     named = [curve for curve in curves if curve.arm in colors]
     if zoom:
-        _zoom(axes, named)
+        _zoom(axes, named, rungs)
     axes.grid(True, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.xaxis.set_major_formatter(_thousands)
     _name_ends(axes, [(c.x[-1], c.y[-1], _short(c.arm), colors[c.arm]) for c in named], inches)
 
 
-def _zoom(axes: Any, curves: Sequence[_Curve]) -> None:
+def _zoom(axes: Any, curves: Sequence[_Curve], rungs: NDArray[np.float64]) -> None:
     # The first drop is a hundred times what arms differ by: the second half is looked at.
     last = max(float(curve.x[-1]) for curve in curves)
-    values = np.concatenate([curve.y[curve.x >= last / 2] for curve in curves])
+    seen = [(curve.x, curve.y) for curve in curves] + [tuple(rungs)] * bool(rungs.size)
+    values = np.concatenate([y[x >= last / 2] for x, y in seen])
     low, high = float(values.min()), float(values.max())
     room = 0.05 * (high - low) or 0.01
     axes.set_ylim(low - room, high + room)
-    axes.set_xlim(0.3 * last, last * 1.005)
+    right = max(float(x.max()) for x, _ in seen)
+    axes.set_xlim(0.3 * last, right * 1.005 or 1.0)
 
 
 def _name_ends(axes: Any, named: Sequence[tuple[float, float, str, str]], inches: float) -> None:
@@ -322,13 +362,10 @@ def curves(
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, value, each) in zip(all_axes, drawn, strict=True):
-            rungs = None
-            if time and len(ladder) > 1:
-                last = [
-                    [(along(run.end), value(run.end)) for run in found[arm].values()]
-                    for arm in ladder
-                ]
-                rungs = np.array([np.mean(rung, axis=0) for rung in last]).T
+            rungs = NOWHERE
+            if time and len(ladder) > 1 and control in ladder:
+                stairs = {arm: found[arm] for arm in ladder}
+                rungs = _rungs(stairs, found[control], along, value)
             _draw_curves(axes, each, chosen, 2.5, rungs)
             axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
         all_axes[-1].set_xlabel(what)
@@ -364,7 +401,7 @@ def forest(found: Collection[Difference], control: str, name: str) -> str:
         axes.axvspan(-level, level, color=GRID, alpha=0.55, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=1)
         for row, one in enumerate(shown):
-            color = {"better": BETTER, "worse": WORSE}.get(one.verdict, INK)
+            color = {"better": BETTER, "worse": WORSE}.get(direction(one.verdict), INK)
             values = [scale * value for value in one.values]
             axes.plot(
                 values, [row - 0.26] * len(values), "o", color=MUTED, markersize=3, alpha=0.75

@@ -32,6 +32,7 @@ from siftloader.comparison import (
     Name,
     Worth,
     differences,
+    direction,
     ends,
     noise,
     signed,
@@ -90,7 +91,7 @@ class _Line:
 
 
 def _lines(results: Results, experiment: str, control: str) -> list[_Line]:
-    """The control and its random twin first, then arms from low to high loss, other budgets last."""
+    """The control and its random twin first, then arms from the best to the worst, other budgets last."""
     found = ends(results.of(experiment))
     against = differences(results, experiment, control)
     random = differences(results, experiment, RANDOM) if control != RANDOM else {}
@@ -113,9 +114,13 @@ def _lines(results: Results, experiment: str, control: str) -> list[_Line]:
 
     def place(line: _Line) -> tuple[Any, ...]:
         name = Name.of(line.arm)
-        if name.base == control:
-            return (0, "") if name.budget == 1 else (3, name.budget)
-        return (1, "") if line.arm == RANDOM else (2, math.isnan(line.loss), line.loss, line.arm)
+        if name.budget != 1:
+            return (3, name.budget, name.base != control, line.arm)
+        if line.arm in (control, RANDOM):
+            return (0, line.arm != control)
+        # By the difference, not the mean: that depends on which seeds are finished.
+        apart = line.control.mean if line.control else math.nan
+        return (2, math.isnan(apart), 0 if math.isnan(apart) else apart, line.arm)
 
     return sorted(lines, key=place)
 
@@ -181,12 +186,15 @@ def _summary(results: Results, experiment: str, control: str, lines: Sequence[_L
 
 _VERDICTS = {
     "better": "better",
+    "better, by little": "better by little",
     "level": "level",
     "inconclusive": "inconclusive",
+    "worse, by little": "worse by little",
     "worse": "worse",
     "one seed": "with one seed only",
     "no seed": "without a seed in common",
     "diverged": "diverged",
+    "control diverged": "without a control that converged",
 }
 
 
@@ -198,7 +206,8 @@ def _notes(results: Results, experiment: str, control: str, lines: Sequence[_Lin
         notes.append(
             f"minus {control}: the same seed in both arms, the mean of those differences and the half-width "
             f"of its 95 % interval (Student's t); below 0 is better. better, worse: the interval leaves "
-            f"out 0; level: it lies within {LEVEL['loss']} nats of 0; inconclusive: more seeds would tell."
+            f"out 0; level: it lies within {LEVEL['loss']} nats of 0; by little: both; inconclusive: more "
+            f"seeds would tell."
         )
     if sum(one.p is not None for one in found) > 1:
         notes.append(
@@ -258,6 +267,12 @@ def _check_control(results: Results, control: str) -> None:
     if not arms:
         raise SiftError(
             f"{len(results.runs)} runs, and none has finished; there is nothing to compare until one has"
+        )
+    base = Name.of(control).base
+    if base != control and base in arms:
+        raise SiftError(
+            f"the control {control!r} is {base!r} at another budget, or again: name {base!r}, and every arm "
+            f"is compared with it at the arm's own budget"
         )
     if not any(Name.of(arm).base == control for arm in arms):
         raise SiftError(
@@ -333,9 +348,14 @@ def _experiment(results: Results, experiment: str, control: str, number: int) ->
             results, experiment, control, arms, f"{name}-{'time' if time else 'samples'}", time
         )
         caption = (
-            f"Means over seeds. Where an arm's band leaves {control}'s line out, the two differ: it is the 95 % "
-            f"interval of their difference, paired by seed. The beginning leaves the picture, so that the end can be seen."
+            f"Means over seeds; an arm of fewer seeds is drawn as far from {control} as it is by those. The "
+            f"beginning leaves the picture, so that the end can be seen."
         )
+        if any(line.control and line.control.half_width is not None for line in lines):
+            caption += (
+                f" Where an arm's band leaves {control}'s line out, the two differ: it is the 95 % interval "
+                f"of their difference, paired by seed."
+            )
         caption += " Grey: the other arms." * grey
         if time and any(Name.of(line.arm).budget != 1 for line in lines):
             caption += f" Dots on a dashed line: where {control} ends at other budgets."
@@ -378,14 +398,16 @@ def _paper_tables(results: Results, experiment: str, control: str) -> list[str]:
         if said := say(plain) if plain else "":
             rows.append([f"{control} (nothing is scored)", said, *[""] * (len(layers) - 1)])
         for criterion in criteria:
-            row = []
-            for layer in layers:
-                here = [(arm, say(runs)) for arm, runs in cells.get((criterion, layer), [])]
-                several = len(here) > 1
-                row.append(
-                    "; ".join(f"{arm}: {said}" if several else said for arm, said in here if said)
-                )
-            rows.append([criterion, *row])
+            first, others = [], []
+            for column, layer in enumerate(layers):
+                # The plainest name stands for the criterion; its variants have rows of their own.
+                arms = sorted(cells.get((criterion, layer), []), key=lambda cell: len(cell[0]))
+                first.append(say(arms[0][1]) if arms else "")
+                for arm, runs in arms[1:]:
+                    row = ["", *[""] * len(layers)]
+                    row[0], row[1 + column] = arm, say(runs)
+                    others.append(row)
+            rows += [[criterion, *first], *others]
         return rows
 
     tables = []
@@ -528,8 +550,8 @@ _WORDS = {"verdict": ' class="word"', "text": ' class="word text"'}  # these sta
 
 
 def _cell(text: str, heading: str) -> str:
-    if heading == "verdict" and text.rstrip("†") in ("better", "worse"):
-        return f'<td class="word {text.rstrip("†")}">{escaped(text)}</td>'
+    if heading == "verdict" and (word := direction(text.rstrip("†"))):
+        return f'<td class="word {word}">{escaped(text)}</td>'
     return f"<td{_WORDS.get(heading, '')}>{escaped(text)}</td>"
 
 

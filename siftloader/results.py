@@ -242,15 +242,16 @@ def _needed(file: Path, number: int, record: dict[str, Any], name: str, kind: ty
     if kind is float and type(value) is int and abs(value) <= LARGEST:
         value = float(value)
     if type(value) is not kind:
-        raise _foreign(file, number, f"{name} is {value!r:.40}")
-    if kind is int:
+        said = f"{value!r}"
+        raise _foreign(file, number, f"{name} is {said[:40]}{'...' * (len(said) > 40)}")
+    if isinstance(value, int) and kind is int:
         _check_amount(file, number, name, value)
     return value
 
 
 def _check_amount(file: Path, number: int, name: str, value: float) -> None:
     if not 0 <= value <= LARGEST:  # nan is not, either
-        raise _foreign(file, number, f"{name} is {value!r:.40}")
+        raise _foreign(file, number, f"{name} is {value}")
 
 
 def _check_order(file: Path, number: int, before: Evaluation, after: Evaluation) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from synthetic import LADDER, few, realistic, runs_of, without
 
-from siftloader.comparison import difference, ends, worth
+from siftloader.comparison import Name, difference, ends, worth
 from siftloader.errors import SiftError
 from siftloader.report import Selections, table, write_page
 from siftloader.results import Results
@@ -108,7 +108,7 @@ def test_notes_are_only_those_that_apply():
 def test_a_verdict_that_does_not_survive_many_arms_is_marked():
     results = few(*(run for k in range(30) for run in runs_of(f"arm {k}", 0, 1, 2, "loss", 1)))
     marked = [row for row in rows_of(table(results)).values() if row[-1].endswith("†")]
-    assert marked and all(row[-1] in ("better†", "worse†") for row in marked)
+    assert marked and all(re.fullmatch("(better|worse)(, by little)?†", row[-1]) for row in marked)
 
 
 def test_unfinished_runs_are_told_and_left_out():
@@ -258,6 +258,63 @@ def test_the_papers_tables_and_the_settings_are_there(tmp_path):
     )
     assert "<td>AMD EPYC, 2 cores</td>" in text and "<td>2.13.0</td>" in text
     assert "<h3>Audits" in text
+
+
+def test_variants_of_a_criterion_have_rows_of_their_own(tmp_path):
+    more = (
+        *runs_of("loss, rank sampled", 0.1, 1.2, 2, "loss", 1),
+        *runs_of("loss, exit 3", -0.01, 1.4, 2, "loss", 3),
+    )
+    write_page(few(*more), tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    table = text[text.index("Table 1.") : text.index("Table 2.")]
+    rows = re.findall(r'<tr><th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td></tr>', table)
+    assert [name for name, _, _ in rows] == [
+        "plain (nothing is scored)",
+        "loss",
+        "loss, rank sampled",
+    ]
+    assert all(cell.count("%") == 1 for cell in rows[1][1:]), "both exit layers"
+    assert [cell.count("%") for cell in rows[2][1:]] == [1, 0]
+
+
+def test_arms_stand_in_the_order_of_their_differences_whichever_seeds_they_have():
+    """Seed 1 ends lower whatever the arm: finished alone, a worse arm has the lower mean."""
+    every = [*runs_of("worse", 0.01, 1, 2, "loss", 1), *few().runs]
+    mean = {seed: np.mean([run.end.loss for run in every if run.seed == seed]) for seed in (0, 1)}
+    low = min(mean, key=mean.get)
+    results = Results(tuple(run for run in every if run.arm != "worse" or run.seed == low))
+    rows = rows_of(table(results))
+    assert float(rows["worse"][3]) < float(rows["loss"][3])
+    assert list(rows) == ["arm", "plain", "loss", "worse"]
+
+
+def test_a_difference_that_is_little_is_told_and_coloured(tmp_path):
+    small = [without(run, loss=run.end.loss + 0.001 + 1e-6 * run.seed) for run in few().runs]
+    small = [replace(run, arm="small") for run in small if run.arm == "plain"]
+    plain = [without(run, loss=run.end.loss) for run in few().runs if run.arm == "plain"]
+    results = Results((*small, *plain))
+    assert rows_of(table(results))["small"][-1] == "worse, by little"
+    assert "1 worse by little." in table(results) and "by little: both" in table(results)
+    write_page(results, tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    assert '<td class="word worse">worse, by little</td>' in text
+    assert "var(--worse)" in text[text.index("<svg") : text.index("</svg>")]
+
+
+def test_a_control_at_one_of_its_budgets_is_explained():
+    with pytest.raises(SiftError, match=r"'plain@0.5' is 'plain' at another budget.*name 'plain'"):
+        table(realistic(2), "plain@0.5")
+
+
+def test_only_some_budgets_of_the_control_and_no_accuracy_of_it_make_a_page(tmp_path):
+    early = [run for run in realistic(2).runs if run.arm != "plain" and run.arm != "plain#1"]
+    mute = [
+        without(run, accuracy=math.nan) if Name.of(run.arm).base == "plain" else run
+        for run in realistic(2).runs
+    ]
+    for number, runs in enumerate((early, mute)):
+        write_page(Results(tuple(runs)), tmp_path / f"{number}.html")
 
 
 def test_without_accuracy_audits_or_settings_their_parts_are_left_out(tmp_path):
