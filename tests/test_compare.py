@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -327,15 +327,21 @@ def test_only_a_run_that_continues_finds_its_older_selections(
         checkpoint.unlink(missing_ok=True)
 
 
-def test_a_run_ends_with_the_process_that_began_it(monkeypatch):
-    ended = threading.Event()
-    monkeypatch.setattr(compare.os, "_exit", lambda status: ended.set())
-    end, parent = os.pipe()
-    with os.fdopen(end, "rb") as stream:
-        compare.end_with_parent(stream)
-        assert not ended.wait(0.1)
-        os.close(parent)
-        assert ended.wait(10)
+@pytest.mark.parametrize("parent_dies", [True, False])
+def test_a_run_ends_with_the_process_that_began_it_and_by_itself(parent_dies):
+    source = inspect.getsource(compare.end_with_parent)
+    wait = "time.sleep(60)" if parent_dies else "time.sleep(0.1)"
+    code = f"import os, sys, threading, time\n{source}\nend_with_parent(0)\n{wait}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdin is not None and process.stderr is not None
+    if parent_dies:
+        process.stdin.close()
+    assert process.wait(30) == parent_dies
+    assert process.stderr.read() == b""
+    process.stdin.close()
+    process.stderr.close()
 
 
 # Which runs.

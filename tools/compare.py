@@ -38,7 +38,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO
 
 import torch
 import transformers
@@ -108,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     begun = time.monotonic()
     options = parse(arguments)
     if options.run is not None:
-        end_with_parent(sys.stdin.buffer)
+        end_with_parent(sys.stdin.fileno())
         run(Comparison.open(options.out), options.run, options.seed)
         return
     options.out.mkdir(parents=True, exist_ok=True)
@@ -490,14 +489,14 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def end_with_parent(stream: BinaryIO) -> None:
-    """End this process when ``stream``, a pipe from its parent, ends.
+def end_with_parent(pipe: int) -> None:
+    """End this process when ``pipe``, a file descriptor from its parent, ends.
 
     However the parent dies, no run goes on alone, writing to the files of the one that takes its place.
     """
 
     def wait() -> None:
-        stream.read()
+        os.read(pipe, 1)  # not through sys.stdin, whose lock the interpreter wants when it ends
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
