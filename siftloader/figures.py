@@ -40,6 +40,7 @@ from siftloader.selection_report import Table
 
 
 EMPHASISED = 7  # curves that are told apart by colour; the others are grey
+BANDED = 3  # seeds from which a band is drawn: of two it would hide all else
 AUDITS = {
     "rho": "rho: mean loss of the kept over mean loss of all",
     "overlap": "overlap of the kept with the full model's choice",
@@ -158,7 +159,7 @@ def _curve(
     # Seeds differ by more than arms do: what the other seeds of the control add, they add here too.
     at = {seed: np.interp(middle, *curve) for seed, curve in plain.items()}
     level += np.mean([*at.values()], axis=0) - np.mean([at[seed] for seed in paired], axis=0)
-    if len(paired) < 2:
+    if len(paired) < BANDED:
         return _Curve(arm, middle, level, None)
     lines = [plain[seed] for seed in paired]
     apart = [y[row] - np.interp(x[row], *line) for row, line in enumerate(lines)]

@@ -40,6 +40,7 @@ from siftloader.comparison import (
 )
 from siftloader.errors import SiftError
 from siftloader.figures import (
+    BANDED,
     audits,
     colors,
     curves,
@@ -351,9 +352,9 @@ def _experiment(results: Results, experiment: str, control: str, number: int) ->
             f"Means over seeds; an arm of fewer seeds is drawn as far from {control} as it is by those. The "
             f"beginning leaves the picture, so that the end can be seen."
         )
-        if any(line.control and line.control.half_width is not None for line in lines):
+        if any(line.control and len(line.control.seeds) >= BANDED for line in lines):
             caption += (
-                f" Where an arm's band leaves {control}'s line out, the two differ: it is the 95 % interval "
+                f" Where an arm's band ({BANDED} seeds or more) leaves {control}'s line out, the two differ: it is the 95 % interval "
                 f"of their difference, paired by seed."
             )
         caption += " Grey: the other arms." * grey
@@ -432,8 +433,8 @@ def _scoring(runs: Sequence[Run]) -> str:
             if isinstance(seconds, int | float) and math.isfinite(seconds):
                 found.append((float(seconds), run.end.seconds))
     scoring, all_of_it = map(sum, zip(*found, strict=True)) if found else (0.0, 0.0)
-    if not scoring:
-        return ""
+    if scoring <= 0:  # charges that were measured may lie below 0 by chance
+        return "too little to measure" if scoring else ""
     share = f" ({scoring / all_of_it:.1%} of all)" if all_of_it > 0 else ""
     return f"{_count(scoring / len(found))} s{share}"
 

@@ -49,13 +49,15 @@ def curve_of(results: Results, arm: str, along="samples") -> figures._Curve:
 def test_an_arm_of_fewer_seeds_is_drawn_where_it_stands_to_the_control():
     """Seeds differ by more than arms: the mean of two is not beside the mean of five."""
     every = realistic(5)
-    some = Results(tuple(run for run in every.runs if run.arm != "loss" or run.seed in (1, 3)))
+    some = Results(tuple(run for run in every.runs if run.arm != "loss" or run.seed in (1, 3, 4)))
     plain = curve_of(every, "plain")
     for results in (every, some):
         told = difference(results, "gpt", "loss", "plain")
         curve = curve_of(results, "loss")
         assert curve.y[-1] - plain.y[-1] == pytest.approx(told.mean, abs=1e-9)
         assert curve.half[-1] == pytest.approx(told.half_width)
+    two = Results(tuple(run for run in some.runs if run.arm != "loss" or run.seed != 4))
+    assert curve_of(two, "loss").half is None, "12.7 deviations would hide all other arms"
     only = Results(tuple(run for run in some.runs if run.arm != "plain" or run.seed == 0))
     assert curve_of(only, "loss").half is None, "no seed in common"
 

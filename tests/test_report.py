@@ -317,6 +317,13 @@ def test_only_some_budgets_of_the_control_and_no_accuracy_of_it_make_a_page(tmp_
         write_page(Results(tuple(runs)), tmp_path / f"{number}.html")
 
 
+def test_scoring_that_costs_less_than_can_be_measured_is_not_told_in_negative_seconds(tmp_path):
+    free = runs_of("loss", -0.02, 0.99, 2, "loss", 1)
+    write_page(Results((*runs_of("plain", 0, 1, 2, None, 1), *free)), tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    assert "<td>too little to measure</td>" in text[text.index("Table 2") :]
+
+
 def test_without_accuracy_audits_or_settings_their_parts_are_left_out(tmp_path):
     bare = [replace(without(run, accuracy=math.nan, fields={}), settings={}) for run in few().runs]
     write_page(Results(tuple(bare)), tmp_path / "x.html")
