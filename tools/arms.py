@@ -20,7 +20,6 @@ from siftloader import (
     Loss,
     RankSample,
     Rarity,
-    Reducible,
     Residual,
     SiftingDataLoader,
     Stratified,
@@ -150,14 +149,10 @@ CRITERIA: dict[str, Callable[[TokenShards], Any]] = {
     "random": lambda shards: "random",
     "loss": lambda shards: Loss(),
     "entropy": lambda shards: "entropy",
-    "grad-norm": lambda shards: "grad-norm",
     "rarity": lambda shards: Rarity(shards.unigrams),
     "residual": lambda shards: Residual(shards.unigrams),
     "residual-bigram": lambda shards: Residual(shards.bigrams),
-    "reducible": lambda shards: Reducible.read(Path(shards.folder) / "irreducible.parquet"),
     "easy": lambda shards: -Loss(),
-    "common": lambda shards: -Rarity(shards.unigrams),
-    "residual-easy": lambda shards: -Residual(shards.unigrams),
 }
 SELECTIONS: dict[str, Callable[[], Any]] = {
     "top-k": TopK,
@@ -193,7 +188,7 @@ def longer(arm: Arm, budget: float) -> Arm:
 # tell what is known by heart from what is not.
 SPARSE = Arm("loss, 1 in 8", "loss", stride=8)
 
-QUICK = [PLAIN, RANDOM, LOSS, charged(LOSS)]
+QUICK = [PLAIN, RANDOM, LOSS, charged(SPARSE)]
 FULL_GRID = [
     PLAIN,
     RANDOM,
