@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +32,7 @@ from siftloader.bigrams import (
     PAIR,
     SEAL,
     Bigrams,
+    _spans,
     count_bigrams,
     read_bigrams,
     write_bigrams,
@@ -122,6 +124,63 @@ def test_the_most_frequent_stay_and_the_others_are_summed_up(tmp_path, limit):
         for margin in ((left, V), (V, right)):
             kept[margin] = kept.get(margin, 0) + count
     assert as_dict(count_bigrams(dataset, limit)) == kept
+
+
+def shards_of(folder: Path, size: int, *train: np.ndarray) -> ShardSet:
+    """Shards of these ids, of a vocabulary of ``size``."""
+    folder.mkdir()
+    layout = Layout.for_vocabulary(train[0].shape[1], size)
+    written = [
+        write_shard(folder, f"train-{i:06d}", ids, np.zeros(len(ids), np.uint8), layout)
+        for i, ids in enumerate(train)
+    ]
+    write_dataset(
+        folder,
+        written,
+        layout=layout,
+        objective="clm",
+        tokenizer=Tokenizer("numbers", "0" * 64, size, {"unk": 1}),
+        sources=[Source("numbers", "0" * 64, 1)],
+        unigrams=np.bincount(np.concatenate(train).reshape(-1), minlength=size),
+        seed=0,
+    )
+    return ShardSet.open(folder)
+
+
+@pytest.mark.parametrize("size", [2, 65_535, 65_536, 65_537, 300_000])
+def test_keys_do_not_overflow_whatever_the_vocabulary(tmp_path, size):
+    """The highest ids, where 16 and 32 bits end, counted in one span and in many."""
+    ids = np.maximum(size - np.random.default_rng(0).integers(1, 9, (20, T)), 0)
+    dataset = shards_of(tmp_path / "s", size, ids)
+    expected = by_hand(dataset)
+    assert max(expected) == (size - 1, size - 1)
+    assert as_dict(count_bigrams(dataset)) == expected
+    assert as_dict(count_bigrams(dataset, room=3)) == expected
+    bigrams = Bigrams(count_bigrams(dataset), dataset.unigrams, masked=False)
+    chances = np.exp(-bigrams.surprise(np.arange(size)[None], np.array([[size - 1], [0], [-1]])))
+    assert chances.sum(1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("rows", [(0,), (0, 5, 0), (1,)])
+def test_shards_of_nothing_or_one_sample_are_counted(tmp_path, rows):
+    rng = np.random.default_rng(0)
+    dataset = shards_of(tmp_path / "s", V, *(rng.integers(0, V, (n, T)) for n in rows))
+    assert as_dict(count_bigrams(dataset)) == by_hand(dataset)
+    assert write_bigrams(dataset.folder) and read_bigrams(dataset).surprise([1], [2])[0] > 0
+
+
+def test_memory_is_bounded_by_room_and_chunk(tmp_path):
+    size, room, chunk = 400, 1 << 15, 1 << 12
+    ids = np.random.default_rng(0).integers(0, size, (2000, 129))  # most pairs there can be
+    dataset = shards_of(tmp_path / "s", size, ids)
+    tracemalloc.start()
+    try:
+        count_bigrams(dataset, 100, chunk=chunk, room=room)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(_spans(dataset.unigrams, room)) > 4
+    assert peak < 4 * PAIR.itemsize * room + 64 * chunk, f"{peak / PAIR.itemsize / room:.1f} rooms"
 
 
 def test_progress_is_told_to_the_end(tmp_path):
