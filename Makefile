@@ -56,7 +56,7 @@ gpu-arms:
 	mkdir -p $(GPU_OUT)/bert $(GPU_OUT)/gpt
 	@# Where a plan went on here, older results must not take its place.
 	for s in bert gpt; do test -e $(GPU_OUT)/$$s/plan.json || ! test -d tools/results/gpu-$$s || \
-	    cp tools/results/gpu-$$s/* $(GPU_OUT)/$$s; done
+	    cp tools/results/gpu-$$s/* $(GPU_OUT)/$$s || exit 1; done
 	$(RUN) tools/compare.py --subject bert --preset gpu --suite gpu --shards shards/built/gpu-bert \
 	    --out $(GPU_OUT)/bert --name "BERT, one GPU" --seconds 60 --seeds 12 --minutes $(MINUTES)
 	$(RUN) tools/compare.py --subject gpt --preset gpu --suite gpu --shards shards/built/gpu-gpt \

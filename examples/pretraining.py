@@ -205,7 +205,7 @@ class Checkpoint:
         for name, part in self._own.items():
             part.load_state_dict(mine[name])
         torch.set_rng_state(mine["rng"])
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and "cuda_rng" in mine:  # a run may move from a CPU to a GPU
             torch.cuda.set_rng_state(mine["cuda_rng"])
         return int(state["step"])
 

@@ -322,6 +322,15 @@ def test_a_checkpoint_that_cannot_be_resumed_says_why(
         run(f"--resume={file}")
 
 
+def test_what_a_cpu_began_a_gpu_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = pretraining.Checkpoint({"seed": 0}, {}, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        checkpoint.save(tmp_path / "a.pt", 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert checkpoint.load(tmp_path / "a.pt") == 7
+
+
 @pytest.mark.parametrize(
     "option", ["--eval-samples=0", "--final-samples=0", "--eval-every=0", "--checkpoint-every=0"]
 )

@@ -577,7 +577,10 @@ def work(comparison: Comparison, options: argparse.Namespace, begun: float) -> N
                 running[start(comparison, arm, seed, alive)] = (arm, seed, time.monotonic())
             if not running:
                 if left:
-                    print(f"{len(left)} runs or more are left; the same command goes on")
+                    print(
+                        f"{len(left)} runs or more are left; the same command goes on, given --minutes enough "
+                        f"for one of them"
+                    )
                 break
             process = next_to_end(running)
             arm, seed, since = running.pop(process)
