@@ -171,15 +171,6 @@ def test_arms_that_differ_in_their_budget_alone_cost_the_same(shards, tmp_path, 
     assert {more.costs[name] for name in arms[:-1]} == {1.5} and more.costs["plain@2"] == 1
 
 
-def test_arms_of_the_same_steps_pay_the_same_price(shards, tmp_path, measured):
-    out = tmp_path / "c"
-    Comparison.prepare(options(shards, out, "--suite=full", "--arms", "loss"))
-    added = ["loss, equal time", "loss, no cool-down", "plain@2"]
-    again = Comparison.prepare(options(shards, out, "--suite=full", "--arms", *added))
-    assert measured == [["plain", "random", "loss"]]
-    assert [again.costs[name] for name in added] == [1.5, 1.5, 1.0]
-
-
 def test_a_plan_goes_on_with_its_threads_on_any_number_of_cores(
     shards, tmp_path, measured, monkeypatch, capsys
 ):
