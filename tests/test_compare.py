@@ -159,7 +159,7 @@ def test_the_plan_is_kept_and_only_new_arms_are_measured(shards, tmp_path, measu
     assert measured[0] == [arm.name for arm in SUITES["quick"]]
     assert measured[1:] == [["entropy"]]
     assert again.costs == {**first.costs, "entropy": 1.5} and again.name == "a"
-    assert "loss, 1 in 8, equal time" in {arm.name for arm in Comparison.open(out).arms}
+    assert "loss, 1 in 8, equal time" in {arm.name for arm in Comparison.open(out, shards).arms}
 
 
 def test_arms_that_differ_in_their_budget_alone_cost_the_same(shards, tmp_path, measured):
@@ -212,6 +212,11 @@ def test_what_cannot_be_is_refused_before_anything_runs(shards, tmp_path, wrong,
         options(shards, tmp_path / "c", wrong)
     said = capsys.readouterr().err
     assert "whole number of at least 1" in said or "no such file or folder" in said
+
+
+def test_a_plan_names_no_place(shards, tmp_path, measured):
+    Comparison.prepare(options(shards, tmp_path / "c"))
+    assert os.sep not in (tmp_path / "c" / "plan.json").read_text()
 
 
 @pytest.mark.parametrize("change", ["--steps=9", "--batch-size=8", "--final-samples=4"])

@@ -1,6 +1,6 @@
 """Which way to choose samples trains better? Arms that differ in their loader alone, paired by seed.
 
-    python tools/compare.py --subject gpt --shards shards/built/clm-128 --out runs/compare/quick
+    python tools/compare.py --subject gpt --shards shards/built/gpt --out runs/compare/prose
 
 Every arm of a seed starts from the same weights, sees the same candidates in the same order, is evaluated on
 the same held-out samples under the same masks, and ends with its learning rate decayed to zero. What
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.run is not None:
         end_with_parent(sys.stdin.fileno())
-        run(Comparison.open(options.out), options.run, options.seed)
+        run(Comparison.open(options.out, options.shards), options.run, options.seed)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     with alone(options.out):
@@ -151,8 +151,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.workers is None:
         options.workers = 1 if gpu else max(1, len(os.sched_getaffinity(0)))
     if options.shards is None:
-        objective = "clm" if options.subject == "gpt" else "mlm"
-        options.shards = ROOT / "shards" / "built" / f"{objective}-128"
+        options.shards = ROOT / "shards" / "built" / options.subject
     if options.run is None and not (options.shards / "manifest.jsonl").exists():
         parser.error(f"{options.shards} holds no shards; `make compare` prepares them first")
     if options.tokenizer and not options.tokenizer.exists():
@@ -188,7 +187,7 @@ class Comparison:
     folder: Path
     name: str
     subject: str
-    shards: str
+    shards: Path
     fingerprint: str
     preset: pretrain_bert.Preset
     precision: str
@@ -205,7 +204,7 @@ class Comparison:
         wanted = cls._wanted(options)
         file = options.out / "plan.json"
         if file.exists():
-            found = cls.open(options.out)
+            found = cls.open(options.out, options.shards)
             if options.seconds:
                 wanted = replace(wanted, preset=replace(wanted.preset, steps=found.preset.steps))
             if not options.threads and wanted.threads and found.threads:
@@ -255,7 +254,10 @@ class Comparison:
                 steps = max(10, round(options.seconds / seconds, -1))
                 wanted = replace(wanted, preset=replace(wanted.preset, steps=int(steps)))
             plan = wanted = replace(wanted, seconds=seconds, costs=costs)
-        write(file, json.dumps({**asdict(plan), "folder": None}, indent=1))
+        # Without the places, which are another machine's when it goes on elsewhere.
+        kept = asdict(replace(plan, folder=Path(), shards=Path()))
+        del kept["folder"], kept["shards"]
+        write(file, json.dumps(kept, indent=1))
         return wanted
 
     @classmethod
@@ -277,7 +279,7 @@ class Comparison:
             folder=options.out,
             name=options.name or options.out.resolve().name,
             subject=options.subject,
-            shards=str(options.shards.resolve()),
+            shards=options.shards,
             fingerprint=TokenShards(options.shards).fingerprint,
             preset=preset,
             precision="bf16",
@@ -290,14 +292,14 @@ class Comparison:
         )
 
     @classmethod
-    def open(cls, folder: Path) -> Comparison:
-        """Read the plan of a folder."""
+    def open(cls, folder: Path, shards: Path) -> Comparison:
+        """Read the plan of a folder; where the shards are differs from machine to machine."""
         file = folder / "plan.json"
         try:
             found = json.loads(file.read_text())
             found["preset"] = pretrain_bert.Preset(**found["preset"])
             found["arms"] = tuple(Arm(**arm) for arm in found["arms"])
-            return cls(**{**found, "folder": folder})
+            return cls(**{**found, "folder": folder, "shards": shards})
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(
                 f"{file} is missing, damaged, or of another version ({error!r}); put back the one that "
@@ -606,7 +608,8 @@ def work(comparison: Comparison, options: argparse.Namespace, begun: float) -> N
 
 
 def start(comparison: Comparison, arm: Arm, seed: int, alive: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--out", str(comparison.folder), "--run", arm.name]
+    command = [sys.executable, __file__, "--run", arm.name]
+    command += ["--out", str(comparison.folder), "--shards", str(comparison.shards)]
     threads = {"OMP_NUM_THREADS": str(comparison.threads)} if comparison.threads else {}
     return subprocess.Popen(
         [*command, "--seed", str(seed)],
@@ -637,7 +640,7 @@ def say(comparison: Comparison, options: argparse.Namespace) -> None:
     page = ["report", str(comparison.folder), "--out", str(comparison.folder / "report.html")]
     log = comparison.selections(LOSS)
     if any(log.glob("*.parquet")):
-        page += ["--selections", str(log), "--shards", comparison.shards]
+        page += ["--selections", str(log), "--shards", str(comparison.shards)]
         page += ["--tokenizer", str(options.tokenizer)] if options.tokenizer else []
     with contextlib.redirect_stdout(io.StringIO()):  # the table once more
         if status := siftloader.cli.main(page):
