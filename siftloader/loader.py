@@ -199,7 +199,18 @@ class SiftingDataLoader(DataLoader[Any]):
 
         loader = SiftingDataLoader.recommended(shards, 32, model=model, total_steps=100_000)
 
-        EVIDENCE
+        The paper's rule (loss at layer 1, the top half); the first 5 % and the last 20 % of the steps plain;
+        for causal shards one scored position in eight, corrected by token rarity.
+
+        Evidence: a GPT of 4 layers of 128, at most 2 M tokens of prose, three paired seeds, held-out nats
+        minus those of plain training with 95 % intervals (tools/LOG.md, 2026-11-22; tools/results).
+
+        * Half of the text repeated: -0.120 +- 0.002 at equal samples (a random half -0.010 +- 0.015); in
+          equal time, scoring paid, -0.028 +- 0.018 at 500 steps of plain training, -0.164 +- 0.009 at 1,000.
+        * The same prose as it is, read once: +0.050 +- 0.005 at equal samples. *Do not sift such text.*
+
+        Nothing here was measured on large models, on real crawls, or on masked models beyond their
+        plateau; the paper's own gain was on BERT-base over days.
 
         ``options`` are the class's, and replace what is recommended; raises what the class raises.
         """

@@ -162,7 +162,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /
 
 def script(folder: Path, body: str) -> Path:
     path = folder / "script.py"
-    text = f"import sys\nsys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
+    # A test run in the background ignores interrupts, and what it starts would too.
+    text = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    text += f"import sys\nsys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]\n"
     path.write_text(text + textwrap.dedent(body))
     return path
 
