@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from siftloader import SiftingDataLoader, Stride, TokenShards
-from siftloader.loader import COOLDOWN, SPARSE, WARMUP
+from siftloader.loader import SPARSE, WARMUP
 
 
 def gpt() -> GPT2LMHeadModel:
@@ -36,7 +36,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def given(total: int, **more: object) -> dict:
     """What it stands for, written out."""
-    shares = {"warmup_steps": round(WARMUP * total), "cooldown_steps": COOLDOWN}
+    shares = {"warmup_steps": round(WARMUP * total)}
     return {**shares, "total_steps": total, **more}
 
 
@@ -62,19 +62,19 @@ def test_other_data_keep_all_positions(tmp_path):
     assert same(found, drawn(SiftingDataLoader(rows, 4, model=gpt(), **given(40))))
 
 
-def test_it_begins_and_ends_with_plain_training():
-    rows = [{"input_ids": row, "labels": row} for row in torch.randint(V, (400, T))]
+def test_it_begins_with_plain_training_and_sifts_to_the_end():
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(V, (800, T))]
     loader = SiftingDataLoader.recommended(rows, 4, model=gpt(), total_steps=60)
-    seen = [0, *(loader.stats["candidates"] for _ in loader)]
+    seen = [0, *(loader.stats["candidates"] for _, _ in zip(range(60), loader, strict=False))]
     sifted = [step for step, (before, after) in enumerate(pairwise(seen)) if after - before > 4]
-    assert sifted == list(range(round(WARMUP * 60), 60 - round(COOLDOWN * 60)))
+    assert sifted == list(range(round(WARMUP * 60), 60))
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"warmup_steps": 0},
-        {"cooldown_steps": 0},
+        {"cooldown_steps": 0.2},
         {"positions": None},
         {"positions": Stride(3)},
         {"keep": 0.25, "criterion": "entropy", "cooldown_steps": 5},
