@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -147,14 +147,21 @@ def alive(pid: int) -> bool:
         return False
 
 
-def children(pid: int) -> list[int]:
+def children(pid: int, but: Collection[int] = ()) -> list[int]:
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
-        return [
+        found = [
             int(child) for task in threads for child in (task / "children").read_text().split()
         ]
     except OSError:
         return []
+    return [child for child in found if child not in but]
+
+
+@pytest.fixture
+def there() -> list[int]:
+    """What other tests of this process left running: multiprocessing's resource tracker stays to the end."""
+    return children(os.getpid())
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
@@ -361,14 +368,14 @@ def test_a_worker_that_dies_is_an_error(with_signal, said):
 
 
 @linux
-def test_a_worker_killed_between_megabytes_is_an_error():
+def test_a_worker_killed_between_megabytes_is_an_error(there):
     tasks = (bytes(4 << 20) for _ in range(100))
     results = run_processes(sleepy, 0.3, tasks, 2)
     victim = next(results)
     os.kill(victim, signal.SIGKILL)
     with pytest.raises(CorpusError, match=f"worker process {victim} was killed"):
         list(results)
-    assert gone(children(os.getpid()))
+    assert gone(children(os.getpid(), there))
 
 
 def test_tasks_do_not_wait_behind_one_another_while_workers_start():
@@ -431,11 +438,11 @@ def test_the_folder_the_script_runs_in_shadows_nothing(tmp_path, started):
 
 
 @linux
-def test_closing_early_ends_the_workers():
+def test_closing_early_ends_the_workers(there):
     tasks = iter(range(1000))
     results = run_processes(sleepy, 0.5, tasks, 2)
     next(results)
-    workers = children(os.getpid())
+    workers = children(os.getpid(), there)
     assert len(workers) >= 2
     begun = time.monotonic()
     results.close()
@@ -446,10 +453,10 @@ def test_closing_early_ends_the_workers():
 
 
 @linux
-def test_forgotten_results_end_the_workers():
+def test_forgotten_results_end_the_workers(there):
     results = run_processes(sleepy, 0.5, range(1000), 2)
     next(results)
-    workers = children(os.getpid())
+    workers = children(os.getpid(), there)
     del results
     gc.collect()
     assert gone(workers, 2)
