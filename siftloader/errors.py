@@ -4,10 +4,13 @@
   + CorpusError        text that cannot be read, or options that contradict the text
   + ShardError         shards on disk that cannot be trusted
     - CorruptShard     the bytes of a shard are not those the manifest recorded
+    - FetchError       a shard behind a URL did not arrive, however often it was asked for
   + StateError         a saved state that belongs to other data, another seed or a newer version
   + BatchError         a batch whose rows cannot be told apart
   + ScoringError       a model that cannot be cut, or an early prediction that makes no sense
   + EmptyEpoch         an epoch that would hand out nothing
+  + WorkerDied         a loader worker was killed: by the system, for memory, or by somebody
+  + Stalled            nothing came for as long as `timeout` allows
 
 Wrong arguments are plain ``ValueError`` or ``TypeError``, raised at construction. Every message says
 what was found, what is needed and what to do.
@@ -44,6 +47,10 @@ class CorruptShard(ShardError):
     """The bytes of a shard are not those that were written: the message names shard, sample and byte."""
 
 
+class FetchError(ShardError):
+    """A file behind a URL did not arrive whole, however often it was asked for."""
+
+
 class StateError(SiftError):
     """A saved state belongs to other data, another seed or a newer version."""
 
@@ -58,3 +65,11 @@ class ScoringError(SiftError):
 
 class EmptyEpoch(SiftError):
     """An epoch would hand out nothing; the message has the arithmetic."""
+
+
+class WorkerDied(SiftError, RuntimeError):
+    """A loader worker ended without a word; a RuntimeError too, as torch raises for it."""
+
+
+class Stalled(SiftError, RuntimeError):
+    """Nothing came within ``timeout`` seconds; the message has the stacks of all threads."""

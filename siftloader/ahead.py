@@ -1,0 +1,1 @@
+"""Items made by a thread, a few ahead of whoever needs them."""

@@ -1,0 +1,1 @@
+"""Checks for the tests of those who use the library: ``assert_resumes_exactly``."""
