@@ -1,0 +1,536 @@
+"""Random faults in real shards, read by us and by stock webdataset: python tools/fuzz_shards.py [--faults 2000]
+
+Every fault damages the tars of a small data set in one of the ways that disks, copies, downloads and people
+do; then the data set is read to the end by ``TokenShards.batches`` with its defaults, and by
+``WebDataset(urls).decode()`` with the handler that raises. Read is what a training loop would be handed.
+
+Ours: *found* is a ShardError that names the damaged shard, and all rows before it were right; *harmless*
+means that every row came, once, as it was written (a hole over zeros changes nothing); all else is WRONG.
+Stock webdataset: *error*, with right samples before it; *harmless*; *short*: it ends as if all were
+well, without some of the samples; *wrong*: samples that nobody wrote, or one of them twice, with or
+without an error afterwards. A fault that left the bytes as they were counts as *no change* for both.
+
+Stock webdataset has no manifest and promises none of this. The table says what a loop is handed, where nothing
+else looks. A fault is repeated with --seed and --only NUMBER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import gzip
+import io
+import pickle
+import platform
+import tarfile
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftloader.errors import ShardError
+from siftloader.shards import (
+    BLOCK,
+    END,
+    Layout,
+    Shard,
+    Source,
+    Tokenizer,
+    encode,
+    write_dataset,
+    write_shard,
+)
+from siftloader.stream import TokenShards
+
+
+VOCABULARY = 90
+SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+COUNTS = (
+    6,
+    6,
+    9,
+)  # samples of the train shards: two of one size, so that only the content differs
+KINDS_OF_SETS = {
+    "mlm": Layout(16),
+    "clm": Layout(300, "<u4"),  # the ids of a sample fill several blocks
+    "mlm-nsp": Layout(16, labels=True),
+}
+ERROR_PAGE = b"<!DOCTYPE html>\n<html><body><h1>503 Service Unavailable</h1></body></html>\n"
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A data set as it was written, and all that reading it gives."""
+
+    folder: Path
+    layout: Layout
+    tars: Mapping[str, bytes]  # by stem, those of the train split
+    strangers: Mapping[str, bytes]  # the same names and sizes in another data set
+    rows: Mapping[str, NDArray[np.int64]]  # by field, row i is that of id i, as ours gives them
+    samples: collections.Counter[tuple[Any, ...]]  # key, ids and label, as webdataset gives them
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What became of which tars: their bytes, or None where one is gone."""
+
+    number: int
+    kind: str
+    tars: Mapping[str, bytes | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading to the end, or to an error, came to, in a word and in detail."""
+
+    verdict: str
+    detail: str = ""
+
+
+def write_sets(folder: Path) -> list[Sound]:
+    """A small data set of every kind, written and read once while it is sound."""
+    return [_write(folder / name, name, layout) for name, layout in KINDS_OF_SETS.items()]
+
+
+def _write(folder: Path, objective: str, layout: Layout) -> Sound:
+    folder.mkdir()
+    rng = np.random.default_rng([7, *objective.encode()])
+    shards: list[Shard] = []
+    tokens, strangers, samples = [], {}, collections.Counter[tuple[Any, ...]]()
+    for number, count in enumerate(COUNTS):
+        stem = f"train-{number:06d}"
+        ids = _ids(rng, count, layout)
+        labels = ids[:, 1] % 2 if layout.labels else None
+        shards.append(write_shard(folder, stem, ids, _zeros(count), layout, labels))
+        tokens.append(ids)
+        others = _ids(rng, count, layout)
+        strangers[stem] = b"".join(
+            encode(stem, others, layout, others[:, 1] % 2 if layout.labels else None)
+        )
+        for row, sample in enumerate(ids.astype(layout.dtype)):
+            label = None if labels is None else int(labels[row])
+            samples[f"{stem}-{row:06d}", sample.tobytes(), label] += 1
+    write_dataset(
+        folder,
+        shards,
+        layout=layout,
+        objective=objective,
+        tokenizer=Tokenizer("random", "0" * 64, VOCABULARY, SPECIAL),
+        sources=[Source("random", "0" * 64, sum(COUNTS))],
+        unigrams=np.bincount(np.concatenate(tokens).ravel(), minlength=VOCABULARY),
+        seed=0,
+    )
+    tars = {shard.shard: (folder / f"{shard.shard}.tar").read_bytes() for shard in shards}
+    return Sound(
+        folder, layout, tars, strangers, _sound_rows(folder, np.concatenate(tokens)), samples
+    )
+
+
+def _ids(rng: np.random.Generator, count: int, layout: Layout) -> NDArray[np.int64]:
+    # [CLS] ... [SEP] ... [SEP], and in every third row padding: zeros, which holes may hit unseen
+    ids = rng.integers(5, VOCABULARY, (count, layout.seq_len))
+    ids[:, 0], ids[:, layout.seq_len // 2], ids[:, -1] = (
+        SPECIAL[k] for k in ("cls", "sep", "sep")
+    )
+    ids[::3, layout.seq_len * 3 // 4 :] = SPECIAL["pad"]
+    return ids
+
+
+def _zeros(count: int) -> NDArray[np.uint8]:
+    return np.zeros(count, np.uint8)
+
+
+def _sound_rows(folder: Path, written: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+    # All fields by id; that the unmasked ids are those that were written is checked, not believed.
+    plain = _by_id(TokenShards(folder, masking=None, with_ids=True))
+    assert np.array_equal(plain["input_ids"], written)
+    return _by_id(TokenShards(folder, with_ids=True))
+
+
+def _by_id(shards: TokenShards) -> dict[str, NDArray[np.int64]]:
+    (batch,) = shards.batches(sum(COUNTS))
+    order = batch["id"].argsort()
+    return {name: values[order].numpy() for name, values in batch.items()}
+
+
+def draw(sets: list[Sound], number: int, seed: int) -> tuple[Sound, Fault]:
+    """Fault ``number`` of a seed, and the data set it happens to: all kinds in turn, the rest by chance."""
+    rng = np.random.default_rng([seed, number])
+    kind = list(KINDS)[number % len(KINDS)]
+    able = [sound for sound in sets if sound.layout.labels or not kind.startswith("label")]
+    sound = able[int(rng.integers(len(able)))]
+    stem = str(rng.choice(list(sound.tars)))
+    return sound, Fault(number, kind, KINDS[kind](rng, sound, stem))
+
+
+Damage = Callable[[np.random.Generator, Sound, str], dict[str, bytes | None]]
+KINDS: dict[str, Damage] = {}
+
+
+def _flip(part: Callable[[Layout], range] | None) -> Damage:
+    # One byte of a sample, or of the zeros after the last, changed to any other value.
+    def damage(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+        data = bytearray(sound.tars[stem])
+        if part is None:
+            at = len(data) - 1 - int(rng.integers(len(END)))
+        else:
+            row = int(rng.integers(_count(data, sound)))
+            at = row * sound.layout.stride + int(rng.choice(part(sound.layout)))
+        data[at] ^= int(rng.integers(1, 256))
+        return {stem: bytes(data)}
+
+    return damage
+
+
+def _cut(where: Callable[[np.random.Generator, Layout], int]) -> Damage:
+    # The file ends so many bytes into a sample.
+    def damage(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+        data = sound.tars[stem]
+        row = int(rng.integers(1, _count(data, sound)))
+        return {stem: data[: row * sound.layout.stride + where(rng, sound.layout)]}
+
+    return damage
+
+
+def _hole(size: int) -> Damage:
+    # A block that a disk or a sparse copy filled with zeros.
+    def damage(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+        data = bytearray(sound.tars[stem])
+        at = int(rng.integers(-(-len(data) // size))) * size
+        hole = min(size, len(data) - at)
+        data[at : at + hole] = bytes(hole)
+        return {stem: bytes(data)}
+
+    return damage
+
+
+def _bytes_lost(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    data, size = sound.tars[stem], int(rng.integers(1, 2000))
+    at = int(rng.integers(len(data) - size))
+    return {stem: data[:at] + data[at + size :]}
+
+
+def _bytes_inserted(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    data = sound.tars[stem]
+    at = int(rng.integers(len(data)))
+    return {stem: data[:at] + rng.bytes(int(rng.integers(1, 2000))) + data[at:]}
+
+
+def _exchanged(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    other = str(rng.choice([name for name in sound.tars if name != stem]))
+    return {stem: sound.tars[other], other: sound.tars[stem]}
+
+
+def _spliced(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    # The beginning of one shard and the end of its namesake, cut at a sample.
+    data, other = sound.tars[stem], sound.strangers[stem]
+    at = int(rng.integers(1, _count(data, sound))) * sound.layout.stride
+    return {stem: data[:at] + other[at:]}
+
+
+def _appended(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    # As `cat a.tar b.tar` does, or as `tar --concatenate` does: over the zeros that end the first.
+    data, other = sound.tars[stem], sound.tars[str(rng.choice(list(sound.tars)))]
+    return {stem: (data if rng.integers(2) else data[: -len(END)]) + other}
+
+
+def _on_rows(change: Callable[[np.random.Generator, list[bytes]], list[bytes]]) -> Damage:
+    # What somebody does to the samples of a shard as wholes.
+    def damage(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+        data, stride = sound.tars[stem], sound.layout.stride
+        rows = [data[at : at + stride] for at in range(0, len(data) - len(END), stride)]
+        return {stem: b"".join(change(rng, rows)) + END}
+
+    return damage
+
+
+def _twice(rng: np.random.Generator, rows: list[bytes]) -> list[bytes]:
+    row = rows[int(rng.integers(len(rows)))]
+    rows.insert(int(rng.integers(len(rows) + 1)), row)
+    return rows
+
+
+def _over(rng: np.random.Generator, rows: list[bytes]) -> list[bytes]:
+    # A sample in the place of another: as many as before, so no count tells.
+    one, other = rng.choice(len(rows), 2, replace=False).tolist()
+    rows[one] = rows[other]
+    return rows
+
+
+def _removed(rng: np.random.Generator, rows: list[bytes]) -> list[bytes]:
+    del rows[int(rng.integers(len(rows)))]
+    return rows
+
+
+def _swapped(rng: np.random.Generator, rows: list[bytes]) -> list[bytes]:
+    one, other = rng.choice(len(rows), 2, replace=False).tolist()
+    rows[one], rows[other] = rows[other], rows[one]
+    return rows
+
+
+def _contents_swapped(rng: np.random.Generator, rows: list[bytes]) -> list[bytes]:
+    # Every header in its place, what follows it in another's.
+    one, other = rng.choice(len(rows), 2, replace=False).tolist()
+    rows[one], rows[other] = (
+        rows[one][:BLOCK] + rows[other][BLOCK:],
+        rows[other][:BLOCK] + rows[one][BLOCK:],
+    )
+    return rows
+
+
+def _label_other(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    # A label that is a label, but not this sample's.
+    data = bytearray(sound.tars[stem])
+    data[int(rng.integers(_count(data, sound))) * sound.layout.stride + sound.layout.label] ^= 1
+    return {stem: bytes(data)}
+
+
+def _label_lost(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    data, layout = sound.tars[stem], sound.layout
+    row = int(rng.integers(_count(data, sound))) * layout.stride
+    return {stem: data[: row + layout.label_header] + data[row + layout.stride :]}
+
+
+def _packed_again(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    # The same members in a tar of today's making: no sample is damaged, the file is another.
+    out = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(sound.tars[stem])) as old,
+        tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in old:
+            info = tarfile.TarInfo(member.name)
+            info.size, info.mtime = member.size, 1.5 + int(rng.integers(9))
+            new.addfile(info, old.extractfile(member))
+    return {stem: out.getvalue()}
+
+
+def _stranger(rng: np.random.Generator, sound: Sound, stem: str) -> dict[str, bytes | None]:
+    # A member that no shard of ours has, before any sample or after the last.
+    layout, data = sound.layout, sound.tars[stem]
+    key = f"{stem}-{int(rng.integers(COUNTS[0])):06d}"
+    kinds = {
+        "symlink": (tarfile.SYMTYPE, f"{key}.input_ids.npy", b""),
+        "folder": (tarfile.DIRTYPE, "folder", b""),
+        "long name": (tarfile.REGTYPE, f"{'long/' * 40}{key}.txt", b"text"),
+        "outside": (tarfile.REGTYPE, f"../../{key}.txt", b"text"),
+        "pickle": (tarfile.REGTYPE, f"{key}.pyd", pickle.dumps({"harmless": 1})),
+        "meta": (tarfile.REGTYPE, "__meta__.json", b"{}"),
+    }
+    kind, name, content = kinds[str(rng.choice(list(kinds)))]
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, len(content), "/etc/hostname" * (kind == b"2")
+    member = info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % BLOCK)
+    at = int(rng.integers(_count(data, sound) + 1)) * layout.stride
+    return {stem: data[:at] + member + data[at:]}
+
+
+def _as(change: Callable[[np.random.Generator, bytes], bytes | None]) -> Damage:
+    return lambda rng, sound, stem: {stem: change(rng, sound.tars[stem])}
+
+
+def _count(data: bytes | bytearray, sound: Sound) -> int:
+    return (len(data) - len(END)) // sound.layout.stride
+
+
+KINDS |= {
+    "byte flipped: tar header": _flip(lambda layout: range(BLOCK)),
+    "byte flipped: npy header": _flip(lambda layout: range(BLOCK, layout.offset)),
+    "byte flipped: token ids": _flip(
+        lambda layout: range(layout.offset, layout.offset + layout.payload)
+    ),
+    "byte flipped: anywhere": _flip(lambda layout: range(layout.stride)),
+    "byte flipped: closing zeros": _flip(None),
+    "cut off: between samples": _cut(lambda rng, layout: 0),
+    "cut off: in a header": _cut(lambda rng, layout: int(rng.integers(1, BLOCK))),
+    "cut off: after a header": _cut(lambda rng, layout: BLOCK),
+    "cut off: in the token ids": _cut(
+        lambda rng, layout: layout.offset + int(rng.integers(1, layout.payload))
+    ),
+    "cut off: closing zeros": _as(lambda rng, data: data[: -int(rng.integers(1, len(END) + 1))]),
+    "hole of zeros: 512 bytes": _hole(512),
+    "hole of zeros: 4096 bytes": _hole(4096),
+    "bytes lost within": _bytes_lost,
+    "bytes inserted": _bytes_inserted,
+    "garbage appended": _as(lambda rng, data: data + rng.bytes(int(rng.integers(1, 2000)))),
+    "zeros appended": _as(lambda rng, data: data + bytes(int(rng.integers(1, 20)) * BLOCK)),
+    "another tar appended": _appended,
+    "two tars exchanged": _exchanged,
+    "tar of another data set": lambda rng, sound, stem: {stem: sound.strangers[stem]},
+    "half a tar of another data set": _spliced,
+    "sample twice": _on_rows(_twice),
+    "sample over another": _on_rows(_over),
+    "sample removed": _on_rows(_removed),
+    "samples exchanged": _on_rows(_swapped),
+    "contents of samples exchanged": _on_rows(_contents_swapped),
+    "label is another's": _label_other,
+    "label removed": _label_lost,
+    "stray member": _stranger,
+    "packed again by tar": _packed_again,
+    "gzip named .tar": _as(lambda rng, data: gzip.compress(data, mtime=0)),
+    "bytes in reverse": _as(lambda rng, data: data[::-1]),
+    "all zeros": _as(lambda rng, data: bytes(len(data))),
+    "error page named .tar": _as(lambda rng, data: ERROR_PAGE),
+    "error page, padded to size": _as(lambda rng, data: ERROR_PAGE.ljust(len(data), b"\n")),
+    "empty file": _as(lambda rng, data: b""),
+    "no file": _as(lambda rng, data: None),
+}
+
+
+@contextmanager
+def inflicted(sound: Sound, fault: Fault) -> Iterator[bool]:
+    """The fault on disk for as long as this lasts; tells whether it changed anything."""
+    try:
+        for stem, data in fault.tars.items():
+            path = sound.folder / f"{stem}.tar"
+            path.unlink()  # a new file: pages of the old one may still be mapped
+            if data is not None:
+                path.write_bytes(data)
+        yield any(data != sound.tars[stem] for stem, data in fault.tars.items())
+    finally:
+        for stem in fault.tars:
+            path = sound.folder / f"{stem}.tar"
+            path.unlink(missing_ok=True)
+            path.write_bytes(sound.tars[stem])
+
+
+def read(sound: Sound, fault: Fault, verify: bool = True) -> Reading:
+    """What ``TokenShards`` hands out, compared with what was written, a batch at a time."""
+    rows, total = 1 + fault.number % 7, sum(COUNTS)
+    seen = np.zeros(total, bool)
+    try:
+        for batch in TokenShards(sound.folder, with_ids=True, verify=verify).batches(rows):
+            ids = batch["id"].numpy()
+            if not ((ids >= 0) & (ids < total)).all() or len(set(ids.tolist())) < len(ids):
+                return Reading("WRONG", f"ids {ids.tolist()}")
+            if seen[ids].any():
+                return Reading("WRONG", f"ids {ids[seen[ids]].tolist()} came twice")
+            seen[ids] = True
+            if batch.keys() != sound.rows.keys():
+                return Reading("WRONG", f"fields {list(batch)}")
+            for name, values in batch.items():
+                if not np.array_equal(values.numpy(), sound.rows[name][ids]):
+                    return Reading("WRONG", f"{name} of ids {ids.tolist()}")
+    except ShardError as error:
+        named = error.shard in fault.tars and str(error.shard) in str(error)
+        return Reading("found" if named else "WRONG", f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Reading("WRONG", f"{type(error).__name__}, no ShardError: {error}")
+    if not seen.all():
+        return Reading("WRONG", f"ended without ids {np.flatnonzero(~seen).tolist()}")
+    return Reading("harmless")
+
+
+def read_stock(sound: Sound, fault: Fault) -> Reading:
+    """What stock webdataset hands out: all right samples, some of them, others, or an error."""
+    import webdataset
+
+    left = sound.samples.copy()
+    urls = [str(sound.folder / f"{stem}.tar") for stem in sound.tars]
+    reader = webdataset.WebDataset(
+        urls, shardshuffle=False, handler=webdataset.handlers.reraise_exception
+    )
+    try:
+        for sample in reader.decode(handler=webdataset.handlers.reraise_exception):
+            ids = sample.get("input_ids.npy")
+            found = None if ids is None else ids.astype(sound.layout.dtype).tobytes()
+            key = sample["__key__"], found, sample.get("cls")
+            if not left[key]:
+                again = key in sound.samples
+                return Reading("wrong", f"{key[0]}: {'twice' if again else 'not as written'}")
+            left[key] -= 1
+    except Exception as error:
+        return Reading("error", f"{type(error).__name__}: {error}")
+    lost = left.total()
+    return (
+        Reading("short", f"{lost} of {sound.samples.total()} lost")
+        if lost
+        else Reading("harmless")
+    )
+
+
+def main() -> None:
+    options = _options()
+    _print_machine(options)
+    tables = {"siftloader": collections.Counter[tuple[str, str]]()}
+    if not options.no_webdataset:
+        tables["webdataset"] = collections.Counter[tuple[str, str]]()
+    wrong, begin = [], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        sets = write_sets(Path(folder))
+        for number in range(options.faults) if options.only is None else [options.only]:
+            sound, fault = draw(sets, number, options.seed)
+            with inflicted(sound, fault) as changed:
+                readings = {"siftloader": read(sound, fault)}
+                if not options.no_webdataset:
+                    readings["webdataset"] = read_stock(sound, fault)
+            for who, reading in readings.items():
+                verdict = reading.verdict
+                if not changed and verdict == "harmless":
+                    verdict = "no change"
+                tables[who][fault.kind, verdict] += 1
+                if verdict == "WRONG" or options.only is not None:
+                    line = f"fault {fault.number} ({fault.kind}, {sound.folder.name}): {who} {verdict}"
+                    wrong.append(f"{line}: {reading.detail}")
+    _print_table(tables)
+    print(f"\n{time.perf_counter() - begin:.0f} s")
+    for line in wrong:
+        print(line)
+    if any(verdict == "WRONG" for _, verdict in tables["siftloader"]):
+        raise SystemExit(1)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--faults", type=int, default=2000, help="how many, over all kinds")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other faults")
+    parser.add_argument("--only", type=int, help="this fault alone, and what came of it")
+    parser.add_argument("--no-webdataset", action="store_true", help="read by siftloader alone")
+    return parser.parse_args()
+
+
+def _print_machine(options: argparse.Namespace) -> None:
+    versions = f"python {platform.python_version()}, numpy {np.__version__}"
+    if not options.no_webdataset:
+        import webdataset
+
+        versions += f", webdataset {webdataset.__version__}"
+    now = datetime.datetime.now(datetime.timezone.utc)
+    print(f"{platform.platform()}, {versions}, {now:%Y-%m-%d}")
+    print(f"{options.faults:,} faults, seed {options.seed}\n")
+
+
+def _print_table(tables: Mapping[str, collections.Counter[tuple[str, str]]]) -> None:
+    columns = {"siftloader": ("found", "harmless", "no change", "WRONG")}
+    if "webdataset" in tables:
+        columns["webdataset"] = ("error", "harmless", "no change", "short", "wrong")
+    width = max(map(len, KINDS)) + 2
+    heads = "  |".join(f" {who}:".ljust(11 * len(verdicts)) for who, verdicts in columns.items())
+    print(f"{'':<{width}}{heads}")
+    print(" " * width + "  |".join("".join(f"{v:>11}" for v in vs) for vs in columns.values()))
+    kinds = [kind for kind in KINDS if any(found == kind for found, _ in tables["siftloader"])]
+    for kind in [*kinds, "all"]:
+        parts = []
+        for who, verdicts in columns.items():
+            counts = [_sum(tables[who], kind, verdict) for verdict in verdicts]
+            parts.append("".join(f"{count or '-':>11}" for count in counts))
+        print(f"{kind:<{width}}{'  |'.join(parts)}")
+
+
+def _sum(table: collections.Counter[tuple[str, str]], kind: str, verdict: str) -> int:
+    return sum(n for (k, v), n in table.items() if v == verdict and kind in (k, "all"))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves files open
+    main()
