@@ -39,6 +39,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from siftloader.errors import CorruptShard, ShardError
+from siftloader.manifest import (
+    AGAIN,
+    MANIFEST as MANIFEST,
+    MOST,
+    Manifest,
+    Shard as Shard,
+    as_lines,
+    fingerprint,
+)
 
 
 BLOCK = 512  # tar pads everything to this
@@ -47,9 +56,7 @@ NPY_HEADER = 128  # NPY v1 header of a 1-D array: magic, version, length, dict, 
 CHUNK = 1 << 21  # bytes of a shard encoded or checked at once
 CHECKSUM, DEVMAJOR, DEVMINOR = 148, 329, 337  # where a USTAR header has them, 8 bytes each
 ZERO = ord("0")
-AGAIN = "copy the file again, or prepare the shards again"
 FORMAT_VERSION = 1
-MANIFEST = "manifest.jsonl"
 DESCRIPTION = "dataset.json"
 UNIGRAMS = "unigrams.npy"
 
@@ -108,22 +115,6 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A line of the manifest: what a finished shard must look like."""
-
-    shard: str  # the stem: train-000000
-    num_sequences: int
-    bytes: int
-    sha256: str
-    sources_sha256: str
-
-    @property
-    def split(self) -> str:
-        """The split, which is how the name begins."""
-        return self.shard.partition("-")[0]
-
-
-@dataclass(frozen=True)
 class Tokenizer:
     """The tokenizer the ids came from; ``special_ids`` are never masked."""
 
@@ -160,8 +151,8 @@ def encode(
             f"{stem}: ids must lie in 0..{limit} for dtype {layout.dtype}, "
             f"got {rows.min()}..{rows.max()}"
         )
-    if len(rows) > 1_000_000:
-        raise ValueError(f"{stem}: at most 1,000,000 samples fit six digits, got {len(rows):,}")
+    if len(rows) > MOST:
+        raise ValueError(f"{stem}: at most {MOST:,} samples fit six digits, got {len(rows):,}")
     return _chunks(stem, rows, layout, _checked_labels(stem, len(rows), layout, labels))
 
 
@@ -548,14 +539,13 @@ def write_dataset(
         "sources": [asdict(source) for source in sources],
         "accounts": dict(accounts or {}),  # what became of the text: skipped, dropped, padded
         "unigrams_sha256": sha256(counts),
-        "fingerprint": _fingerprint(ordered, schema),
+        "fingerprint": fingerprint(ordered, schema),
     }
     description["sha256"] = _sealed(description)
     write_atomically(folder / UNIGRAMS, counts)
     write_atomically(folder / DESCRIPTION, _json_bytes(description, indent=2))
-    lines = b"".join(_json_bytes(asdict(shard)) for shard in ordered)
     _settle_names(folder)  # all else is on disk before the manifest says so
-    write_atomically(folder / MANIFEST, lines)
+    write_atomically(folder / MANIFEST, as_lines(ordered))
     _settle_names(folder)
     return str(description["fingerprint"])
 
@@ -566,14 +556,6 @@ def _fields(layout: Layout) -> dict[str, Any]:
     if layout.labels:  # 0: the second segment follows the first in the text, 1: it does not
         fields["cls"] = {"dtype": "ascii", "shape": [], "values": ["0", "1"]}
     return fields
-
-
-def _fingerprint(shards: Sequence[Shard], schema: Mapping[str, Any]) -> str:
-    # What was written, never where: a copy on another disk is the same data set.
-    content = [
-        (shard.shard, shard.num_sequences, shard.sha256, shard.sources_sha256) for shard in shards
-    ]
-    return sha256(_json_bytes({"schema": schema, "shards": content}))
 
 
 def _sealed(description: Mapping[str, Any]) -> str:
@@ -591,7 +573,7 @@ class ShardSet:
     """A finished folder of shards, opened and cross-checked; nothing of the shards is read yet."""
 
     folder: Path
-    manifest: tuple[Shard, ...]
+    manifest: Manifest
     layout: Layout
     objective: str
     tokenizer: Tokenizer
@@ -605,7 +587,7 @@ class ShardSet:
     def open(cls, folder: str | os.PathLike[str]) -> ShardSet:
         """Read manifest and description; raise ShardError where they are missing or disagree."""
         root = Path(folder)
-        shards = _read_manifest(root)
+        lines = _read_manifest(root)
         about = _read_description(root)
         try:
             schema = about["schema"]
@@ -616,10 +598,11 @@ class ShardSet:
                 )
             fields = schema["fields"]
             tokens = fields["input_ids"]
+            layout = Layout(int(tokens["shape"][0]), tokens["dtype"], "cls" in fields)
             opened = cls(
                 folder=root,
-                manifest=shards,
-                layout=Layout(int(tokens["shape"][0]), tokens["dtype"], "cls" in fields),
+                manifest=Manifest.parse(lines, layout.size, str(root / MANIFEST)),
+                layout=layout,
                 objective=about["objective"],
                 tokenizer=Tokenizer(**about["tokenizer"]),
                 sources=tuple(Source(**source) for source in about["sources"]),
@@ -632,27 +615,21 @@ class ShardSet:
             raise ShardError(
                 f"{root / DESCRIPTION}: not a shard description ({error!r}); {AGAIN}"
             ) from error
-        if opened.fingerprint != _fingerprint(shards, schema):
+        found = fingerprint(opened.manifest, schema)
+        if opened.fingerprint != found:
             raise ShardError(
                 f"{root}: {MANIFEST} and {DESCRIPTION} do not belong together (fingerprint "
-                f"{opened.fingerprint[:12]} recorded, {_fingerprint(shards, schema)[:12]} found); "
-                f"two generations in one folder? prepare the shards again into an empty one"
+                f"{opened.fingerprint[:12]} recorded, {found[:12]} found); two generations in one "
+                f"folder? prepare the shards again into an empty one"
             )
-        for shard in shards:
-            if shard.bytes != opened.layout.size(shard.num_sequences):
-                raise ShardError(
-                    f"{root / MANIFEST}: says that {shard.shard} has {shard.num_sequences} samples "
-                    f"and {shard.bytes} bytes, but that many samples take "
-                    f"{opened.layout.size(shard.num_sequences)}; copy it again, or prepare the "
-                    f"shards again",
-                    shard=shard.shard,
-                )
+        if opened.manifest.doubt is not None:
+            raise opened.manifest.doubt
         return opened
 
-    def shards(self, split: str) -> tuple[Shard, ...]:
+    def shards(self, split: str) -> Manifest:
         """The shards of a split, in the order of their names; raises ShardError if there are none."""
-        found = tuple(shard for shard in self.manifest if shard.split == split)
-        if not found:
+        found = self.manifest.of(split)
+        if found is None:
             names = list(self.splits)
             raise ShardError(f"{self.folder}: no shards of split {split!r}, only of {names}")
         return found
@@ -660,13 +637,11 @@ class ShardSet:
     @property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits, in order."""
-        return tuple(sorted({shard.split for shard in self.manifest}))
+        return self.manifest.splits
 
     def first_id(self, split: str) -> int:
         """Global id of the split's first sample: ids count through the manifest."""
-        stems = [shard.shard for shard in self.manifest]
-        before = self.manifest[: stems.index(self.shards(split)[0].shard)]
-        return sum(shard.num_sequences for shard in before)
+        return self.shards(split).first_id(0)
 
     def read(self, shard: Shard, verify: bool = True) -> NDArray[Any]:
         """The token ids of a shard, [N, T], a read-only view of the mapped file.
@@ -812,7 +787,7 @@ def _read_hashed(path: Path, expected: str, shard: str | None = None) -> bytes:
     return data
 
 
-def _read_manifest(root: Path) -> tuple[Shard, ...]:
+def _read_manifest(root: Path) -> bytes:
     path = root / MANIFEST
     if not root.is_dir():
         found = "a file" if root.exists() else f"no such folder (looked from {Path.cwd()})"
@@ -824,22 +799,7 @@ def _read_manifest(root: Path) -> tuple[Shard, ...]:
             f"{root}: no {MANIFEST}, so this is not a finished shard folder; finish it with "
             f"`siftloader shard`, or give the folder that holds the manifest"
         )
-    shards = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            shards.append(Shard(**json.loads(line)))
-            if not isinstance(shards[-1].shard, str):
-                raise TypeError(f"shard must be a name, got {shards[-1].shard!r}")
-        except (ValueError, TypeError) as error:
-            raise ShardError(
-                f"{path}: line {number} is not a manifest line ({error}); {AGAIN}"
-            ) from error
-    stems = [shard.shard for shard in shards]
-    if not shards or stems != sorted(set(stems)):
-        raise ShardError(
-            f"{path}: needs at least one shard, every name once and in order; {AGAIN}"
-        )
-    return tuple(shards)
+    return path.read_bytes()
 
 
 def _read_description(root: Path) -> dict[str, Any]:
