@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftloader.order import mix32
+from siftloader.order import mix32, mix64
 from siftloader.shards import Tokenizer
 
 
@@ -76,12 +76,12 @@ class Mlm:
         sample_ids: NDArray[np.int64],
         *,
         seed: int,
-        epoch: int,
+        epoch: int | NDArray[np.int64],
         repeat: int = 0,
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Masked ids and labels, int64 [n, T] each, of ``ids`` [n, T]; labels are -100 elsewhere.
 
-        ``repeat`` tells apart the visits of one sample within an epoch.
+        ``epoch`` may differ by sample, int64 [n]; ``repeat`` tells apart visits of one sample within an epoch.
         """
         rows, width = ids.shape
         keys = _row_keys(np.asarray(sample_ids, np.int64), seed, epoch, repeat)
@@ -123,12 +123,14 @@ class Mlm:
 
 
 def _row_keys(
-    sample_ids: NDArray[np.int64], seed: int, epoch: int, repeat: int
+    sample_ids: NDArray[np.int64], seed: int, epoch: int | NDArray[np.int64], repeat: int
 ) -> NDArray[np.uint64]:
     # [n]: 64 bits per sample, so that no two samples of any real corpus share their draws
-    text = f"mlm/{seed}/{epoch}/{repeat}"
-    key = np.frombuffer(hashlib.blake2b(text.encode(), digest_size=8).digest(), "<u8")
-    return _mix64(_mix64(sample_ids.astype(np.uint64)) ^ key)
+    epochs, which = np.unique(epoch, return_inverse=True)
+    texts = [f"mlm/{seed}/{each}/{repeat}" for each in epochs.tolist()]
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    keys = np.frombuffer(b"".join(digests), "<u8")[which.reshape(-1)]
+    return mix64(mix64(sample_ids.astype(np.uint64)) ^ keys)
 
 
 def _words(keys: NDArray[np.uint64], width: int) -> NDArray[np.uint32]:
@@ -147,11 +149,5 @@ def _second_draw(
     row, column = np.divmod(chosen, width)
     bits = keys[row]
     bits += (column.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    bits = _mix64(bits)
+    bits = mix64(bits)
     return (bits >> np.uint64(32)).astype(np.uint32), bits.astype(np.uint32)
-
-
-def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

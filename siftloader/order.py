@@ -13,8 +13,11 @@ Letters: S shards, n positions asked for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,26 +27,35 @@ ROUNDS = 8  # a Feistel network needs four; more where the halves have few bits
 SORTED = 1024  # up to here a sort is cheaper, and a network of few bits reaches few permutations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Order:
     """Where every position of one epoch lies; equal arguments give an equal order on any machine.
 
     Order(counts, fingerprint, seed=0, epoch=3).locate(positions)
     Order(counts, shuffle=False).locate(positions)    # the order of the manifest, for validation
+
+    With ``lanes=n`` the permuted shards are dealt out as n stretches of equally many samples, each with windows
+    of its own, and position ``p`` is the next one of stretch ``p % n``. So a reader of the positions that are
+    equal modulo n opens the shards of one stretch alone, one n-th of all, and two that share a border.
     """
 
-    counts: tuple[int, ...]  # samples of each shard, in the order of the manifest
+    counts: Sequence[int] | NDArray[Any]  # samples of each shard, in the order of the manifest
     fingerprint: str = ""
     seed: int = 0
     epoch: int = 0
     window: int = 8
     shuffle: bool = True
+    lanes: int = 1
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 0:
+        counts = np.asarray(self.counts)
+        if not counts.size or counts.min() < 0:
             raise ValueError(f"counts need one number >= 0 per shard, got {self.counts[:8]}")
+        object.__setattr__(self, "counts", counts)
         if self.window < 1:
             raise ValueError(f"window must be at least 1 shard, got {self.window}")
+        if self.lanes < 1:
+            raise ValueError(f"lanes must be at least 1, got {self.lanes}")
         if self.epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {self.epoch}")
 
@@ -53,7 +65,7 @@ class Order:
     def locate(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The shard and the row in it for every position, int64 [n] each; any order, any repeats.
 
-        Memory is O(n) plus one number per shard: no permutation is ever written down.
+        Memory is O(n) plus two numbers per shard: no permutation of samples is ever written down.
         """
         positions = np.asarray(positions, np.int64)
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
@@ -61,37 +73,81 @@ class Order:
                 f"positions must lie in 0..{len(self) - 1}, got "
                 f"{positions.min()}..{positions.max()}"
             )
-        place = self._shuffled(positions) if self.shuffle else positions
+        place = self._shuffled(self._on_line(positions)) if self.shuffle else positions
         slot = np.searchsorted(self._starts, place, side="right") - 1
-        return self._shards[slot], place - self._starts[slot]
+        return self._shards[slot].astype(np.int64), place - self._starts[slot]
 
-    def _shuffled(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        # A window occupies the same range before and after its permutation, so the result is again
-        # a place on the line of permuted shards.
-        bounds = self._starts[np.r_[0 : len(self.counts) : self.window, len(self.counts)]]
-        window = np.searchsorted(bounds, positions, side="right") - 1
-        place = np.empty_like(positions)
+    def window_at(self, position: int) -> tuple[list[int], int | None]:
+        """The shards that are read around a position, and where the next window of its lane begins.
+
+        None instead of a position in the last window of the lane.
+        """
+        lane = position % self.lanes if self.shuffle else 0
+        lanes = self.lanes if self.shuffle else 1
+        begin, end = self._stretches[lane : lane + 2].tolist()
+        place = begin + position // lanes
+        number = int(np.searchsorted(self._bounds, place, side="right")) - 1
+        first, last = self._bounds[number : number + 2].tolist()
+        slots = slice(
+            int(np.searchsorted(self._starts, first, side="right")) - 1,
+            int(np.searchsorted(self._starts, last, side="left")),
+        )
+        shards = self._shards[slots].tolist()
+        return shards, (last - begin) * lanes + lane if last < end else None
+
+    def _on_line(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        # The line: the samples of the permuted shards one after the other.
+        if self.lanes == 1:
+            return positions
+        turn, lane = np.divmod(positions, self.lanes)
+        return self._stretches[lane] + turn
+
+    def _shuffled(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        # A window occupies the same range of the line before and after its permutation.
+        window = np.searchsorted(self._bounds, places, side="right") - 1
+        shuffled = np.empty_like(places)
         for number in np.unique(window).tolist():
             at = np.flatnonzero(window == number)
-            first, end = bounds[number : number + 2].tolist()
-            place[at] = first + permute(positions[at] - first, end - first, self._key(number))
-        return place
+            first, end = self._bounds[number : number + 2].tolist()
+            shuffled[at] = first + permute(places[at] - first, end - first, self._key(number))
+        return shuffled
 
     def _key(self, part: int | str) -> bytes:
         text = f"{self.fingerprint}/{self.seed}/{self.epoch}/{part}"
         return hashlib.blake2b(text.encode(), digest_size=4 * ROUNDS).digest()
 
     @cached_property
-    def _shards(self) -> NDArray[np.int64]:
-        # int64 [S]: the shards in the order they are read
+    def _shards(self) -> NDArray[np.int32]:
+        # int32 [S]: the shards in the order they are read
         shards = np.arange(len(self.counts), dtype=np.int64)
-        return permute(shards, len(shards), self._key("shards")) if self.shuffle else shards
+        permuted = permute(shards, len(shards), self._key("shards")) if self.shuffle else shards
+        return permuted.astype(np.int32)
 
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         # int64 [S + 1]: the place of each shard's first sample once the shards are permuted
-        counts = np.asarray(self.counts, np.int64)[self._shards]
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        starts = np.zeros(len(self.counts) + 1, np.int64)
+        np.cumsum(np.asarray(self.counts)[self._shards], dtype=np.int64, out=starts[1:])
+        return starts
+
+    @cached_property
+    def _stretches(self) -> NDArray[np.int64]:
+        # int64 [lanes + 1]: where on the line each lane begins; the first ones have one sample more
+        lanes = self.lanes if self.shuffle else 1
+        sizes = -((np.arange(lanes) - len(self)) // lanes)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        # int64: where on the line each window begins, those of lane 0 first, and the end of the line
+        found = []
+        for begin, end in pairwise(self._stretches.tolist()):
+            first = int(np.searchsorted(self._starts, begin))
+            first -= self._starts[first] > begin  # a shard that the lane before it shares
+            inner = self._starts[first : np.searchsorted(self._starts, end) : self.window][1:]
+            found.append(np.array([begin]))
+            found.append(inner)
+        return np.concatenate([*found, self._starts[-1:]])
 
 
 def permute(index: NDArray[np.int64], size: int, key: bytes) -> NDArray[np.int64]:
@@ -139,3 +195,10 @@ def mix32(x: NDArray[np.uint32]) -> NDArray[np.uint32]:
     np.right_shift(x, np.uint32(16), out=shifted)
     x ^= shifted
     return x
+
+
+def mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scramble 64-bit words: every input bit reaches every output bit, and no two words become one."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -15,12 +15,15 @@ class World:
     """One reader among ``ranks * workers``; found with ``World.detect()``, or given to simulate.
 
     World(rank=3, ranks=8)   # the fourth of eight training processes
+
+    ``machines`` of them hold ``ranks / machines`` ranks each, one after the other, as torchrun deals them.
     """
 
     rank: int = 0
     ranks: int = 1
     worker: int = 0
     workers: int = 1
+    machines: int = 1
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or not 0 <= self.rank < self.ranks:
@@ -30,12 +33,27 @@ class World:
                 f"worker must be in 0..workers-1, got worker {self.worker} of {self.workers}"
             )
 
+        if self.machines < 1 or self.ranks % self.machines:
+            raise ValueError(
+                f"machines must divide the ranks, got {self.ranks} ranks on {self.machines} machines"
+            )
+
     @classmethod
     def detect(cls) -> World:
         """This process, as ``torch.distributed``, else torchrun's environment, tells it."""
         rank, ranks = _rank()
         worker, workers = _worker()
-        return cls(rank, ranks, worker, workers)
+        return cls(rank, ranks, worker, workers, _machines(ranks))
+
+    @property
+    def slot(self) -> int:
+        """Of ``ranks`` slots the one of this rank, so that all slots of a machine are equal modulo machines."""
+        rank_here, machine = self.rank % self._local, self.rank // self._local
+        return rank_here * self.machines + machine
+
+    @property
+    def _local(self) -> int:
+        return self.ranks // self.machines
 
 
 def _rank() -> tuple[int, int]:
@@ -47,6 +65,15 @@ def _rank() -> tuple[int, int]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
+
+
+def _machines(ranks: int) -> int:
+    # Known where the launcher says how many ranks a machine has, else all count as on one.
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        here = os.environ.get(name, "")
+        if here.isdigit() and int(here) and ranks % int(here) == 0:
+            return ranks // int(here)
+    return 1
 
 
 def _worker() -> tuple[int, int]:

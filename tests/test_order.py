@@ -160,3 +160,42 @@ def test_positions_outside_the_epoch_are_refused(position):
 
 GOLDEN = [(0, 1), (1, 1), (0, 0), (0, 2), (1, 0), (2, 2), (2, 1), (2, 0), (2, 3), (3, 0)]
 GOLDEN_LARGE = ([1, 1, 0], [653878982607, 737088842020, 690020457550])
+
+
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    lanes=st.integers(1, 7),
+    window=st.integers(1, 4),
+    epoch=st.integers(0, 2),
+)
+def test_lanes_visit_every_row_once_and_each_reads_a_stretch(counts, lanes, window, epoch):
+    order = Order(counts, "data", epoch=epoch, window=window, lanes=lanes)
+    shard, row = order.locate(np.arange(len(order)))
+    assert sorted(zip(shard.tolist(), row.tolist(), strict=True)) == [
+        (s, r) for s, count in enumerate(counts) for r in range(count)
+    ]
+    touched = [set(shard[lane::lanes].tolist()) for lane in range(lanes)]
+    # Every lane border is shared by at most two.
+    assert sum(map(len, touched)) <= len([c for c in counts if c]) + lanes - 1
+
+
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    lanes=st.integers(1, 4),
+    window=st.integers(1, 4),
+)
+def test_the_window_at_a_position_holds_all_up_to_the_next_one(counts, lanes, window):
+    order = Order(counts, "data", window=window, lanes=lanes)
+    shard, _ = order.locate(np.arange(len(order)))
+    for position in range(len(order)):
+        shards, following = order.window_at(position)
+        end = len(order) if following is None else following
+        assert set(shard[position:end:lanes].tolist()) <= set(shards)
+        assert len([s for s in shards if counts[s]]) <= window + 1
+        assert following is None or (following - position) % lanes == 0 < following - position
+
+
+def test_one_lane_is_the_order_without_lanes():
+    assert everything(Order((3, 2, 4, 1), "fingerprint", 7, 2, window=2, lanes=1)) == GOLDEN
+    with pytest.raises(ValueError, match="lanes must be at least 1"):
+        Order((3,), lanes=0)
