@@ -221,7 +221,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "warmup_steps": round(WARMUP * total_steps),
             "total_steps": total_steps,
         }
-        if isinstance(dataset, TokenShards) and not dataset.shard_set.objective.startswith("mlm"):
+        if isinstance(dataset, TokenShards) and not dataset.objective.startswith("mlm"):
             chosen["positions"] = Stride(SPARSE, control=dataset.unigrams)
         return cls(dataset, *loader_args, model=model, **{**chosen, **options})
 

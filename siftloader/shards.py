@@ -278,12 +278,7 @@ def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layou
     body = raw[: samples * layout.stride].reshape(samples, layout.stride)
     for first, last in _spans(samples, layout):
         found = body[first:last]
-        tokens = found[:, layout.offset : layout.offset + layout.payload]
-        labels = found[:, layout.label : layout.label + 1] if layout.labels else None
-        expected = _encoded(stem, first, tokens, labels, layout)
-        wrong = (found != expected).any(axis=1)
-        if labels is not None:
-            wrong |= ~np.isin(labels[:, 0], (ZERO, ZERO + 1))
+        expected, wrong = _compared(stem, first, found, layout)
         if wrong.any():
             if first == 0 and _without_checksums(found[:8], expected[:8]):
                 raise ShardError(
@@ -301,6 +296,31 @@ def check_samples(stem: str, raw: NDArray[np.uint8], samples: int, layout: Layou
             shard=stem,
             byte=byte,
         )
+
+
+def damaged_samples(
+    stem: str, raw: NDArray[np.uint8], samples: int, layout: Layout
+) -> NDArray[np.bool_]:
+    """Which samples of a shard are not what ``encode`` writes, bool [N]; ``raw`` has the right size."""
+    body = raw[: samples * layout.stride].reshape(samples, layout.stride)
+    found = [
+        _compared(stem, first, body[first:last], layout)[1]
+        for first, last in _spans(samples, layout)
+    ]
+    return np.concatenate([np.zeros(0, bool), *found])
+
+
+def _compared(
+    stem: str, first: int, found: NDArray[np.uint8], layout: Layout
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    # What samples [n, stride] would be written as, and which of them differ from it.
+    tokens = found[:, layout.offset : layout.offset + layout.payload]
+    labels = found[:, layout.label : layout.label + 1] if layout.labels else None
+    expected = _encoded(stem, first, tokens, labels, layout)
+    wrong: NDArray[np.bool_] = (found != expected).any(axis=1)
+    if labels is not None:
+        wrong |= ~np.isin(labels[:, 0], (ZERO, ZERO + 1))
+    return expected, wrong
 
 
 def _without_checksums(found: NDArray[np.uint8], expected: NDArray[np.uint8]) -> bool:
@@ -643,6 +663,10 @@ class ShardSet:
         """Global id of the split's first sample: ids count through the manifest."""
         return self.shards(split).first_id(0)
 
+    def path(self, shard: Shard) -> Path:
+        """Where the tar of a shard is on this machine."""
+        return self.folder / f"{shard.shard}.tar"
+
     def read(self, shard: Shard, verify: bool = True) -> NDArray[Any]:
         """The token ids of a shard, [N, T], a read-only view of the mapped file.
 
@@ -656,6 +680,17 @@ class ShardSet:
             offset=self.layout.offset,
             strides=(self.layout.stride, np.dtype(self.layout.dtype).itemsize),
         )
+
+    def damaged(self, shard: Shard) -> NDArray[np.bool_]:
+        """Which samples of a shard cannot be trusted, bool [N]: all of them where it cannot be told."""
+        try:
+            raw = self._mapped(shard, verify=False)
+        except ShardError:
+            return np.ones(shard.num_sequences, bool)
+        found = damaged_samples(shard.shard, raw, shard.num_sequences, self.layout)
+        # Every sample sound, and yet not the recorded bytes: another shard under this name.
+        other = not found.any() and sha256(raw) != shard.sha256
+        return np.ones_like(found) if other else found
 
     def read_labels(self, shard: Shard, verify: bool = True) -> NDArray[np.uint8]:
         """The labels of a shard, uint8 [N]: 0 where the second segment follows the first, else 1.
@@ -671,7 +706,7 @@ class ShardSet:
         return raw[self.layout.label : -len(END) : self.layout.stride] - np.uint8(ZERO)
 
     def _mapped(self, shard: Shard, verify: bool) -> NDArray[np.uint8]:
-        path = self.folder / f"{shard.shard}.tar"
+        path = self.path(shard)
         try:
             size = path.stat().st_size
             if size != shard.bytes:

@@ -12,11 +12,13 @@ Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabular
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,16 +29,25 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from siftloader.bigrams import Bigrams, read_bigrams
+from siftloader.coverage import Coverage
 from siftloader.errors import EmptyEpoch, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
+from siftloader.mixture import Mixture
+from siftloader.opened import Budget, Opened, Part, Verdicts
 from siftloader.order import Order
-from siftloader.shards import Shard, ShardSet
+from siftloader.shards import ShardSet
 from siftloader.world import World
 
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+FIRST_VERSION = {"lanes": 1, "weights": None}  # what it had not
 BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortises NumPy's calls
 SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
+SET_BITS = 40  # of an id: the sample within its set; the bits above them are the number of the set
+MOST_OPEN = 512  # shards a reader keeps mapped: each of them holds a file descriptor
+ENUMERATED = 1 << 20  # positions located at once where a coverage is worked out
+
+Folder = str | os.PathLike[str]
 
 
 class TokenShards(IterableDataset[dict[str, Tensor]]):
@@ -50,9 +61,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     objectives ``attention_mask`` (only there the tail is padded), all int64 [T]. For sentence pairs
     (``mlm-nsp``, ``BertForPreTraining``) also ``token_type_ids`` [T], 1 from the first token after the first
     [SEP] to the last [SEP], and ``next_sentence_label``, 0-d: 0 where the second segment follows the first
-    in the text, 1 where it was drawn at random. ``with_ids`` adds
-    ``id``, the global position in the manifest; ``with_source`` adds ``source``, an index into
-    ``shard_set.sources``; both int64 and 0-d.
+    in the text, 1 where it was drawn at random. ``with_ids`` adds ``id``, the global position in the manifest
+    (of a mix: plus the number of the set times 2^40); ``with_source`` adds ``source``, an index into
+    ``sources``; both int64 and 0-d.
 
     ``masking``: ``"auto"`` is what the recorded objective needs, ``Mlm`` at 0.15 for ``mlm`` and
     labels equal to the ids for ``clm``. A number is ``Mlm`` at that probability, an ``Mlm`` is
@@ -63,18 +74,26 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     (and not with ``persistent_workers``), as with a DistributedSampler. Of two iterators alive at
     once, the one that started last is the one that counts.
 
+    An epoch is every sample once, or ``epoch_samples`` of them: the next epoch then goes on where this one
+    ended, and the data begin anew, in another order and with other masks, when they are used up.
+
     ``split="val"`` is read in the order of the manifest with the masks of epoch 0, always, and hands
     out every sample exactly once over the ranks. Other splits give every rank equally many samples
     and leave out the last ``total % ranks`` positions, other samples in each epoch.
 
-    A shard is verified (sha256) when it is first opened, by each process that opens it, and again
-    once the file was touched; ``verify=False`` trusts the disk. At most ``window + 1`` shards are
-    mapped at once, beside one block of about a million token ids.
+    ``lanes``: on that many machines each reads only its share of the shards, and so it does on any number
+    of machines that divides it; the order is the same on all of them. Ranks of one machine open ``lanes /
+    machines`` windows of shards at once.
+
+    A shard is verified (sha256) when it is first opened, by each process that opens it, those of the next
+    window while this one is read, and again once the file was touched; ``verify=False`` trusts the disk.
+    ``on_error=Budget(100)`` passes over so many damaged samples, with a warning, before it raises. At most
+    ``window + 1`` shards of a lane are mapped at once (512 in all), beside one block of about a million token ids.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: Folder | Mapping[Folder, float],
         *,
         split: str = "train",
         seed: int = 0,
@@ -84,57 +103,126 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         world: World | None = None,
         verify: bool = True,
         window: int = 8,
+        lanes: int = 1,
+        epoch_samples: int | None = None,
+        on_error: Literal["raise"] | Budget = "raise",
     ) -> None:
-        if not Path(folder).is_dir():
-            raise ShardError(f"{folder}: not a folder; give the one that holds manifest.jsonl")
-        self.shard_set = ShardSet.open(folder)
+        if on_error != "raise" and not isinstance(on_error, Budget):
+            raise ValueError(f'on_error must be "raise" or a Budget, got {on_error!r}')
+        weights = folder if isinstance(folder, Mapping) else None
+        folders = [folder] if not isinstance(folder, Mapping) else list(folder)
+        self.shard_sets = tuple(_opened(each) for each in folders)
         self.split = split
         self.seed = int(seed)  # a NumPy integer would make the state unfit for JSON
-        self.window = window
+        self.window, self.lanes = window, lanes
         self.world = world
         self.verify = verify
         self.with_ids = with_ids
         self.with_source = with_source
-        self.masking = _resolve(masking, self.shard_set)
-        if self.shard_set.layout.labels and "sep" not in self.shard_set.tokenizer.special_ids:
+        self.on_error = on_error
+        self.weights = None if weights is None else [float(weight) for weight in weights.values()]
+        first = self.shard_sets[0]
+        self.layout, self.objective, self.tokenizer = (
+            first.layout,
+            first.objective,
+            first.tokenizer,
+        )
+        self.sources = tuple(source for each in self.shard_sets for source in each.sources)
+        self.masking = _resolve(masking, first)
+        self._shuffle = split != "val"
+        if len(folders) > 1:
+            self._check_alike()
+        if not self._shuffle and (weights is not None or epoch_samples is not None):
+            raise ValueError(
+                'split="val" is every sample once: open each set by itself, without epoch_samples'
+            )
+        if self.layout.labels and "sep" not in self.tokenizer.special_ids:
             raise ShardError(
-                f"{folder}: sentence pairs, but tokenizer {self.shard_set.tokenizer.name!r} records no "
+                f"{first.folder}: sentence pairs, but tokenizer {self.tokenizer.name!r} records no "
                 f'"sep" token that would part them; prepare the shards again'
             )
-        self._shards = self.shard_set.shards(split)
-        self.total = sum(shard.num_sequences for shard in self._shards)  # over all ranks
-        self._shuffle = split != "val"
-        self._first_id = self.shard_set.first_id(split)
-        self._verdicts: dict[str, tuple[int, ...]] = {}
+        self._parts = tuple(_parts(self.shard_sets, split))
+        sizes = [int(part.shards.counts.sum(dtype=np.int64)) for part in self._parts]
+        self._sizes = sizes
+        self._mixture: Mixture | None = None
+        if weights is not None or epoch_samples is not None:
+            self._mixture = Mixture(
+                tuple(sizes), tuple(self.weights or [1.0]), epoch_samples, self.seed, lanes
+            )
+        self.total = sum(sizes) if self._mixture is None else len(self._mixture)  # over all ranks
+        self._verdicts = Verdicts.of(self._parts)
         self._epoch = 0
         self._position = 0
         self._pending = True  # the next iteration starts at (epoch, position), not an epoch later
         self._reader = 0  # counts iterations: only the latest may move the position
-        self._order(0)  # checks window
+        self._delivered: Coverage | None = (
+            Coverage()
+        )  # by this reader, in this epoch; None: unknown
+        self._orders().of(0, 0)  # checks window and lanes
         self.rows()  # checks that every rank gets something
+
+    @classmethod
+    def mix(cls, weights: Mapping[Folder, float], **options: Any) -> TokenShards:
+        """Several shard sets in one stream, drawn in proportion to their weights.
+
+        shards = TokenShards.mix({"shards/wiki": 0.7, "shards/code": 0.3}, seed=0, epoch_samples=1_000_000)
+
+        All need one tokenizer, length and objective. Weights hold among any 4,096 samples in a row. Every set goes
+        through its own samples once before any of them comes again, then with other masks, however often the
+        others did; ``epoch_samples`` is as many as all of them have, where it is not given. ``options``
+        are the class's; ids say the set: ``id >> 40``.
+        """
+        return cls(weights, **options)
+
+    @property
+    def shard_set(self) -> ShardSet:
+        """The set of shards that is read; ShardError where it is a mix: see ``shard_sets``."""
+        if len(self.shard_sets) > 1:
+            raise ShardError(
+                f"this is a mix of {len(self.shard_sets)} sets of shards; ask one of shard_sets"
+            )
+        return self.shard_sets[0]
 
     @property
     def fingerprint(self) -> str:
-        """The identity of the data set: equal wherever it is copied."""
-        return self.shard_set.fingerprint
+        """The identity of the data set, or of the mix: equal wherever it is copied."""
+        if len(self.shard_sets) == 1:
+            return self.shard_sets[0].fingerprint
+        every = " ".join(each.fingerprint for each in self.shard_sets)
+        return hashlib.sha256(every.encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
         """Number of ids of the tokenizer, V."""
-        return self.shard_set.tokenizer.vocab_size
+        return self.tokenizer.vocab_size
 
     @property
     def unigrams(self) -> NDArray[np.int64]:
-        """How often each id occurs in the train split, int64 [V]."""
-        return self.shard_set.unigrams
+        """How often each id occurs in the train split, int64 [V]; of a mix, by the weights of its sets."""
+        if len(self.shard_sets) == 1:
+            return self.shard_sets[0].unigrams
+        assert self._mixture is not None
+        counts = [each.unigrams for each in self.shard_sets]
+        total = sum(int(each.sum()) for each in counts)
+        parts = [
+            share * total * each / max(1, int(each.sum()))
+            for share, each in zip(self._mixture.shares, counts, strict=True)
+        ]
+        return np.asarray(np.sum(parts, axis=0).round(), np.int64)
 
     @property
     def bigrams(self) -> Bigrams:
         """The pairs of the train split, as `siftloader bigrams` counted them; read anew each time.
 
-        ShardError where they were not counted, or are those of other shards.
+        ShardError where they were not counted, or are those of other shards, or for a mix.
         """
         return read_bigrams(self.shard_set)
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """How many damaged samples a Budget passed over so far, by shard."""
+        found = self._verdicts.passed_over
+        return {self._name(number): count for number, count in sorted(found.items())}
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if a model, or its config, has fewer token embeddings than there are ids.
@@ -142,8 +230,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         More are fine: models pad their vocabulary. Warns where the special ids it is configured with
         (pad, mask, ...) are not those of the shards.
         """
-        tokenizer = self.shard_set.tokenizer
-        whose = f"tokenizer {tokenizer.name!r} of {self.shard_set.folder}"
+        tokenizer = self.tokenizer
+        whose = f"tokenizer {tokenizer.name!r} of {self.shard_sets[0].folder}"
         rows = check_vocabulary(model, tokenizer.vocab_size, whose)
         config = getattr(_inside(model), "config", model)
         for key, recorded in sorted(tokenizer.special_ids.items()):
@@ -189,62 +277,101 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
         Neither reads nor moves the epoch and position of this object, so a thread may read ahead.
         """
+        return (batch for batch, _ in self._checked_read(n, epoch, position, world))
+
+    def _checked_read(
+        self, n: int, epoch: int, position: int, world: World | None
+    ) -> Iterator[_Read]:
         _check_rows(n)
-        here = self._world(world)
-        order = self._order(epoch)
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
         if not 0 <= position <= self.total:
             raise ValueError(f"position must lie in 0..{self.total}, got {position}")
-        return self._read(n, order, position, here)
+        return self._read(n, epoch, position, self._world(world))
 
-    def _read(
-        self, n: int, order: Order, position: int, world: World
-    ) -> Iterator[dict[str, Tensor]]:
-        for block in self._gather(n, order, position, world):
+    def _read(self, n: int, epoch: int, position: int, world: World) -> Iterator[_Read]:
+        for block in self._gather(n, epoch, position, world):
             for first in range(0, len(block.tokens), n):
-                yield self._finish(block.rows(first, first + n), order.epoch)
+                rows = block.rows(first, first + n)
+                yield self._finish(rows), rows.ids
 
-    def _gather(self, n: int, order: Order, position: int, world: World) -> Iterator[_Rows]:
+    def _gather(self, n: int, epoch: int, position: int, world: World) -> Iterator[_Rows]:
         # A block is a whole number of batches, so that batches never have to be joined.
-        size = max(1, BLOCK_TOKENS // self.shard_set.layout.seq_len // n) * n
-        first = position + (world.rank - position) % world.ranks + world.worker * world.ranks
-        step = world.ranks * world.workers
+        size = max(1, BLOCK_TOKENS // self.layout.seq_len // n) * n
+        slot, step = self._slot(world), world.ranks * world.workers
+        first = position + (slot - position) % world.ranks + world.worker * world.ranks
         rows = self._rows(position, world)
-        opened = _Opened(self, limit=self.window + 1)
-        for begin in range(0, rows, size):
-            turns = np.arange(begin, min(begin + size, rows), dtype=np.int64)
-            yield self._take(*order.locate(first + step * turns), opened)
+        lanes = self.lanes // math.gcd(self.lanes, step)  # of which this reader reads
+        opened = Opened(
+            self._parts,
+            self._verdicts,
+            limit=min(MOST_OPEN, (self.window + 1) * lanes * len(self._parts)),
+            verify=self.verify,
+            sources=self.with_source,
+            budget=None if self.on_error == "raise" else self.on_error,
+        )
+        orders, windows = self._orders(), _Windows(self.lanes if self._shuffle else 1)
+        try:
+            for begin in range(0, rows, size):
+                turns = np.arange(begin, min(begin + size, rows), dtype=np.int64)
+                where = self._locate(first + step * turns, epoch, orders)
+                opened.announce(windows.upcoming(where, orders, self._bases))
+                yield self._take(where, opened)
+        finally:
+            opened.close()
 
-    def _take(self, shard: NDArray[np.int64], row: NDArray[np.int64], opened: _Opened) -> _Rows:
-        layout = self.shard_set.layout
-        tokens = np.empty((len(row), layout.seq_len), layout.dtype)
-        sources = np.empty(len(row), np.int64) if self.with_source else None
-        pairs = np.empty(len(row), np.int64) if layout.labels else None
-        ids = np.empty(len(row), np.int64)
-        numbers, seen = np.unique(shard, return_index=True)
+    def _locate(self, positions: NDArray[np.int64], epoch: int, orders: _Orders) -> _Where:
+        if self._mixture is None:
+            epoch = epoch if self._shuffle else 0
+            number, row = orders.of(0, epoch).locate(positions)
+            return _Where(
+                np.zeros_like(number), np.full_like(number, epoch), positions, number, row
+            )
+        which, repeat, place = self._mixture.locate(positions, epoch)
+        number, row = np.empty_like(place), np.empty_like(place)
+        for key in np.unique(np.stack([which, repeat]), axis=1).T.tolist():
+            at = np.flatnonzero((which == key[0]) & (repeat == key[1]))
+            number[at], row[at] = orders.of(*key).locate(place[at])
+            number[at] += self._bases[key[0]]
+        return _Where(which, repeat, place, number, row)
+
+    def _take(self, where: _Where, opened: Opened) -> _Rows:
+        m = len(where.row)
+        tokens = np.empty((m, self.layout.seq_len), self.layout.dtype)
+        sources = np.empty(m, np.int64) if self.with_source else None
+        pairs = np.empty(m, np.int64) if self.layout.labels else None
+        ids = np.empty(m, np.int64)
+        numbers, seen = np.unique(where.number, return_index=True)
         # In the order of first use: a block that crosses into a new window opens each shard once.
-        for number in numbers[np.argsort(seen)].tolist():
-            at = np.flatnonzero(shard == number)
-            content = opened.get(number)
-            tokens[at] = content.tokens[row[at]]
-            ids[at] = content.first_id + row[at]
-            if sources is not None and content.sources is not None:
-                sources[at] = content.sources[row[at]]
-            if pairs is not None and content.pairs is not None:
-                pairs[at] = content.pairs[row[at]]
-        return _Rows(tokens, ids, sources, pairs)
+        ordered = numbers[np.argsort(seen)].tolist()
+        while True:
+            for number in ordered:
+                at = np.flatnonzero(where.number == number)
+                content = opened.get(number)
+                row = content.sound(where.row[at])
+                tokens[at] = content.tokens[row]
+                ids[at] = content.first_id + row
+                if sources is not None and content.sources is not None:
+                    sources[at] = content.first_source + content.sources[row].astype(np.int64)
+                if pairs is not None and content.pairs is not None:
+                    pairs[at] = content.pairs[row]
+            if not opened.changed(ordered):  # under our hands: what was copied may be either
+                return _Rows(tokens, ids, where.repeat, sources, pairs)
 
-    def _finish(self, rows: _Rows, epoch: int) -> dict[str, Tensor]:
-        pad = self.shard_set.tokenizer.special_ids.get("pad")
-        padded = self.shard_set.objective.startswith("mlm")
+    def _finish(self, rows: _Rows) -> dict[str, Tensor]:
+        pad = self.tokenizer.special_ids.get("pad")
+        padded = self.objective.startswith("mlm")
         real = rows.tokens != pad if padded and pad is not None else None
         if self.masking is not None:
-            input_ids, labels = self.masking(rows.tokens, rows.ids, seed=self.seed, epoch=epoch)
+            input_ids, labels = self.masking(
+                rows.tokens, rows.ids, seed=self.seed, epoch=rows.repeat
+            )
         else:
             input_ids = rows.tokens.astype(np.int64)
             labels = input_ids.copy() if real is None else np.where(real, input_ids, IGNORED)
         batch = {"input_ids": input_ids}
         if rows.pairs is not None:
-            sep = self.shard_set.tokenizer.special_ids["sep"]
+            sep = self.tokenizer.special_ids["sep"]
             batch["token_type_ids"] = _segments(rows.tokens, sep, real)
         if padded:
             batch["attention_mask"] = (
@@ -259,15 +386,18 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             batch["source"] = rows.sources
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _order(self, epoch: int) -> Order:
-        return Order(
-            tuple(shard.num_sequences for shard in self._shards),
-            fingerprint=self.fingerprint,
-            seed=self.seed,
-            epoch=epoch if self._shuffle else 0,
-            window=self.window,
-            shuffle=self._shuffle,
-        )
+    def _orders(self) -> _Orders:
+        return _Orders(self._parts, self.seed, self.window, self._shuffle, self.lanes)
+
+    @property
+    def _bases(self) -> list[int]:
+        # The number of the first shard of each set, among those of all.
+        return list(accumulate((len(part.shards) for part in self._parts), initial=0))
+
+    def _name(self, number: int) -> str:
+        which = int(np.searchsorted(self._bases, number, side="right")) - 1
+        stem = self._parts[which].shards[number - self._bases[which]].shard
+        return stem if len(self._parts) == 1 else f"{self.shard_sets[which].folder}/{stem}"
 
     def _world(self, world: World | None) -> World:
         found = World.detect()
@@ -276,7 +406,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             return found
         if given.workers > 1:
             return given
-        return World(given.rank, given.ranks, found.worker, found.workers)
+        return World(given.rank, given.ranks, found.worker, found.workers, given.machines)
+
+    def _slot(self, world: World) -> int:
+        return world.slot if self.lanes > 1 and self._shuffle else world.rank
 
     def _rows(self, position: int, world: World) -> int:
         left = self.total - position
@@ -287,21 +420,65 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         return -(-max(0, rows - world.worker) // world.workers)
 
     def _counted(self, n: int, per_row: bool) -> Iterator[dict[str, Tensor]]:
+        continues = self._pending
         self._epoch, self._position = self.upcoming()
         world = self._world(None)
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
+        if not continues or not self._position:
+            self._delivered = Coverage()
         self._pending = False
         self._reader += 1
         reader, begin, handed = self._reader, self._position, 0
         step = world.ranks * world.workers
-        for batch in self.read_batches(n, self._epoch, begin):
-            for item in _samples(batch) if per_row else (batch,):
-                handed += 1 if per_row else len(batch["input_ids"])
+        for batch, ids in self._checked_read(n, self._epoch, begin, None):
+            for at, item in enumerate(_samples(batch)) if per_row else [(slice(None), batch)]:
+                some = ids[at : at + 1] if isinstance(at, int) else ids
+                handed += len(some)
                 if reader == self._reader:  # counted before it leaves: the caller may never return
                     self._position = min(begin + handed * step, self.total)
+                    if self._delivered is not None:
+                        self._delivered += Coverage.of(some)
                 yield item
         if reader == self._reader and world.workers == 1:
             self._epoch, self._position, self._pending = self._epoch + 1, 0, True
+
+    def coverage(self) -> Coverage:
+        """Which samples this reader was given in the epoch under way, or in the one that ended last.
+
+        Those before a restart count, as the order has them: a state says that they were handed out, and
+        working out which takes a second for 10 million of them. Add up those of all ranks to compare with
+        ``expected_coverage``. A loader's workers have their own.
+        """
+        if self._delivered is None:
+            world = self._world(None)
+            slot = self._slot(world) + world.worker * world.ranks
+            self._delivered = self._enumerated(
+                self._epoch, range(slot, self._position, world.ranks * world.workers)
+            )
+        return self._delivered
+
+    def expected_coverage(self, epoch: int, samples: int | None = None) -> Coverage:
+        """What all ranks together are given of an epoch: all of it, or its first ``samples``.
+
+        shards.expected_coverage(3, samples=shards.total // ranks * ranks)    # without the tail that is left out
+        """
+        return self._enumerated(epoch, range(self.total if samples is None else samples))
+
+    def _enumerated(self, epoch: int, positions: range) -> Coverage:
+        found, orders = Coverage(), self._orders()
+        firsts = np.concatenate(
+            [
+                part.first_id
+                + np.array([part.shards.first_id(i) for i in range(len(part.shards))])
+                for part in self._parts
+            ]
+        )
+        for start in range(0, len(positions), ENUMERATED):
+            some = positions[start : start + ENUMERATED]
+            at = np.arange(some.start, some.stop, some.step, dtype=np.int64)
+            where = self._locate(at, epoch, orders)
+            found += Coverage.of(firsts[where.number] + where.row)
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration epoch ``epoch``, from its start.
@@ -319,6 +496,18 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         """Epoch and global position at which the next iteration begins."""
         return (self._epoch, self._position) if self._pending else (self._epoch + 1, 0)
 
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, JSON-able: a state fits where all of this is equal."""
+        return {
+            "fingerprint": self.fingerprint,
+            "split": self.split,
+            "seed": self.seed,
+            "window": self.window,
+            "lanes": self.lanes,
+            "weights": self.weights,
+            "samples": self.total,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, JSON-able: all positions below ``position`` were handed out.
 
@@ -326,63 +515,169 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         """
         return {
             "version": STATE_VERSION,
-            "fingerprint": self.fingerprint,
-            "split": self.split,
-            "seed": self.seed,
-            "window": self.window,
+            **self.identity(),
             "epoch": self._epoch,
             "position": self._position,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, override: Collection[str] = ()) -> None:
         """Continue where ``state`` was taken, on any number of ranks and workers.
 
-        Raises StateError where the state belongs to another order of other data.
+        Raises StateError where the state belongs to another order of other data. ``override`` names what may
+        differ all the same, say ``{"fingerprint"}``: the position then counts in the order of here, so
+        that samples may come twice in this epoch, or not at all.
         """
-        checked = self._check(state)
+        checked = self.checked_state(state, override)
         self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
+        self._delivered = None
         self._reader += 1
 
-    def _check(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    def checked_state(
+        self, state: Mapping[str, Any], override: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """The state, in today's version; StateError where it does not fit."""
         own = self.state_dict()
+        version = state.get("version")
+        if isinstance(version, int) and version > STATE_VERSION:
+            raise StateError(
+                f"found a state of version {version}, this siftloader reads up to "
+                f"{STATE_VERSION}; upgrade siftloader, or start a new epoch without the state"
+            )
+        if version == 1:
+            state = {**FIRST_VERSION, "samples": self.total, **state}
         missing = sorted(own.keys() - state.keys())
         if missing:
             raise StateError(
                 f"the state lacks {missing}; it needs {list(own)}, as state_dict() gives"
             )
-        if state["version"] > STATE_VERSION:
-            raise StateError(
-                f"found a state of version {state['version']}, this siftloader reads up to "
-                f"{STATE_VERSION}; upgrade siftloader"
-            )
-        remedies = {
-            "fingerprint": f"open the data set it was saved from, not {self.shard_set.folder}",
-            "split": "load it into the TokenShards of that split",
-            "seed": f"construct TokenShards(..., seed={state['seed']!r})",
-            "window": f"construct TokenShards(..., window={state['window']!r})",
-        }
-        for name, remedy in remedies.items():
-            if state[name] != own[name]:
-                raise StateError(
-                    f"the state belongs to another order: {name} {state[name]!r} found, "
-                    f"{own[name]!r} expected; {remedy}, or start a new epoch without the state"
-                )
-        for name, limit in (("epoch", None), ("position", self.total)):
+        self.check_identity(state, override)
+        for name, limit in (("version", None), ("epoch", None), ("position", self.total)):
             value = state[name]
-            if not isinstance(value, int) or value < 0 or (limit is not None and value > limit):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or value < 0 or (limit is not None and value > limit):
                 raise StateError(
                     f"{name} {value!r} found, a whole number from 0"
                     f"{'' if limit is None else f' to {limit}'} expected; the state is damaged"
                 )
-        return state
+        return dict(state)
+
+    def check_identity(self, found: Mapping[str, Any], override: Collection[str] = ()) -> None:
+        """Raise StateError unless a state with this identity continues here, but for what ``override`` names."""
+        expected = self.identity()
+        if unknown := set(override) - expected.keys():
+            raise ValueError(f"override names some of {list(expected)}, got {sorted(unknown)}")
+        where = " and ".join(str(each.folder) for each in self.shard_sets)
+        remedies = {
+            "fingerprint": f"open the data set it was saved from, not {where}",
+            "split": "load it into the TokenShards of that split",
+            "seed": f"construct TokenShards(..., seed={found.get('seed')!r})",
+            "window": f"construct TokenShards(..., window={found.get('window')!r})",
+            "lanes": f"construct TokenShards(..., lanes={found.get('lanes')!r})",
+            "weights": f"mix the sets with weights {found.get('weights')!r}",
+            "samples": f"construct TokenShards(..., epoch_samples={found.get('samples')!r})",
+        }
+        for name, remedy in remedies.items():
+            same = type(found.get(name)) is type(expected[name]) and found[name] == expected[name]
+            if not same and name not in override:
+                raise StateError(
+                    f"the state belongs to another order: {name} {found.get(name)!r} found, "
+                    f"{expected[name]!r} expected; {remedy}, or start a new epoch without the state, or "
+                    f"load_state_dict(state, override={{{name!r}}}) to go on at its position in "
+                    f"the order of here, where samples may come twice or not at all"
+                )
+
+    def _check_alike(self) -> None:
+        # What the sets of a mix must have in common.
+        first = self.shard_sets[0]
+        for other in self.shard_sets[1:]:
+            for what, one, two in (
+                ("layout", first.layout, other.layout),
+                ("objective", first.objective, other.objective),
+                ("tokenizer", _meaning(first), _meaning(other)),
+            ):
+                if one != two:
+                    raise ShardError(
+                        f"{first.folder} and {other.folder} differ in {what} ({one} and {two}), so "
+                        f"they cannot be mixed; prepare them alike"
+                    )
+
+
+# A batch, and the global ids of its rows, int64 [n].
+_Read = tuple[dict[str, Tensor], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class _Where:
+    """Where the samples of some positions are, int64 [m] each: set, its epoch, its position, shard, row."""
+
+    which: NDArray[np.int64]
+    repeat: NDArray[np.int64]
+    place: NDArray[np.int64]
+    number: NDArray[np.int64]  # of the shard, among those of all sets
+    row: NDArray[np.int64]
+
+
+class _Orders:
+    """The orders of the epochs that one reader is in: of each set the latest two."""
+
+    def __init__(
+        self, parts: Sequence[Part], seed: int, window: int, shuffle: bool, lanes: int
+    ) -> None:
+        self._parts, self._options = parts, (seed, window, shuffle, lanes)
+        self._kept: dict[tuple[int, int], Order] = {}
+
+    def of(self, which: int, epoch: int) -> Order:
+        """The order of an epoch of a set."""
+        if (which, epoch) not in self._kept:
+            part, (seed, window, shuffle, lanes) = self._parts[which], self._options
+            for old in sorted(key for key in self._kept if key[0] == which)[:-1]:
+                del self._kept[old]
+            self._kept[which, epoch] = Order(
+                part.shards.counts,
+                fingerprint=part.files.fingerprint,
+                seed=seed,
+                epoch=epoch,
+                window=window,
+                shuffle=shuffle,
+                lanes=lanes,
+            )
+        return self._kept[which, epoch]
+
+
+class _Windows:
+    """Which shards come next: those of a window when it begins, and those of the one after it."""
+
+    def __init__(self, lanes: int) -> None:
+        self._lanes = lanes
+        self._until: dict[int, tuple[int, int]] = {}  # by set and lane: where the window ends
+
+    def upcoming(self, where: _Where, orders: _Orders, bases: Sequence[int]) -> Iterator[int]:
+        """The shards to get ready for the positions of a block, the most urgent first."""
+        keys = where.which * self._lanes + where.place % self._lanes
+        found, last = np.unique(keys[::-1], return_index=True)
+        later = []
+        for key, back in zip(found.tolist(), last.tolist(), strict=True):
+            at = len(keys) - 1 - back
+            repeat, place = int(where.repeat[at]), int(where.place[at])
+            if (repeat, place) < self._until.get(key, (0, 0)):
+                continue
+            which = key // self._lanes
+            order = orders.of(which, repeat)
+            shards, following = order.window_at(place)
+            yield from (bases[which] + shard for shard in shards)
+            if following is not None:
+                later += [bases[which] + shard for shard in order.window_at(following)[0]]
+            self._until[key] = (repeat + 1, 0) if following is None else (repeat, following)
+        yield from later
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows as they lie on disk: tokens [m, T], global ids [m], sources and labels of pairs [m] or None."""
+    """Rows as they lie on disk: tokens [m, T], ids and epochs [m], sources and labels of pairs [m] or None."""
 
     tokens: NDArray[Any]
     ids: NDArray[np.int64]
+    repeat: NDArray[np.int64]
     sources: NDArray[np.int64] | None
     pairs: NDArray[np.int64] | None
 
@@ -391,71 +686,29 @@ class _Rows:
         return _Rows(
             self.tokens[cut],
             self.ids[cut],
+            self.repeat[cut],
             None if self.sources is None else self.sources[cut],
             None if self.pairs is None else self.pairs[cut],
         )
 
 
-@dataclass(frozen=True)
-class _Content:
-    """A mapped shard: tokens [N, T], sources and labels [N] where there are any, the id of row 0."""
-
-    tokens: NDArray[Any]
-    sources: NDArray[np.uint8] | None
-    pairs: NDArray[np.uint8] | None
-    first_id: int
+def _opened(folder: Folder) -> ShardSet:
+    if not Path(folder).is_dir():
+        raise ShardError(f"{folder}: not a folder; give the one that holds manifest.jsonl")
+    return ShardSet.open(folder)
 
 
-class _Opened:
-    """The shards one reader has mapped, least recently used first out.
-
-    Every reader has its own, so readers in other threads share nothing but the verdicts.
-    """
-
-    def __init__(self, owner: TokenShards, limit: int) -> None:
-        self._owner = owner
-        self._limit = limit
-        self._contents: OrderedDict[int, _Content] = OrderedDict()
-        counts = [shard.num_sequences for shard in owner._shards]
-        self._first_ids = owner._first_id + np.cumsum([0, *counts])
-
-    def get(self, number: int) -> _Content:
-        if number in self._contents:
-            self._contents.move_to_end(number)
-            return self._contents[number]
-        owner, shard = self._owner, self._owner._shards[number]
-        content = _Content(
-            _read_once_verified(owner.shard_set, shard, owner.verify, owner._verdicts),
-            owner.shard_set.read_sources(shard) if owner.with_source else None,
-            # The same file, verified a moment ago.
-            owner.shard_set.read_labels(shard, verify=False)
-            if owner.shard_set.layout.labels
-            else None,
-            int(self._first_ids[number]),
-        )
-        self._contents[number] = content
-        if len(self._contents) > self._limit:
-            self._contents.popitem(last=False)
-        return content
+def _parts(sets: Sequence[ShardSet], split: str) -> Iterator[Part]:
+    sources = 0
+    for number, files in enumerate(sets):
+        yield Part(files, files.shards(split), number << SET_BITS, sources)
+        sources += len(files.sources)
 
 
-def _read_once_verified(
-    shards: ShardSet, shard: Shard, verify: bool, verdicts: dict[str, tuple[int, ...]]
-) -> NDArray[Any]:
-    # A verdict holds for these bytes on disk only: a file that was touched since is read again.
-    path = shards.folder / f"{shard.shard}.tar"
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise ShardError(
-            f"{shard.shard}: cannot be read ({error}); is {path} in place?"
-        ) from error
-    identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    known = verdicts.get(shard.shard) == identity
-    tokens = shards.read(shard, verify=verify and not known)
-    if verify:
-        verdicts[shard.shard] = identity
-    return tokens
+def _meaning(files: ShardSet) -> tuple[int, dict[str, int], str]:
+    # What the ids of a set mean.
+    tokenizer = files.tokenizer
+    return tokenizer.vocab_size, dict(tokenizer.special_ids), tokenizer.sha256
 
 
 def _resolve(masking: Mlm | float | str | None, shards: ShardSet) -> Mlm | None:

@@ -448,12 +448,30 @@ def test_ids_and_sources_come_on_request_and_are_those_of_the_manifest(make):
         ({"seed": 5}, r"seed 5 found, 0 expected; construct TokenShards\(..., seed=5\)"),
         ({"split": "val"}, "split 'val' found, 'train' expected; load it into"),
         ({"window": 3}, r"window 3 found, 2 expected; construct .*window=3"),
-        ({"version": 2}, "version 2.*up to 1; upgrade"),
+        ({"lanes": 4}, r"lanes 4 found, 1 expected; construct .*lanes=4"),
+        ({"weights": [1.0]}, r"weights \[1.0\] found, None expected; mix the sets with"),
+        (
+            {"samples": 9},
+            r"samples 9 found, 21 expected; construct .*epoch_samples=9.*override=.*not at all",
+        ),
+        ({"version": 3}, "version 3.*up to 2; upgrade"),
         ({"position": 22}, "position 22 found, a whole number from 0 to 21 expected"),
         ({"position": -1}, "position -1 found"),
         ({"epoch": 0.5}, "epoch 0.5 found"),
     ],
-    ids=["data", "seed", "split", "window", "newer", "beyond", "negative", "fraction"],
+    ids=[
+        "data",
+        "seed",
+        "split",
+        "window",
+        "lanes",
+        "weights",
+        "samples",
+        "newer",
+        "beyond",
+        "negative",
+        "fraction",
+    ],
 )
 def test_states_of_another_order_are_refused(make, change, message):
     shards = opened(make())
@@ -581,11 +599,14 @@ def test_a_state_is_plain_json_whatever_the_numbers_were_given_as(make):
     shards.set_epoch(np.int64(3))
     next(shards.batches(4))
     assert json.loads(json.dumps(shards.state_dict())) == {
-        "version": 1,
+        "version": 2,
         "fingerprint": shards.fingerprint,
         "split": "train",
         "seed": 2,
         "window": 2,
+        "lanes": 1,
+        "weights": None,
+        "samples": 21,
         "epoch": 3,
         "position": 4,
     }

@@ -1,0 +1,285 @@
+"""Shards opened: fetched if they are elsewhere, verified before and while they are used, mapped.
+
+    opened = Opened(parts, verdicts=Verdicts(parts), limit=9)
+    opened.announce([4, 5, 6])        # threads fetch and hash them while others are read
+    content = opened.get(4)           # tokens [N, T], a view of the mapped file
+    opened.close()
+
+Shards are numbered over all parts. What was hashed once is not hashed again while the file is untouched.
+
+Letters: N samples of a shard, T tokens of a sample, S shards of all parts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from siftloader.errors import CorruptShard, FetchError, ShardError
+from siftloader.manifest import Manifest, Shard
+from siftloader.shards import ShardSet
+
+
+THREADS = 2  # that hash: one keeps up with any reader, two shorten the start
+ATTEMPTS = 3  # to hash a file that somebody writes to
+UNSEEN = 0  # the verdict on a shard that was never hashed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Pass over up to ``samples`` damaged samples of a run, by each process, before raising.
+
+    TokenShards("shards/books", on_error=Budget(100))
+
+    In the place of a damaged sample comes the next sound one of its shard, in the place of a shard that is
+    missing or cut short the same rows of the next one: batches keep their size and every position its place. It
+    is warned of every shard, and ``TokenShards.passed_over`` counts.
+    """
+
+    samples: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
+            raise ValueError(
+                f"Budget needs a number of samples of at least 1, got {self.samples!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The shards of one data set that are read; ids and sources count on from those before."""
+
+    files: ShardSet
+    shards: Manifest
+    first_id: int  # of the data set, in the mix
+    first_source: int
+
+
+@dataclass(frozen=True)
+class Content:
+    """A mapped shard: tokens [N, T], sources and labels [N] where there are any, the id of row 0.
+
+    ``rows``: where samples are damaged, the row to read for each; ``identity`` tells this file from another.
+    """
+
+    tokens: NDArray[Any]
+    sources: NDArray[np.uint8] | None
+    pairs: NDArray[np.uint8] | None
+    first_id: int
+    first_source: int
+    path: Path
+    identity: tuple[int, ...]
+    rows: NDArray[np.int64] | None = None
+
+    def sound(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows to read for those asked for."""
+        return row if self.rows is None else self.rows[row]
+
+
+@dataclass
+class Verdicts:
+    """Which files were hashed and found good, 8 bytes a shard, and what is passed over.
+
+    One for all readers of a stream: what one of them hashed the others need not.
+    """
+
+    good: NDArray[np.int64]  # [S]: a hash of the identity of the file, or UNSEEN
+    passed_over: dict[int, int] = field(default_factory=dict)  # damaged samples, by number
+    damaged: dict[int, NDArray[np.int64] | int] = field(default_factory=dict)
+    # ^ by number: the row to read for each, or the number of the shard to read instead
+
+    @classmethod
+    def of(cls, parts: Sequence[Part]) -> Verdicts:
+        """No verdict on any shard yet."""
+        return cls(np.zeros(sum(len(part.shards) for part in parts), np.int64))
+
+
+@final
+class Opened:
+    """The shards that one reader has open, least recently used first out; not to be shared by threads."""
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        verdicts: Verdicts,
+        *,
+        limit: int,
+        verify: bool = True,
+        sources: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
+        self._parts, self._verdicts = parts, verdicts
+        self._limit, self._verify, self._sources = limit, verify, sources
+        self._budget = budget
+        self._bounds = list(accumulate((len(part.shards) for part in parts), initial=0))
+        self._contents: OrderedDict[int, Content] = OrderedDict()
+        self._coming: dict[int, Future[None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def get(self, number: int) -> Content:
+        """The content of a shard, verified; ShardError where it cannot be had or is damaged."""
+        if number in self._contents:
+            self._contents.move_to_end(number)
+            return self._contents[number]
+        content = self._budgeted(number)
+        self._contents[number] = content
+        if len(self._contents) > self._limit:
+            self._contents.popitem(last=False)
+        return content
+
+    def announce(self, numbers: Iterable[int]) -> None:
+        """Fetch and hash these soon, in this order, in threads: what they find ``get`` will tell."""
+        for number in numbers:
+            known = not self._verify or self._verdicts.good[number] != UNSEEN
+            if known or number in self._coming or number in self._contents:
+                continue
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(THREADS, "siftloader-verify")
+            self._coming[number] = self._pool.submit(self._judge, number)
+
+    def changed(self, numbers: Iterable[int]) -> bool:
+        """Whether one of these files was written to since it was verified; it is opened anew then.
+
+        To be asked after rows were copied out of the mapped files: what they held before counts for nothing.
+        """
+        if not self._verify:
+            return False
+        stale = [n for n in numbers if n in self._contents and _written_to(self._contents[n])]
+        for number in stale:
+            del self._contents[number]
+        return bool(stale)
+
+    def close(self) -> None:
+        """Let go of all files; threads end with what they are at."""
+        self._contents.clear()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _place(self, number: int) -> tuple[Part, int, Shard]:
+        which = bisect_right(self._bounds, number) - 1
+        part, own = self._parts[which], number - self._bounds[which]
+        return part, own, part.shards[own]
+
+    def _judge(self, number: int) -> None:
+        # Fetches the shard and hashes it, unless it is known to be good.
+        part, _, shard = self._place(number)
+        for _ in range(ATTEMPTS):
+            before = _identity(shard, part.files.path(shard))
+            if not self._verify or self._verdicts.good[number] == hash(before):
+                return
+            part.files.read(shard, verify=True)
+            if _identity(shard, part.files.path(shard)) == before:
+                self._verdicts.good[number] = hash(before)
+                return
+        raise CorruptShard(
+            f"{shard.shard}: written to again and again while it was read; let nobody write to the "
+            f"shards of a run",
+            shard=shard.shard,
+        )
+
+    def _open(self, number: int) -> Content:
+        part, own, shard = self._place(number)
+        if (coming := self._coming.pop(number, None)) is not None:
+            coming.result()
+        self._judge(number)
+        path = part.files.path(shard)
+        identity = _identity(shard, path)
+        return Content(
+            part.files.read(shard, verify=False),
+            part.files.read_sources(shard) if self._sources else None,
+            part.files.read_labels(shard, verify=False) if part.files.layout.labels else None,
+            part.first_id + part.shards.first_id(own),
+            part.first_source,
+            path,
+            identity,
+        )
+
+    def _budgeted(self, number: int) -> Content:
+        if number not in self._verdicts.damaged:
+            try:
+                return self._open(number)
+            except FetchError:
+                raise  # the network is no damage: it passes
+            except ShardError as error:
+                if self._budget is None:
+                    raise
+                self._pass_over(number, error)
+        instead = self._verdicts.damaged[number]
+        if isinstance(instead, np.ndarray):
+            return replace(self._trusted(number), rows=instead)
+        other = self._budgeted(instead)
+        _, _, shard = self._place(number)
+        rows = np.arange(shard.num_sequences, dtype=np.int64) % len(other.tokens)
+        return replace(other, rows=other.sound(rows))
+
+    def _trusted(self, number: int) -> Content:
+        # Damaged in known rows, so its hash says nothing.
+        verify, self._verify = self._verify, False
+        try:
+            return self._open(number)
+        finally:
+            self._verify = verify
+
+    def _pass_over(self, number: int, error: ShardError) -> None:
+        part, own, shard = self._place(number)
+        assert self._budget is not None
+        bad = part.files.damaged(shard)
+        seen, count = self._verdicts.passed_over, int(bad.sum())
+        spent = sum(seen.values()) - seen.get(number, 0) + count
+        if spent > self._budget.samples:
+            raise CorruptShard(
+                f"{error} ({count} samples of {shard.shard} are damaged, {spent} of all shards opened: "
+                f"more than Budget({self._budget.samples}) passes over)",
+                shard=error.shard,
+                sample=error.sample,
+                byte=error.byte,
+            ) from error
+        if bad.all():
+            lost = {n for n, other in self._verdicts.damaged.items() if isinstance(other, int)}
+            size = len(part.shards)
+            after = (number - own + (own + step) % size for step in range(1, size))
+            instead = next((n for n in after if n not in lost), None)
+            if instead is None:
+                raise error
+            self._verdicts.damaged[number] = instead
+        else:
+            sound = np.flatnonzero(~bad)
+            at = np.searchsorted(sound, np.arange(len(bad))) % len(sound)
+            self._verdicts.damaged[number] = sound[at].astype(np.int64)
+        seen[number] = count
+        warnings.warn(
+            f"{error} -- {count} samples of {shard.shard} are passed over, {spent} of "
+            f"{self._budget.samples} allowed so far",
+            stacklevel=2,
+        )
+
+
+def _identity(shard: Shard, path: Path) -> tuple[int, ...]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ShardError(
+            f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
+        ) from error
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
+
+
+def _written_to(content: Content) -> bool:
+    # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
+    with suppress(OSError):
+        stat = content.path.stat()
+        same = (stat.st_ino, stat.st_dev) == content.identity[2:]
+        return same and (stat.st_size, stat.st_mtime_ns) != content.identity[:2]
+    return False
