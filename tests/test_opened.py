@@ -1,0 +1,223 @@
+"""Shards opened: verified ahead, found out when written to, damage passed over within a budget."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_stream import SPECIAL, epoch_of, make, opened, rows, write  # noqa: F401
+
+from siftloader import TokenShards
+from siftloader.errors import CorruptShard, ShardError
+from siftloader.opened import Budget, Opened
+from siftloader.shards import ShardSet
+from siftloader.world import World
+
+
+@pytest.fixture
+def folder(make, tmp_path) -> Path:  # noqa: F811
+    shutil.copytree(make((9, 8, 7, 6)), tmp_path / "shards")
+    return tmp_path / "shards"
+
+
+def damage(folder: Path, stem: str, sample: int) -> None:
+    files = ShardSet.open(folder)
+    with (folder / f"{stem}.tar").open("r+b") as file:
+        file.seek(sample * files.layout.stride + files.layout.offset + 3)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 64]))
+
+
+def all_ids(shards: TokenShards) -> list[int]:
+    return [one for batch in shards.batches(4) for one in batch["id"].tolist()]
+
+
+def test_a_file_written_to_after_it_was_verified_is_found(folder):
+    """The mapped view shows the new bytes at once: what was verified is not what is read."""
+    shards = opened(folder, window=4)
+    stream = shards.read_batches(4, 0)
+    assert len(list(stream)) == 8
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    content = reader.get(1)
+    before = content.tokens.copy()
+    assert not reader.changed([1])
+    time.sleep(0.02)  # a file system's clock ticks slowly
+    damage(folder, "train-000001", 5)
+    assert not np.array_equal(content.tokens, before), "mapped, so the damage shows through"
+    assert reader.changed([1])
+    with pytest.raises(CorruptShard, match="train-000001: sample 5"):
+        reader.get(1)
+    reader.close()
+
+
+def test_rows_copied_while_a_file_was_written_to_are_not_handed_out(folder, monkeypatch):
+    shards = opened(folder, window=4)
+    changed = Opened.changed
+
+    def meddling(self, numbers):
+        if not (folder / "done").exists():
+            (folder / "done").touch()
+            time.sleep(0.02)
+            damage(folder, "train-000002", 1)
+        return changed(self, numbers)
+
+    monkeypatch.setattr(Opened, "changed", meddling)
+    with pytest.raises(CorruptShard, match="train-000002: sample 1"):
+        list(shards.read_batches(4, 0))
+
+
+def test_a_replaced_or_removed_file_is_read_to_the_end_as_it_was_verified(folder, tmp_path):
+    shards = opened(folder)
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    tokens = reader.get(0).tokens.copy()
+    (folder / "train-000000.tar").rename(tmp_path / "elsewhere.tar")
+    shutil.copy(folder / "train-000001.tar", folder / "train-000000.tar")
+    assert not reader.changed([0])
+    assert np.array_equal(reader.get(0).tokens, tokens)
+    reader.close()
+
+
+def test_what_is_announced_is_verified_in_threads_and_told_where_it_is_used(folder, monkeypatch):
+    shards = opened(folder)
+    threads: list[str] = []
+    read = ShardSet.read
+
+    def spy(self, shard, verify=True):
+        threads.extend([threading.current_thread().name] * verify)
+        return read(self, shard, verify)
+
+    monkeypatch.setattr(ShardSet, "read", spy)
+    damage(folder, "train-000002", 0)
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    reader.announce([0, 1, 2, 3])
+    for number in (0, 1, 3):
+        reader.get(number)
+    with pytest.raises(CorruptShard, match="train-000002"):
+        reader.get(2)
+    reader.close()
+    assert sum(name.startswith("siftloader-verify") for name in threads) >= 4
+    again = Opened(shards._parts, shards._verdicts, limit=9)
+    threads.clear()
+    again.announce([0, 1, 3])
+    assert [len(again.get(number).tokens) for number in (0, 1, 3)] == [9, 8, 6]
+    assert threads == [], "verified once, whoever did it"
+
+
+def test_readers_leave_no_thread_behind(folder):
+    before = threading.active_count()
+    for _ in range(3):
+        shards = opened(folder)
+        next(shards.batches(2))
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_the_next_window_is_announced_when_a_window_begins(make, tmp_path, monkeypatch):  # noqa: F811
+    write(tmp_path / "shards", (6,) * 8, "mlm", SPECIAL)
+    announced: list[list[int]] = []
+    monkeypatch.setattr("siftloader.stream.BLOCK_TOKENS", 16 * 4)
+    announce = Opened.announce
+    monkeypatch.setattr(
+        Opened,
+        "announce",
+        lambda self, numbers: announced.append([*numbers]) or announce(self, announced[-1]),
+    )
+    shards = TokenShards(tmp_path / "shards", window=2, masking=None)
+    list(shards.read_batches(4, 0))
+    told = [numbers for numbers in announced if numbers]
+    assert len(told[0]) == 4 and len(told) == 4
+    assert sorted({one for numbers in told for one in numbers}) == list(range(8))
+    order = shards._orders().of(0, 0)
+    for number, position in enumerate((0, 12, 24, 36)):
+        assert set(order.window_at(position)[0]) <= {*told[number]}
+
+
+def test_a_damaged_sample_gives_its_place_to_the_next_sound_one(folder):
+    whole = {dict(row)["id"]: row for row in epoch_of(folder, 0)}
+    damage(folder, "train-000001", 3)
+    damage(folder, "train-000001", 7)  # the last one: the first takes its place
+    with pytest.raises(CorruptShard, match="train-000001: sample 3"):
+        all_ids(opened(folder))
+    shards = opened(folder, on_error=Budget(2))
+    with pytest.warns(
+        UserWarning, match="sample 3.*2 samples of train-000001 are passed over, 2 of 2"
+    ):
+        found = [row for batch in shards.batches(4) for row in rows(batch)]
+    ids = [dict(row)["id"] for row in found]
+    first = 9  # id of the first sample of the second shard
+    expected = [{first + 3: first + 4, first + 7: first}.get(i, i) for i in ids_in_order(folder)]
+    assert ids == expected, "every other sample in its place"
+    assert all(whole[i] == row for i, row in zip(ids, found, strict=True))
+    assert shards.passed_over == {"train-000001": 2}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        all_ids(shards)  # counted, and told, once
+    assert shards.passed_over == {"train-000001": 2}
+
+
+def ids_in_order(folder: Path) -> list[int]:
+    shards = TokenShards(folder, window=2, with_ids=True, verify=False, masking=None)
+    return all_ids(shards)
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "another"])
+def test_a_shard_that_is_lost_gives_its_places_to_the_next_one(folder, how):
+    expected = ids_in_order(folder)
+    path = folder / "train-000003.tar"
+    if how == "missing":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-600])
+    else:
+        shutil.copy(folder / "val-000000.tar", path)
+    shards = opened(folder, on_error=Budget(6))
+    with pytest.warns(
+        UserWarning, match="train-000003.*6 samples of train-000003 are passed over"
+    ):
+        ids = all_ids(shards)
+    assert ids == [i - 24 if i >= 24 else i for i in expected], "rows of the first shard instead"
+    with pytest.raises(CorruptShard, match=r"6 samples of train-000003.*more than Budget\(5\)"):
+        all_ids(opened(folder, on_error=Budget(5)))
+
+
+def test_the_budget_is_one_for_all_shards_and_all_damage_is_no_epoch(folder):
+    damage(folder, "train-000000", 1)
+    damage(folder, "train-000001", 1)
+    with pytest.warns(UserWarning), pytest.raises(CorruptShard, match=r"2 of all shards"):
+        all_ids(opened(folder, on_error=Budget(1)))
+    for path in folder.glob("train-*.tar"):
+        path.unlink()
+    with pytest.warns(UserWarning), pytest.raises(ShardError, match="cannot be read"):
+        all_ids(opened(folder, on_error=Budget(1000)))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 1.5, None])
+def test_a_budget_checks_itself(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        Budget(wrong)
+
+
+def test_on_error_is_raise_or_a_budget(folder):
+    with pytest.raises(ValueError, match='"raise" or a Budget'):
+        TokenShards(folder, on_error="warn")
+
+
+def test_ranks_pass_over_alike(folder):
+    damage(folder, "train-000000", 2)
+    found: list[list[int]] = []
+    for rank in range(2):
+        shards = opened(folder, on_error=Budget(9), world=World(rank, 2))
+        with pytest.warns(UserWarning, match="passed over"):
+            found.append(all_ids(shards))
+    with pytest.warns(UserWarning, match="passed over"):
+        alone = all_ids(opened(folder, on_error=Budget(9)))
+    assert [i for pair in zip(*found, strict=True) for i in pair] == alone
