@@ -425,7 +425,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         world = self._world(None)
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
         if not continues or not self._position:
-            self._delivered = Coverage()
+            self._delivered, self._before = Coverage(), None
         self._pending = False
         self._reader += 1
         reader, begin, handed = self._reader, self._position, 0
@@ -436,8 +436,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 handed += len(some)
                 if reader == self._reader:  # counted before it leaves: the caller may never return
                     self._position = min(begin + handed * step, self.total)
-                    if self._delivered is not None:
-                        self._delivered += Coverage.of(some)
+                    self._delivered += Coverage.of(some)
                 yield item
         if reader == self._reader and world.workers == 1:
             self._epoch, self._position, self._pending = self._epoch + 1, 0, True
@@ -449,12 +448,12 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         working out which takes a second for 10 million of them. Add up those of all ranks to compare with
         ``expected_coverage``. A loader's workers have their own.
         """
-        if self._delivered is None:
+        if self._before is not None:
+            (epoch, position), self._before = self._before, None
             world = self._world(None)
-            slot = self._slot(world) + world.worker * world.ranks
-            self._delivered = self._enumerated(
-                self._epoch, range(slot, self._position, world.ranks * world.workers)
-            )
+            first = self._slot(world) + world.worker * world.ranks
+            earlier = range(first, position, world.ranks * world.workers)
+            self._delivered += self._enumerated(epoch, earlier)
         return self._delivered
 
     def expected_coverage(self, epoch: int, samples: int | None = None) -> Coverage:
@@ -529,7 +528,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         """
         checked = self.checked_state(state, override)
         self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
-        self._delivered = None
+        self._delivered, self._before = Coverage(), (self._epoch, self._position)
         self._reader += 1
 
     def checked_state(

@@ -1,0 +1,264 @@
+"""Several sets in one stream, epochs of any length, and lanes: what TokenShards makes of them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from models import classifier
+from test_stream import SPECIAL, V, make, opened, row, rows, write  # noqa: F401
+
+from siftloader import SiftingDataLoader, TokenShards
+from siftloader.coverage import Coverage
+from siftloader.errors import ShardError, StateError
+from siftloader.shards import ShardSet
+from siftloader.world import World
+
+
+@pytest.fixture
+def two(make):  # noqa: F811
+    return {make((5, 7, 3, 6)): 3.0, make((9, 1, 1, 14, 2, 1)): 1.0}
+
+
+def mixed(two, **options) -> TokenShards:
+    return TokenShards.mix(two, with_ids=True, with_source=True, window=2, **options)
+
+
+def ids(shards: TokenShards) -> list[int]:
+    return [one for batch in shards.batches(5) for one in batch["id"].tolist()]
+
+
+def test_ids_say_the_set_and_the_sample_and_rows_are_those_of_the_set(two):
+    known = {
+        (number, dict(one)["id"]): dict(one)
+        for number, folder in enumerate(two)
+        for batch in opened(folder, masking=None).batches(7)
+        for one in rows(batch)
+    }
+    found = [dict(one) for batch in mixed(two, masking=None).batches(7) for one in rows(batch)]
+    assert len(found) == 21 + 28 and {one["id"] >> 40 for one in found} == {0, 1}
+    for one in found:
+        number, sample = one["id"] >> 40, one["id"] % 2**40
+        there = known[number, sample]
+        assert one["input_ids"] == there["input_ids"]
+        assert one["source"] == 3 * number + there["source"]
+
+
+def test_a_set_comes_round_before_a_sample_of_it_comes_again_and_with_other_masks(two):
+    shards = mixed(two, epoch_samples=200)
+    seen: dict[int, list] = {}
+    for _ in range(2):
+        for batch in shards.batches(8):
+            for one in rows(batch):
+                seen.setdefault(dict(one)["id"], []).append(dict(one)["labels"])
+    counts = Counter({0: 0, 1: 0})
+    for number, size in ((0, 21), (1, 28)):
+        times = [len(labels) for one, labels in seen.items() if one >> 40 == number]
+        assert len(times) == size and max(times) - min(times) <= 1
+        counts[number] = sum(times)
+    assert counts[0] / 400 == pytest.approx(0.75, abs=0.05)
+    often = [labels for labels in seen.values() if len(labels) >= 8]
+    assert all(len(set(labels)) > 1 for labels in often), "masked anew each time"
+
+
+def test_an_epoch_of_any_length_goes_on_where_the_last_one_ended(make):  # noqa: F811
+    folder = make((5, 7, 3, 6))
+    plain = opened(folder)
+    whole = [row(sample) for _ in range(4) for sample in plain]
+    parts = opened(folder, epoch_samples=12)
+    assert len(parts) == 12
+    assert [row(sample) for _ in range(7) for sample in parts] == whole
+    longer = opened(folder, epoch_samples=42)
+    assert [row(sample) for _ in range(2) for sample in longer] == whole
+
+
+@pytest.mark.parametrize("options", [{"lanes": 3}, {"epoch_samples": 31}, {}], ids=str)
+def test_a_mix_resumes_anywhere_on_any_ranks(two, options):
+    def fresh(world=None):
+        return mixed(two, seed=3, world=world, **options)
+
+    straight = [row(sample) for _ in range(2) for sample in fresh(World())]
+    length = len(straight) // 2
+    for cut in (0, 1, 11, 15):
+        readers = [fresh(World(rank, 2)) for rank in range(2)]
+        parts = [[row(one) for one in islice(reader, cut)] for reader in readers]
+        state = json.loads(json.dumps(readers[1].state_dict()))
+        three = [fresh(World(rank, 3)) for rank in range(3)]
+        rest = []
+        for reader in three:
+            reader.load_state_dict(state)
+            rest.append([row(one) for one in reader])
+        found = [one for pair in zip(*parts, strict=True) for one in pair]
+        # Position p belongs to rank p % 3, wherever the resumed epoch began.
+        left = straight[2 * cut : length]
+        left = left[: len(left) // 3 * 3]
+        order = [rest[(2 * cut + i) % 3].pop(0) for i in range(len(left))]
+        assert found + order == straight[: 2 * cut] + left
+        assert not any(rest)
+
+
+def test_lanes_give_each_machine_its_share_of_the_shards(tmp_path):
+    write(tmp_path / "shards", (8,) * 24, "mlm", SPECIAL)
+    whole = None
+    for machines in (1, 2, 4):
+        shards_of, by_slot = [], {}
+        for rank in range(4):
+            world = World(rank, 4, machines=machines)
+            found = ids(opened(tmp_path / "shards", lanes=4, world=world))
+            shards_of.append({one // 8 for one in found})
+            by_slot[world.slot] = found
+        per_machine = 4 // machines
+        for machine in range(machines):
+            ranks = range(machine * per_machine, (machine + 1) * per_machine)
+            assert len(set().union(*(shards_of[rank] for rank in ranks))) <= 24 / machines + 2
+        order = [one for step in zip(*(by_slot[s] for s in range(4)), strict=True) for one in step]
+        whole = whole or order
+        assert order == whole, "the global order does not depend on the machines"
+    assert sorted(whole) == list(range(192))
+
+
+def test_a_slot_is_the_rank_on_one_machine_and_without_lanes(make):  # noqa: F811
+    assert [World(rank, 6).slot for rank in range(6)] == list(range(6))
+    assert [World(rank, 6, machines=3).slot for rank in range(6)] == [0, 3, 1, 4, 2, 5]
+    plain = ids(opened(make((40, 40, 3)), world=World(1, 4)))
+    assert ids(opened(make((40, 40, 3)), world=World(1, 4, machines=2))) == plain
+    with pytest.raises(ValueError, match="4 ranks on 3 machines"):
+        World(0, 4, machines=3)
+
+
+def test_machines_are_found_where_the_launcher_tells(monkeypatch):
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert World.detect() == World(5, 8, machines=4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert World.detect().machines == 1
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ((3, 1), {"lanes": 2}, "lanes 2 found, 1 expected"),
+        ((1, 1), {}, r"weights \[1.0, 1.0\] found, \[3.0, 1.0\] expected"),
+        ((3, 1), {"epoch_samples": 30}, "samples 30 found, 49 expected"),
+        ((3, 1), {"seed": 4}, "seed 4 found, 0 expected"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_mix_is_refused(two, weights, options, message):
+    saved = mixed(dict(zip(two, weights, strict=True)), **options).state_dict()
+    with pytest.raises(StateError, match=message):
+        mixed(two).load_state_dict(saved)
+
+
+def test_another_order_of_the_sets_is_another_mix(two):
+    backwards = dict(reversed([*dict.fromkeys(two, 1.0).items()]))
+    with pytest.raises(StateError, match="fingerprint"):
+        mixed(dict.fromkeys(two, 1.0)).load_state_dict(mixed(backwards).state_dict())
+
+
+def test_what_differs_may_be_overridden_by_name(make):  # noqa: F811
+    saved = {**opened(make(), seed=1).state_dict(), "epoch": 2, "position": 5}
+    shards = opened(make())
+    with pytest.raises(StateError, match=r"override=\{'seed'\}"):
+        shards.load_state_dict(saved)
+    shards.load_state_dict(saved, override={"seed"})
+    assert shards.upcoming() == (2, 5)
+    with pytest.raises(ValueError, match="override names some of"):
+        shards.load_state_dict(saved, override={"position"})
+
+
+def test_a_state_of_the_first_version_is_read(make):  # noqa: F811
+    shards = opened(make())
+    state = {
+        k: v for k, v in shards.state_dict().items() if k not in ("lanes", "weights", "samples")
+    }
+    shards.load_state_dict({**state, "version": 1, "epoch": 1, "position": 4})
+    assert shards.upcoming() == (1, 4)
+    with pytest.raises(StateError, match="lanes 1 found, 2 expected"):
+        opened(make(), lanes=2).load_state_dict({**state, "version": 1})
+
+
+def test_sets_that_differ_cannot_be_mixed(make, tmp_path):  # noqa: F811
+    with pytest.raises(ShardError, match="differ in objective"):
+        TokenShards.mix({make(): 1, make((5, 7, 3, 6), "clm"): 1})
+    other = write(tmp_path / "other", (5,), "mlm", {**SPECIAL, "mask": 5})
+    with pytest.raises(ShardError, match="differ in tokenizer"):
+        TokenShards.mix({make(): 1, other: 1})
+
+
+@pytest.mark.parametrize(
+    ("weights", "options", "message"),
+    [
+        ((1, 0), {}, "positive"),
+        ((1, 1), {"split": "val"}, "open each set by itself"),
+        ((1, 1), {"lanes": 22}, "every set needs a sample for each of 22 lanes"),
+        ((1, 1), {"epoch_samples": 0}, "at least 1 sample"),
+    ],
+    ids=str,
+)
+def test_wrong_mixes_are_refused(two, weights, options, message):
+    with pytest.raises(ValueError, match=message):
+        TokenShards.mix(dict(zip(two, weights, strict=True)), **options)
+
+
+def test_a_mix_is_described_by_what_its_sets_have_in_common(two):
+    shards = mixed(two)
+    assert (shards.vocab_size, len(shards.sources), len(shards.shard_sets)) == (V, 6, 2)
+    each = [ShardSet.open(folder).unigrams for folder in two]
+    expected = (0.75 * each[0] / each[0].sum() + 0.25 * each[1] / each[1].sum()) * sum(
+        int(one.sum()) for one in each
+    )
+    assert np.abs(shards.unigrams - expected).max() <= 1
+    with pytest.raises(ShardError, match="a mix of 2 sets"):
+        shards.shard_set  # noqa: B018
+    with pytest.raises(ShardError, match="a mix of 2 sets"):
+        shards.bigrams  # noqa: B018
+
+
+def test_a_mix_is_sifted(two):
+    loader = SiftingDataLoader(
+        mixed(two, epoch_samples=64), 8, model=classifier(), criterion="rarity", warmup_steps=1
+    )
+    batches = [batch["id"].tolist() for batch in loader]
+    assert {one >> 40 for batch in batches for one in batch} == {0, 1}
+    again = SiftingDataLoader(
+        mixed(two, epoch_samples=64), 8, model=classifier(), criterion="rarity", warmup_steps=1
+    )
+    again.load_state_dict(loader.state_dict())
+    assert len(list(again)) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"lanes": 3}, {"epoch_samples": 31}], ids=str)
+def test_what_all_ranks_were_given_adds_up_whoever_they_are_and_after_restarts(
+    two, ranks, options
+):
+    total = None
+    for cut in (0, 5):
+        found = Coverage()
+        state = None
+        for rank in range(ranks):
+            shards = mixed(two, world=World(rank, ranks), **options)
+            stream = shards.batches(1)
+            list(islice(stream, cut))
+            state = state or shards.state_dict()
+            resumed = mixed(two, world=World(rank, ranks), **options)
+            resumed.load_state_dict(state)
+            list(resumed.batches(4))
+            found += resumed.coverage()
+        size = mixed(two, world=World(), **options).total // ranks * ranks
+        total = total or mixed(two, world=World(), **options).expected_coverage(0, size)
+        assert found == total, cut
+
+
+def test_a_lost_or_doubled_sample_changes_the_coverage():
+    whole = np.arange(1000)
+    assert Coverage.of(whole[:400]) + Coverage.of(whole[400:]) == Coverage.of(whole[::-1])
+    others = [np.delete(whole, 7), np.append(whole, 7), np.where(whole == 7, 8, whole)]
+    digests = {Coverage.of(each).digest for each in (whole, *others)}
+    assert len(digests) == 4
+    assert Coverage.of(whole) + Coverage() == Coverage.of(whole)
+    assert len({Coverage.of(np.array([i])).digest for i in range(5000)}) == 5000
