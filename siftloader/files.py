@@ -54,6 +54,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READABLE = f"{', '.join(KINDS)}, each plain or {', '.join(COMPRESSIONS)}"
 MAX_SOURCES = 256  # a sample's source is stored in one byte
 CHUNK = 1 << 20  # bytes read at a time
+SILENCE = 60  # seconds without a byte before a connection is given up
 MARKS = (  # what a file system tells of a file that changes when the file does
     "ETag",
     "etag",
@@ -415,30 +416,47 @@ def _fetchable(url: str) -> Iterator[None]:
 
 def _file_system(url: str) -> tuple[Any, str]:
     try:
+        return file_system(url)
+    except (ImportError, ValueError) as error:
+        raise CorpusError(f"{url}: {error}") from error
+
+
+def file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
+    """The fsspec file system behind a URL, one that gives up on silence, and the path within.
+
+    ``fresh`` makes a new one, with credentials read anew. ImportError where a package is missing, ValueError
+    where nothing can open such a URL; both say what to do.
+    """
+    try:
+        from fsspec.config import conf
         from fsspec.core import url_to_fs
     except ImportError as error:
-        raise CorpusError(
-            f"{url}: reading URLs needs the `fsspec` package; pip install 'siftloader[urls]'"
+        raise ImportError(
+            "reading URLs needs the `fsspec` package; pip install 'siftloader[urls]'"
         ) from error
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"skip_instance_cache": True} if fresh else {}
     if re.match("https?://", url):
         try:
             from aiohttp import ClientTimeout
         except ImportError as error:
-            raise CorpusError(
-                f"{url}: reading from the web needs the `aiohttp` package; "
-                f"pip install 'siftloader[urls]'"
+            raise ImportError(
+                "reading from the web needs the `aiohttp` package; pip install 'siftloader[urls]'"
             ) from error
         # The default gives up on whatever takes five minutes, a large download included.
-        options["client_kwargs"] = {
-            "timeout": ClientTimeout(total=None, sock_connect=60, sock_read=60)
-        }
+        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        theirs = conf.get("http", {}).get("client_kwargs", {})  # else ours would take its place
+        options["client_kwargs"] = {"timeout": timeout, **theirs}
+    elif re.match("s3a?://", url):
+        theirs = conf.get("s3", {}).get("config_kwargs", {})
+        timeouts = {"connect_timeout": SILENCE, "read_timeout": SILENCE}
+        options["config_kwargs"] = {**timeouts, **theirs}
     try:
         system, path = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise CorpusError(
-            f"{url}: this kind of URL cannot be opened ({error}); install what fsspec needs for "
-            f"it, or fetch the file yourself and give its path"
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(
+            f"this kind of URL cannot be opened ({error}); install what fsspec needs for it, or fetch "
+            f"the file yourself and give its path"
         ) from error
     return system, str(path)
 
