@@ -12,6 +12,7 @@ Letters: N samples of a shard, T tokens of a sample, S shards of all parts.
 
 from __future__ import annotations
 
+import os
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
@@ -148,10 +149,11 @@ class Opened:
                 self._pool = ThreadPoolExecutor(THREADS, "siftloader-verify")
             self._coming[number] = self._pool.submit(self._judge, number)
 
-    def changed(self, numbers: Iterable[int]) -> bool:
-        """Whether one of these files was written to since it was verified; it is opened anew then.
+    def renew(self, numbers: Iterable[int]) -> bool:
+        """Let go of those that were written to since they were verified; tells whether there were any.
 
-        To be asked after rows were copied out of the mapped files: what they held before counts for nothing.
+        To be asked before rows are copied out of the mapped files, for one cut short must not be touched,
+        and after: what was copied from one that changed counts for nothing.
         """
         if not self._verify:
             return False
@@ -273,13 +275,17 @@ def _identity(shard: Shard, path: Path) -> tuple[int, ...]:
         raise ShardError(
             f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
         ) from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
+    return _signs(stat)
+
+
+def _signs(stat: os.stat_result) -> tuple[int, ...]:
+    # The time of modification can be set back, and is by cp -p; that of the last change cannot.
+    return stat.st_ino, stat.st_dev, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _written_to(content: Content) -> bool:
     # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
     with suppress(OSError):
-        stat = content.path.stat()
-        same = (stat.st_ino, stat.st_dev) == content.identity[2:]
-        return same and (stat.st_size, stat.st_mtime_ns) != content.identity[:2]
+        found = _signs(content.path.stat())
+        return found[:2] == content.identity[:2] and found != content.identity
     return False

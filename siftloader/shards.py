@@ -635,6 +635,7 @@ class ShardSet:
             raise ShardError(
                 f"{root / DESCRIPTION}: not a shard description ({error!r}); {AGAIN}"
             ) from error
+        _check_agreement(root, opened, schema)
         found = fingerprint(opened.manifest, schema)
         if opened.fingerprint != found:
             raise ShardError(
@@ -835,6 +836,24 @@ def _read_manifest(root: Path) -> bytes:
             f"`siftloader shard`, or give the folder that holds the manifest"
         )
     return path.read_bytes()
+
+
+def _check_agreement(root: Path, opened: ShardSet, schema: Mapping[str, Any]) -> None:
+    # What the description says twice: the fingerprint covers the schema alone.
+    said = {
+        "objective": opened.objective,
+        "vocab_size": opened.tokenizer.vocab_size,
+        "special_ids": opened.tokenizer.special_ids,
+    }
+    for name, value in said.items():
+        if schema.get(name) != value or type(schema[name]) is not type(value):
+            raise ShardError(
+                f"{root / DESCRIPTION}: {name} is {value!r}, but {schema.get(name)!r} in its schema; {AGAIN}"
+            )
+    if not isinstance(opened.fingerprint, str):
+        raise ShardError(
+            f"{root / DESCRIPTION}: fingerprint {opened.fingerprint!r}, need a string; {AGAIN}"
+        )
 
 
 def _read_description(root: Path) -> dict[str, Any]:

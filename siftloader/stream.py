@@ -45,6 +45,8 @@ BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortis
 SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
 SET_BITS = 40  # of an id: the sample within its set; the bits above them are the number of the set
 MOST_OPEN = 512  # shards a reader keeps mapped: each of them holds a file descriptor
+MOST_EPOCHS = 1 << 40
+NOTHING = np.zeros(0, np.int64)
 ENUMERATED = 1 << 20  # positions located at once where a coverage is worked out
 
 Folder = str | os.PathLike[str]
@@ -155,9 +157,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._position = 0
         self._pending = True  # the next iteration starts at (epoch, position), not an epoch later
         self._reader = 0  # counts iterations: only the latest may move the position
-        self._delivered: Coverage | None = (
-            Coverage()
-        )  # by this reader, in this epoch; None: unknown
+        self._loads = 0  # counts states loaded: what ran before is told
+        self._delivered = Coverage()  # in the epoch under way
+        self._before: tuple[int, int] | None = None  # epoch and position up to which others delivered
         self._orders().of(0, 0)  # checks window and lanes
         self.rows()  # checks that every rank gets something
 
@@ -252,6 +254,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def rows(self, position: int = 0, world: World | None = None) -> int:
         """How many rows this rank, all its workers together, hands out from ``position`` on."""
         here = self._world(world)
+        if not self.total:
+            raise EmptyEpoch(
+                f"0 samples in split {self.split!r}; prepare more text, or hold more out"
+            )
         if self._shuffle and self.total < here.ranks:
             raise EmptyEpoch(
                 f"{self.total} samples of split {self.split!r} for {here.ranks} ranks are "
@@ -337,46 +343,52 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
     def _take(self, where: _Where, opened: Opened) -> _Rows:
         m = len(where.row)
-        tokens = np.empty((m, self.layout.seq_len), self.layout.dtype)
+        record = np.dtype(f"V{self.layout.payload}")  # a sample's ids as one item: copied as one
+        tokens = np.empty(m, record)
         sources = np.empty(m, np.int64) if self.with_source else None
         pairs = np.empty(m, np.int64) if self.layout.labels else None
         ids = np.empty(m, np.int64)
-        numbers, seen = np.unique(where.number, return_index=True)
+        by_shard = np.argsort(where.number, kind="stable")
+        numbers, firsts = np.unique(where.number[by_shard], return_index=True)
+        places = np.split(by_shard, firsts[1:])
         # In the order of first use: a block that crosses into a new window opens each shard once.
-        ordered = numbers[np.argsort(seen)].tolist()
+        ordered = sorted(zip(numbers.tolist(), places, strict=True), key=lambda pair: pair[1][0])
         while True:
-            for number in ordered:
-                at = np.flatnonzero(where.number == number)
+            opened.renew(number for number, _ in ordered)
+            for number, at in ordered:
                 content = opened.get(number)
                 row = content.sound(where.row[at])
-                tokens[at] = content.tokens[row]
+                tokens[at] = content.tokens.view(record)[row, 0]
                 ids[at] = content.first_id + row
                 if sources is not None and content.sources is not None:
                     sources[at] = content.first_source + content.sources[row].astype(np.int64)
                 if pairs is not None and content.pairs is not None:
                     pairs[at] = content.pairs[row]
-            if not opened.changed(ordered):  # under our hands: what was copied may be either
-                return _Rows(tokens, ids, where.repeat, sources, pairs)
+            # Under our hands a file may have changed: then what was copied may be either.
+            if not opened.renew(number for number, _ in ordered):
+                rows = tokens.view(self.layout.dtype).reshape(m, self.layout.seq_len)
+                return _Rows(rows, ids, where.repeat, sources, pairs)
 
     def _finish(self, rows: _Rows) -> dict[str, Tensor]:
         pad = self.tokenizer.special_ids.get("pad")
         padded = self.objective.startswith("mlm")
-        real = rows.tokens != pad if padded and pad is not None else None
+        # Few tokens are padding: their places are faster than a mask of all.
+        padding = np.flatnonzero(rows.tokens == pad) if padded and pad is not None else NOTHING
         if self.masking is not None:
             input_ids, labels = self.masking(
                 rows.tokens, rows.ids, seed=self.seed, epoch=rows.repeat
             )
         else:
             input_ids = rows.tokens.astype(np.int64)
-            labels = input_ids.copy() if real is None else np.where(real, input_ids, IGNORED)
+            labels = input_ids.copy()
+            labels.reshape(-1)[padding] = IGNORED
         batch = {"input_ids": input_ids}
         if rows.pairs is not None:
             sep = self.tokenizer.special_ids["sep"]
-            batch["token_type_ids"] = _segments(rows.tokens, sep, real)
+            batch["token_type_ids"] = _segments(rows.tokens, sep, padding)
         if padded:
-            batch["attention_mask"] = (
-                np.ones_like(input_ids) if real is None else real.astype(np.int64)
-            )
+            batch["attention_mask"] = np.ones_like(input_ids)
+            batch["attention_mask"].reshape(-1)[padding] = 0
         batch["labels"] = labels
         if rows.pairs is not None:
             batch["next_sentence_label"] = rows.pairs
@@ -429,10 +441,15 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._pending = False
         self._reader += 1
         reader, begin, handed = self._reader, self._position, 0
-        step = world.ranks * world.workers
+        step, loads = world.ranks * world.workers, self._loads
         for batch, ids in self._checked_read(n, self._epoch, begin, None):
-            for at, item in enumerate(_samples(batch)) if per_row else [(slice(None), batch)]:
-                some = ids[at : at + 1] if isinstance(at, int) else ids
+            for at, item in enumerate(_samples(batch)) if per_row else [(None, batch)]:
+                if loads != self._loads:
+                    raise StateError(
+                        "a state was loaded while this iterator ran, which cannot follow it; load it "
+                        "before iter(), or begin a new iterator"
+                    )
+                some = ids if at is None else ids[at : at + 1]
                 handed += len(some)
                 if reader == self._reader:  # counted before it leaves: the caller may never return
                     self._position = min(begin + handed * step, self.total)
@@ -530,14 +547,21 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
         self._delivered, self._before = Coverage(), (self._epoch, self._position)
         self._reader += 1
+        self._loads += 1
 
     def checked_state(
         self, state: Mapping[str, Any], override: Collection[str] = ()
     ) -> dict[str, Any]:
         """The state, in today's version; StateError where it does not fit."""
         own = self.state_dict()
-        version = state.get("version")
-        if isinstance(version, int) and version > STATE_VERSION:
+        if not isinstance(state, Mapping):
+            raise StateError(
+                f"a state is a dict as state_dict() gives, found {type(state).__name__}; load that"
+            )
+        version = state.get("version", 0)
+        if not _whole(version):
+            raise StateError(f"version {version!r} found, a whole number expected; it is damaged")
+        if version > STATE_VERSION:
             raise StateError(
                 f"found a state of version {version}, this siftloader reads up to "
                 f"{STATE_VERSION}; upgrade siftloader, or start a new epoch without the state"
@@ -550,13 +574,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"the state lacks {missing}; it needs {list(own)}, as state_dict() gives"
             )
         self.check_identity(state, override)
-        for name, limit in (("version", None), ("epoch", None), ("position", self.total)):
-            value = state[name]
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if not whole or value < 0 or (limit is not None and value > limit):
+        for name, limit in (("epoch", MOST_EPOCHS), ("position", self.total)):
+            if not _whole(state[name]) or state[name] > limit:
                 raise StateError(
-                    f"{name} {value!r} found, a whole number from 0"
-                    f"{'' if limit is None else f' to {limit}'} expected; the state is damaged"
+                    f"{name} {state[name]!r} found, a whole number from 0 to {limit} expected; the "
+                    f"state is damaged"
                 )
         return dict(state)
 
@@ -576,10 +598,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             "samples": f"construct TokenShards(..., epoch_samples={found.get('samples')!r})",
         }
         for name, remedy in remedies.items():
-            same = type(found.get(name)) is type(expected[name]) and found[name] == expected[name]
+            value = found.get(name)
+            same = type(value) is type(expected[name]) and value == expected[name]
             if not same and name not in override:
                 raise StateError(
-                    f"the state belongs to another order: {name} {found.get(name)!r} found, "
+                    f"the state belongs to another order: {name} {value!r} found, "
                     f"{expected[name]!r} expected; {remedy}, or start a new epoch without the state, or "
                     f"load_state_dict(state, override={{{name!r}}}) to go on at its position in "
                     f"the order of here, where samples may come twice or not at all"
@@ -759,13 +782,14 @@ def _embeddings(model: nn.Module) -> int | None:
     return rows if isinstance(rows, int) else None
 
 
-def _segments(tokens: NDArray[Any], sep: int, real: NDArray[np.bool_] | None) -> NDArray[np.int64]:
+def _segments(tokens: NDArray[Any], sep: int, padding: NDArray[np.int64]) -> NDArray[np.int64]:
     # [n, T]: 0 for [CLS] A [SEP] and for padding, 1 for B [SEP].
     width = tokens.shape[1]
     ends = tokens == sep
     first = np.where(ends.any(axis=1), ends.argmax(axis=1), width)  # of the first segment
-    second: NDArray[np.bool_] = np.arange(width) > first[:, None]
-    return (second if real is None else second & real).astype(np.int64)
+    second = np.asarray(np.arange(width) > first[:, None], np.int64)
+    second.reshape(-1)[padding] = 0
+    return second
 
 
 def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -773,6 +797,10 @@ def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     columns = [value.unbind(0) for value in batch.values()]
     for values in zip(*columns, strict=True):
         yield {name: value.clone() for name, value in zip(batch, values, strict=True)}
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _check_rows(n: int) -> None:

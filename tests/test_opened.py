@@ -47,11 +47,11 @@ def test_a_file_written_to_after_it_was_verified_is_found(folder):
     reader = Opened(shards._parts, shards._verdicts, limit=9)
     content = reader.get(1)
     before = content.tokens.copy()
-    assert not reader.changed([1])
+    assert not reader.renew([1])
     time.sleep(0.02)  # a file system's clock ticks slowly
     damage(folder, "train-000001", 5)
     assert not np.array_equal(content.tokens, before), "mapped, so the damage shows through"
-    assert reader.changed([1])
+    assert reader.renew([1])
     with pytest.raises(CorruptShard, match="train-000001: sample 5"):
         reader.get(1)
     reader.close()
@@ -59,16 +59,16 @@ def test_a_file_written_to_after_it_was_verified_is_found(folder):
 
 def test_rows_copied_while_a_file_was_written_to_are_not_handed_out(folder, monkeypatch):
     shards = opened(folder, window=4)
-    changed = Opened.changed
+    renew = Opened.renew
 
     def meddling(self, numbers):
         if not (folder / "done").exists():
             (folder / "done").touch()
             time.sleep(0.02)
             damage(folder, "train-000002", 1)
-        return changed(self, numbers)
+        return renew(self, numbers)
 
-    monkeypatch.setattr(Opened, "changed", meddling)
+    monkeypatch.setattr(Opened, "renew", meddling)
     with pytest.raises(CorruptShard, match="train-000002: sample 1"):
         list(shards.read_batches(4, 0))
 
@@ -79,7 +79,7 @@ def test_a_replaced_or_removed_file_is_read_to_the_end_as_it_was_verified(folder
     tokens = reader.get(0).tokens.copy()
     (folder / "train-000000.tar").rename(tmp_path / "elsewhere.tar")
     shutil.copy(folder / "train-000001.tar", folder / "train-000000.tar")
-    assert not reader.changed([0])
+    assert not reader.renew([0])
     assert np.array_equal(reader.get(0).tokens, tokens)
     reader.close()
 
