@@ -54,6 +54,15 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READABLE = f"{', '.join(KINDS)}, each plain or {', '.join(COMPRESSIONS)}"
 MAX_SOURCES = 256  # a sample's source is stored in one byte
 CHUNK = 1 << 20  # bytes read at a time
+PACKAGES = {  # for the URLs that are met most
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "hf": "huggingface_hub",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 SILENCE = 60  # seconds without a byte before a connection is given up
 MARKS = (  # what a file system tells of a file that changes when the file does
     "ETag",
@@ -445,7 +454,8 @@ def file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
         # The default gives up on whatever takes five minutes, a large download included.
         timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
         theirs = conf.get("http", {}).get("client_kwargs", {})  # else ours would take its place
-        options["client_kwargs"] = {"timeout": timeout, **theirs}
+        # Clusters reach the web through HTTP_PROXY and HTTPS_PROXY.
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True, **theirs}
     elif re.match("s3a?://", url):
         theirs = conf.get("s3", {}).get("config_kwargs", {})
         timeouts = {"connect_timeout": SILENCE, "read_timeout": SILENCE}
@@ -454,8 +464,10 @@ def file_system(url: str, fresh: bool = False) -> tuple[Any, str]:
         system, path = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         kind = ImportError if isinstance(error, ImportError) else ValueError
+        package = PACKAGES.get(url.partition("://")[0].lower())
         raise kind(
-            f"this kind of URL cannot be opened ({error}); install what fsspec needs for it, or fetch "
+            f"this kind of URL cannot be opened ({error}); "
+            f"{f'pip install {package}' if package else 'install what fsspec needs for it'}, or fetch "
             f"the file yourself and give its path"
         ) from error
     return system, str(path)

@@ -40,7 +40,9 @@ from siftloader.files import file_system, is_url
 
 
 COMMANDS = ("pipe", "exec", "shell", "sh", "cmd", "popen")  # schemes that would run a program
-BLOCK = 8 << 20  # bytes asked for at once, where a request gives a range
+BLOCK = (
+    4 << 20
+)  # bytes asked for at once where requests are for ranges: slower than this per stall ends a try
 LARGEST_READ = 1 << 30  # bytes of a file that is read whole: a manifest of some million shards
 AHEAD = 2  # files a process fetches ahead at the same time
 RESERVE, RESERVE_SHARE = (
@@ -111,6 +113,7 @@ class LocalFolder:
     """A folder of this machine, or mounted here: its files are used where they are."""
 
     root: Path
+    dated = True  # whether a file whose times changed may hold other bytes
 
     @property
     def name(self) -> str:
@@ -151,6 +154,8 @@ class RemoteFolder:
 
     Pickled or forked it starts afresh: threads, connections and locks belong to a process.
     """
+
+    dated = False  # every use of a copy sets a time of it
 
     def __init__(
         self,
@@ -327,7 +332,8 @@ class RemoteFolder:
                 anew = ", also with credentials read anew" if renewed else ""
                 raise FetchError(
                     f"{redacted(url)}: access denied ({what}){anew}; check that the credentials of this "
-                    f"machine are valid and may read it",
+                    f"machine are valid and may read it, and that it is there: some stores say the same "
+                    f"of what is not",
                     shard=shard,
                 ) from None
             if trouble.verdict == "hopeless":

@@ -11,6 +11,7 @@ A fault is a function of the handler and the bytes of the file; ``always(fault)`
 from __future__ import annotations
 
 import http.server
+import io
 import itertools
 import threading
 import time
@@ -73,6 +74,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         self.server.next_fault(name)(self, self.server.files.get(name))
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def begin(self, length: int | None, code: int = 200, **headers: str) -> None:
         self.send_response(code)
         self.send_header("Connection", "close")
@@ -81,6 +85,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key.replace("_", "-"), value)
         self.end_headers()
+        if self.command == "HEAD":
+            self.wfile = io.BytesIO()
 
     def log_message(self, *args: object) -> None:
         pass

@@ -49,6 +49,7 @@ from siftloader.storage import (
 
 DATA = bytes(range(256)) * 64  # 16 KiB
 QUICK = Patience(tries=4, wait=0.02, longest_wait=0.05, stall=0.4, floor=2000)
+QUICK_BUCKET = Patience(tries=2, wait=0.02, longest_wait=0.05, stall=3)
 MANIFEST = b'{"shard": "train-000000"}\n'
 
 
@@ -69,9 +70,10 @@ def only_copy(data=DATA, suffix=".tar"):
 
 
 @pytest.fixture
-def web():
+def web(monkeypatch):
     pytest.importorskip("fsspec")
     pytest.importorskip("aiohttp")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving({"a.tar": DATA, "manifest.jsonl": MANIFEST}) as server:
         yield server
 
@@ -252,6 +254,15 @@ def test_the_query_of_the_folder_goes_with_every_file_and_is_not_shown(web, tmp_
     assert "secret" not in f"{caught.value} {folder.name} {folder!r}"
 
 
+def test_through_a_proxy(web, tmp_path, monkeypatch):
+    """Asked for the whole URL, the server stands for a proxy of which the environment tells."""
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{web.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    folder = open_folder("http://nowhere.invalid/data", cache=tmp_path, patience=QUICK)
+    assert folder.path(**about()).read_bytes() == DATA
+    assert web.asked == {"a.tar": 1}
+
+
 def test_in_memory_or_anywhere(memory, tmp_path):
     memory.pipe("/shards/a.tar", DATA)
     folder = open_folder("memory://shards", cache=tmp_path)
@@ -410,7 +421,7 @@ def test_a_package_that_is_missing_and_a_scheme_nobody_knows_say_what_to_do(tmp_
     with pytest.raises(FetchError, match=r"this kind of URL cannot be opened.*install what"):
         open_folder("what://ever", cache=tmp_path).read("manifest.jsonl")
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(FetchError, match=r"[Ii]nstall s3fs"):
+    with pytest.raises(FetchError, match=r"\(Install s3fs to access S3\); pip install s3fs"):
         open_folder("s3://bucket/x", cache=tmp_path).read("manifest.jsonl")
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(
@@ -758,3 +769,73 @@ def test_a_fork_and_a_pickle_start_afresh(web, folder, tmp_path):
     assert results.get(timeout=20) is True
     child.join()
     assert web.asked["a.tar"] == 2  # the parent's, given up after a stall, and one more by either
+
+
+# Object stores
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 on loopback; there where s3fs and moto[server] are installed."""
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
+    server_of = pytest.importorskip("moto.server", reason="needs moto[server]").ThreadedMotoServer
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server = server_of(port=0)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        system = s3fs.S3FileSystem()
+        system.mkdir("bucket")
+        yield system
+        server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # what these packages do among themselves
+def test_in_a_bucket(s3, tmp_path):
+    large = os.urandom(9 << 20)  # more than one block
+    s3.pipe({"bucket/x/a.tar": large, "bucket/x/manifest.jsonl": MANIFEST})
+    folder = open_folder("s3://bucket/x", cache=tmp_path, patience=QUICK_BUCKET)
+    assert folder.read("manifest.jsonl") == MANIFEST
+    s3.pipe("bucket/x/manifest.jsonl", b"new, and longer than before\n")
+    assert folder.read("manifest.jsonl") == b"new, and longer than before\n"
+    assert folder.path(**about(data=large)).read_bytes() == large
+    with pytest.raises(FetchError, match=r"s3://bucket/x/b\.tar: not there \("):
+        folder.path(**about("b.tar"))
+    with pytest.raises(FetchError, match=r"in 2 tries: 2 x other bytes \(sha256"):
+        folder.path("a.tar", size=len(large), sha256=sha(b""))
+    with pytest.raises(ShardError, match="not there") as caught:
+        open_folder("s3://no-such-bucket/x", cache=tmp_path).read("manifest.jsonl")
+    assert not isinstance(caught.value, FetchError)
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    s3.pipe("bucket/x/c.tar", DATA)
+    child = context.Process(
+        target=lambda: results.put(folder.path(**about("c.tar")).read_bytes() == DATA)
+    )
+    child.start()
+    assert results.get(timeout=30) is True
+    child.join()
+    folder.close()
+    assert copies(tmp_path) == sorted(only_copy() + only_copy(large))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_a_bucket_that_is_busy_or_mute_or_denies(s3, web, tmp_path, monkeypatch):
+    """A server that goes wrong in place of the store: what boto makes of it is understood."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", web.url.removesuffix("/data"))
+    for fault, message in (
+        (status(403), r"access denied \(403 Forbidden"),
+        (status(503), "in 2 tries: 2 x "),
+        (stall(answer=False), "in 2 tries: 2 x stalled: 0 bytes in 3 s"),
+    ):
+        web.faults["a.tar"] = always(fault)
+        type(s3).clear_instance_cache()
+        folder = open_folder("s3://bucket/x", cache=tmp_path, patience=QUICK_BUCKET)
+        with pytest.raises(FetchError, match=message):
+            folder.path(**about())
+    assert copies(tmp_path) == []
