@@ -45,6 +45,7 @@ from siftloader.selection_report import (
     tokens_of,
 )
 from siftloader.shards import Shard, ShardSet, verify
+from siftloader.storage import LocalFolder
 from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
 
 
@@ -523,6 +524,8 @@ def _look(arguments: argparse.Namespace) -> str:
 
 
 def _tokenizer_beside(dataset: ShardSet) -> str | None:
+    if not isinstance(dataset.files, LocalFolder):
+        return None
     beside = dataset.folder / "tokenizer.json"
     return str(beside) if beside.is_file() else None
 
@@ -627,7 +630,7 @@ def _check_ids(ids: str, dataset: ShardSet) -> None:
             "no samples of any shards; leave out --shards"
         )
     raise SiftError(
-        f"the log is of shards with fingerprint {ids}, {dataset.folder} has {dataset.fingerprint}; give "
+        f"the log is of shards with fingerprint {ids}, {dataset.name} has {dataset.fingerprint}; give "
         f"the folder that the run read from"
     )
 

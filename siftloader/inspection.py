@@ -163,7 +163,7 @@ def report(
     blocks = [
         _pairs(
             [
-                ("folder", str(dataset.folder)),
+                ("folder", dataset.name),
                 ("objective", dataset.objective),
                 ("tokens", f"{layout.seq_len} per sample, {layout.dtype}"),
                 ("stride", f"{layout.stride} bytes"),
@@ -325,7 +325,7 @@ def as_json(
     """All of the report and the histograms behind the plot, as values for JSON."""
     tokenizer, layout = dataset.tokenizer, dataset.layout
     return {
-        "folder": str(dataset.folder),
+        "folder": dataset.name,
         "fingerprint": dataset.fingerprint,
         "objective": dataset.objective,
         "seq_len": layout.seq_len,

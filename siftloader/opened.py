@@ -13,15 +13,17 @@ Letters: N samples of a shard, T tokens of a sample, S shards of all parts.
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, final
 
 import numpy as np
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.manifest import Manifest, Shard
 from siftloader.shards import ShardSet
+from siftloader.storage import LocalFolder
 
 
 THREADS = 2  # that hash: one keeps up with any reader, two shorten the start
@@ -126,7 +129,7 @@ class Opened:
         self._bounds = list(accumulate((len(part.shards) for part in parts), initial=0))
         self._contents: OrderedDict[int, Content] = OrderedDict()
         self._coming: dict[int, Future[None]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._crew: _Crew | None = None
 
     def get(self, number: int) -> Content:
         """The content of a shard, verified; ShardError where it cannot be had or is damaged."""
@@ -141,13 +144,21 @@ class Opened:
 
     def announce(self, numbers: Iterable[int]) -> None:
         """Fetch and hash these soon, in this order, in threads: what they find ``get`` will tell."""
+        new = []
         for number in numbers:
-            known = not self._verify or self._verdicts.good[number] != UNSEEN
-            if known or number in self._coming or number in self._contents:
-                continue
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(THREADS, "siftloader-verify")
-            self._coming[number] = self._pool.submit(self._judge, number)
+            here = isinstance(self._place(number)[0].files.files, LocalFolder)
+            known = here and (not self._verify or self._verdicts.good[number] != UNSEEN)
+            if not (known or number in self._coming or number in self._contents):
+                new.append(number)
+        if not new:
+            return
+        if self._crew is None:
+            self._crew = _Crew()
+        self._coming |= {number: self._crew.begin(self._judge, number) for number in new}
+        for which, part in enumerate(self._parts):
+            first, end = self._bounds[which : which + 2]
+            coming = [part.shards[n - first] for n in self._coming if first <= n < end]
+            part.files.fetch_ahead(coming)
 
     def renew(self, numbers: Iterable[int]) -> bool:
         """Let go of those that were written to since they were verified; tells whether there were any.
@@ -157,7 +168,7 @@ class Opened:
         """
         if not self._verify:
             return False
-        stale = [n for n in numbers if n in self._contents and _written_to(self._contents[n])]
+        stale = [n for n in numbers if n in self._contents and self._written_to(n)]
         for number in stale:
             del self._contents[number]
         return bool(stale)
@@ -165,9 +176,9 @@ class Opened:
     def close(self) -> None:
         """Let go of all files; threads end with what they are at."""
         self._contents.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        if self._crew is not None:
+            self._crew.dismiss()
+            self._crew = None
 
     def _place(self, number: int) -> tuple[Part, int, Shard]:
         which = bisect_right(self._bounds, number) - 1
@@ -178,11 +189,11 @@ class Opened:
         # Fetches the shard and hashes it, unless it is known to be good.
         part, _, shard = self._place(number)
         for _ in range(ATTEMPTS):
-            before = _identity(shard, part.files.path(shard))
+            _, before = self._identity(part, shard)
             if not self._verify or self._verdicts.good[number] == hash(before):
                 return
             part.files.read(shard, verify=True)
-            if _identity(shard, part.files.path(shard)) == before:
+            if self._identity(part, shard)[1] == before:
                 self._verdicts.good[number] = hash(before)
                 return
         raise CorruptShard(
@@ -191,13 +202,29 @@ class Opened:
             shard=shard.shard,
         )
 
+    def _identity(self, part: Part, shard: Shard) -> tuple[Path, tuple[int, ...]]:
+        path = part.files.path(shard)
+        try:
+            return path, _signs(path.stat(), part.files.files.dated)
+        except OSError as error:
+            raise ShardError(
+                f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
+            ) from error
+
+    def _written_to(self, number: int) -> bool:
+        # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
+        content, dated = self._contents[number], self._place(number)[0].files.files.dated
+        with suppress(OSError):
+            found = _signs(content.path.stat(), dated)
+            return found[:2] == content.identity[:2] and found != content.identity
+        return False
+
     def _open(self, number: int) -> Content:
         part, own, shard = self._place(number)
         if (coming := self._coming.pop(number, None)) is not None:
             coming.result()
         self._judge(number)
-        path = part.files.path(shard)
-        identity = _identity(shard, path)
+        path, identity = self._identity(part, shard)
         return Content(
             part.files.read(shard, verify=False),
             part.files.read_sources(shard) if self._sources else None,
@@ -268,24 +295,42 @@ class Opened:
         )
 
 
-def _identity(shard: Shard, path: Path) -> tuple[int, ...]:
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise ShardError(
-            f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
-        ) from error
-    return _signs(stat)
+class _Crew:
+    """Threads that judge one shard after the other; they hold up neither a reader's end nor a process's."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Future[None], Callable[[int], None], int] | None] = (
+            SimpleQueue()
+        )
+        for _ in range(THREADS):
+            threading.Thread(target=self._work, name="siftloader-verify", daemon=True).start()
+
+    def begin(self, judge: Callable[[int], None], number: int) -> Future[None]:
+        """Judge this shard when those before it are done."""
+        future: Future[None] = Future()
+        self._tasks.put((future, judge, number))
+        return future
+
+    def dismiss(self) -> None:
+        """End the threads once each has done what it is at; nobody waits for the rest."""
+        with suppress(Empty):
+            while True:
+                self._tasks.get_nowait()
+        for _ in range(THREADS):
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, judge, number = task
+            try:
+                judge(number)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
 
-def _signs(stat: os.stat_result) -> tuple[int, ...]:
+def _signs(stat: os.stat_result, dated: bool) -> tuple[int, ...]:
     # The time of modification can be set back, and is by cp -p; that of the last change cannot.
-    return stat.st_ino, stat.st_dev, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-
-
-def _written_to(content: Content) -> bool:
-    # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
-    with suppress(OSError):
-        found = _signs(content.path.stat())
-        return found[:2] == content.identity[:2] and found != content.identity
-    return False
+    found = stat.st_ino, stat.st_dev, stat.st_size, stat.st_mtime_ns
+    return (*found, stat.st_ctime_ns) if dated else found

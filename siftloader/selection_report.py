@@ -480,7 +480,7 @@ def _check_ids(dataset: ShardSet, ids: NDArray[np.int64]) -> None:
     if len(ids) and not (ids.min() >= 0 and ids.max() < total):
         wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
         raise SiftError(
-            f"{dataset.folder}: holds samples 0..{total - 1}, the log names {wrong}; give the shards "
+            f"{dataset.name}: holds samples 0..{total - 1}, the log names {wrong}; give the shards "
             f"that the run was trained on"
         )
 

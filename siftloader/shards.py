@@ -28,7 +28,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -38,7 +38,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from siftloader.errors import CorruptShard, ShardError
+from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.manifest import (
     AGAIN,
     MANIFEST as MANIFEST,
@@ -48,6 +48,7 @@ from siftloader.manifest import (
     as_lines,
     fingerprint,
 )
+from siftloader.storage import Folder, LocalFolder, open_folder
 
 
 BLOCK = 512  # tar pads everything to this
@@ -57,6 +58,7 @@ CHUNK = 1 << 21  # bytes of a shard encoded or checked at once
 CHECKSUM, DEVMAJOR, DEVMINOR = 148, 329, 337  # where a USTAR header has them, 8 bytes each
 ZERO = ord("0")
 FORMAT_VERSION = 1
+ATTEMPTS = 3  # to open a copy that others evict
 DESCRIPTION = "dataset.json"
 UNIGRAMS = "unigrams.npy"
 
@@ -592,7 +594,7 @@ def _json_bytes(value: Any, indent: int | None = None) -> bytes:
 class ShardSet:
     """A finished folder of shards, opened and cross-checked; nothing of the shards is read yet."""
 
-    folder: Path
+    files: Folder
     manifest: Manifest
     layout: Layout
     objective: str
@@ -604,11 +606,21 @@ class ShardSet:
     accounts: Mapping[str, Any] = field(default_factory=dict)  # as the preparation counted
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> ShardSet:
-        """Read manifest and description; raise ShardError where they are missing or disagree."""
-        root = Path(folder)
-        lines = _read_manifest(root)
-        about = _read_description(root)
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+    ) -> ShardSet:
+        """Read manifest and description; raise ShardError where they are missing or disagree.
+
+        ``folder`` is a path or a URL that fsspec opens; of the latter, ``cache`` holds verified copies of
+        ``cache_bytes`` at most (see ``storage.open_folder``).
+        """
+        files = open_folder(folder, cache=cache, cache_bytes=cache_bytes)
+        root = files.root if isinstance(files, LocalFolder) else files.name
+        lines = _read_manifest(files)
+        about = _read_description(files)
         try:
             schema = about["schema"]
             if schema["version"] > FORMAT_VERSION:
@@ -620,8 +632,8 @@ class ShardSet:
             tokens = fields["input_ids"]
             layout = Layout(int(tokens["shape"][0]), tokens["dtype"], "cls" in fields)
             opened = cls(
-                folder=root,
-                manifest=Manifest.parse(lines, layout.size, str(root / MANIFEST)),
+                files=files,
+                manifest=Manifest.parse(lines, layout.size, f"{root}/{MANIFEST}"),
                 layout=layout,
                 objective=about["objective"],
                 tokenizer=Tokenizer(**about["tokenizer"]),
@@ -633,9 +645,9 @@ class ShardSet:
             )
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ShardError(
-                f"{root / DESCRIPTION}: not a shard description ({error!r}); {AGAIN}"
+                f"{root}/{DESCRIPTION}: not a shard description ({error!r}); {AGAIN}"
             ) from error
-        _check_agreement(root, opened, schema)
+        _check_agreement(f"{root}/{DESCRIPTION}", opened, schema)
         found = fingerprint(opened.manifest, schema)
         if opened.fingerprint != found:
             raise ShardError(
@@ -647,12 +659,24 @@ class ShardSet:
             raise opened.manifest.doubt
         return opened
 
+    @property
+    def name(self) -> str:
+        """Where it is, for messages: the path, or the URL without secrets."""
+        return self.files.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this machine; ShardError where there is none because they are behind a URL."""
+        if not isinstance(self.files, LocalFolder):
+            raise ShardError(f"{self.name}: not on this machine; copy the folder here for that")
+        return self.files.root
+
     def shards(self, split: str) -> Manifest:
         """The shards of a split, in the order of their names; raises ShardError if there are none."""
         found = self.manifest.of(split)
         if found is None:
             names = list(self.splits)
-            raise ShardError(f"{self.folder}: no shards of split {split!r}, only of {names}")
+            raise ShardError(f"{self.name}: no shards of split {split!r}, only of {names}")
         return found
 
     @property
@@ -665,8 +689,12 @@ class ShardSet:
         return self.shards(split).first_id(0)
 
     def path(self, shard: Shard) -> Path:
-        """Where the tar of a shard is on this machine."""
-        return self.folder / f"{shard.shard}.tar"
+        """Where the tar of a shard is on this machine; fetched if it has to be."""
+        return self.files.path(f"{shard.shard}.tar", size=shard.bytes, sha256=shard.sha256)
+
+    def fetch_ahead(self, shards: Iterable[Shard]) -> None:
+        """Begin to fetch these from where they are, if that is elsewhere; return at once."""
+        self.files.fetch_ahead((f"{s.shard}.tar", s.bytes, s.sha256) for s in shards)
 
     def read(self, shard: Shard, verify: bool = True) -> NDArray[Any]:
         """The token ids of a shard, [N, T], a read-only view of the mapped file.
@@ -700,31 +728,56 @@ class ShardSet:
         """
         if not self.layout.labels:
             raise ShardError(
-                f"{self.folder}: objective {self.objective!r} has no labels; prepare the shards with "
+                f"{self.name}: objective {self.objective!r} has no labels; prepare the shards with "
                 f'"mlm-nsp" for them'
             )
         raw = self._mapped(shard, verify)
         return raw[self.layout.label : -len(END) : self.layout.stride] - np.uint8(ZERO)
 
     def _mapped(self, shard: Shard, verify: bool) -> NDArray[np.uint8]:
-        path = self.path(shard)
         try:
-            size = path.stat().st_size
-            if size != shard.bytes:
-                raise self._resized(shard, size)
-            raw = np.memmap(path, np.uint8, mode="r")
-        except OSError as error:
-            raise ShardError(
-                f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
-            ) from error
-        if verify and sha256(raw) != shard.sha256:
-            check_samples(shard.shard, raw, shard.num_sequences, self.layout)  # names the sample
-            raise CorruptShard(
-                f"{shard.shard}: a sound shard, but not the one of the manifest (sha256 differs): its "
-                f"samples are others; {AGAIN}",
-                shard=shard.shard,
-            )
+            raw = self._map(shard)
+            if verify:
+                self._check(shard, raw)
+        except CorruptShard:
+            if isinstance(self.files, LocalFolder):
+                raise
+            # The copy took damage since it was verified: the original may be whole.
+            self.files.forget(f"{shard.shard}.tar", sha256=shard.sha256)
+            raw = self._map(shard)
+            self._check(shard, raw)
         return raw
+
+    def _map(self, shard: Shard) -> NDArray[np.uint8]:
+        for left in reversed(range(ATTEMPTS)):
+            path = self.path(shard)
+            try:
+                size = path.stat().st_size
+                if size != shard.bytes:
+                    raise self._resized(shard, size)
+                return np.memmap(path, np.uint8, mode="r")
+            except FileNotFoundError as error:
+                # A copy may be evicted between its being found and its being opened.
+                if isinstance(self.files, LocalFolder) or not left:
+                    raise self._unreadable(shard, path, error) from error
+            except OSError as error:
+                raise self._unreadable(shard, path, error) from error
+        raise AssertionError  # the last of them raises
+
+    def _unreadable(self, shard: Shard, path: Path, error: OSError) -> ShardError:
+        return ShardError(
+            f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
+        )
+
+    def _check(self, shard: Shard, raw: NDArray[np.uint8]) -> None:
+        if sha256(raw) == shard.sha256:
+            return
+        check_samples(shard.shard, raw, shard.num_sequences, self.layout)  # names the sample
+        raise CorruptShard(
+            f"{shard.shard}: a sound shard, but not the one of the manifest (sha256 differs): its "
+            f"samples are others; {AGAIN}",
+            shard=shard.shard,
+        )
 
     def _resized(self, shard: Shard, size: int) -> CorruptShard:
         found = f"{shard.shard}: {size} bytes on disk, {shard.bytes} in the manifest"
@@ -742,14 +795,14 @@ class ShardSet:
 
     def read_sources(self, shard: Shard) -> NDArray[np.uint8]:
         """Index into ``sources`` for every sample of the shard, uint8 [N]."""
-        path = self.folder / f"{shard.shard}.sources.npy"
-        data = _read_hashed(path, shard.sources_sha256, shard.shard)
+        name = f"{shard.shard}.sources.npy"
+        data = _read_hashed(self.files, name, shard.sources_sha256, shard.shard)
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.uint8)
 
     @cached_property
     def unigrams(self) -> NDArray[np.int64]:
         """How often each id occurs in the train split, int64 [V]."""
-        data = _read_hashed(self.folder / UNIGRAMS, self.unigrams_sha256)
+        data = _read_hashed(self.files, UNIGRAMS, self.unigrams_sha256)
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.int64)
 
 
@@ -760,17 +813,16 @@ def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:
     """
     dataset = ShardSet.open(folder)
     counted = np.zeros(dataset.tokenizer.vocab_size, np.int64)
-    expected = {f"{shard.shard}.tar" for shard in dataset.manifest}
-    strangers = sorted(
-        tar.name for tar in dataset.folder.glob("*.tar") if tar.name not in expected
-    )
-    if strangers:
-        raise ShardError(
-            f"{dataset.folder}: {strangers[0]} is not in {MANIFEST}; move it out of the folder"
-        )
+    if isinstance(dataset.files, LocalFolder):
+        expected = {f"{shard.shard}.tar" for shard in dataset.manifest}
+        found = {tar.name for tar in dataset.folder.glob("*.tar")}
+        if strangers := sorted(found - expected):
+            raise ShardError(
+                f"{dataset.name}: {strangers[0]} is not in {MANIFEST}; move it out of the folder"
+            )
     for shard in dataset.manifest:
         ids = dataset.read(shard)
-        raw = np.memmap(dataset.folder / f"{shard.shard}.tar", np.uint8, mode="r")
+        raw = np.memmap(dataset.path(shard), np.uint8, mode="r")
         check_samples(shard.shard, raw, shard.num_sequences, dataset.layout)
         for first, last in _spans(shard.num_sequences, dataset.layout):
             rows = ids[first:last]
@@ -809,36 +861,37 @@ def check_ids(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -
     )
 
 
-def _read_hashed(path: Path, expected: str, shard: str | None = None) -> bytes:
+def _read_hashed(files: Folder, name: str, expected: str, shard: str | None = None) -> bytes:
+    path = files.path(name, sha256=expected)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ShardError(
-            f"{path.name}: cannot be read ({error}); is {path} in place?", shard=shard
+            f"{name}: cannot be read ({error}); is {path} in place?", shard=shard
         ) from error
     if sha256(data) != expected:
-        raise CorruptShard(
-            f"{path.name}: sha256 differs from the recorded one; {AGAIN}", shard=shard
-        )
+        raise CorruptShard(f"{name}: sha256 differs from the recorded one; {AGAIN}", shard=shard)
     return data
 
 
-def _read_manifest(root: Path) -> bytes:
-    path = root / MANIFEST
+def _read_manifest(files: Folder) -> bytes:
+    if not isinstance(files, LocalFolder):
+        return files.read(MANIFEST)
+    root = files.root
     if not root.is_dir():
         found = "a file" if root.exists() else f"no such folder (looked from {Path.cwd()})"
         raise ShardError(
             f"{root}: {found}, so not a finished shard folder; give the one that holds {MANIFEST}"
         )
-    if not path.is_file():
+    if not (root / MANIFEST).is_file():
         raise ShardError(
             f"{root}: no {MANIFEST}, so this is not a finished shard folder; finish it with "
             f"`siftloader shard`, or give the folder that holds the manifest"
         )
-    return path.read_bytes()
+    return files.read(MANIFEST)
 
 
-def _check_agreement(root: Path, opened: ShardSet, schema: Mapping[str, Any]) -> None:
+def _check_agreement(where: str, opened: ShardSet, schema: Mapping[str, Any]) -> None:
     # What the description says twice: the fingerprint covers the schema alone.
     said = {
         "objective": opened.objective,
@@ -848,26 +901,25 @@ def _check_agreement(root: Path, opened: ShardSet, schema: Mapping[str, Any]) ->
     for name, value in said.items():
         if schema.get(name) != value or type(schema[name]) is not type(value):
             raise ShardError(
-                f"{root / DESCRIPTION}: {name} is {value!r}, but {schema.get(name)!r} in its schema; {AGAIN}"
+                f"{where}: {name} is {value!r}, but {schema.get(name)!r} in its schema; {AGAIN}"
             )
     if not isinstance(opened.fingerprint, str):
-        raise ShardError(
-            f"{root / DESCRIPTION}: fingerprint {opened.fingerprint!r}, need a string; {AGAIN}"
-        )
+        raise ShardError(f"{where}: fingerprint {opened.fingerprint!r}, need a string; {AGAIN}")
 
 
-def _read_description(root: Path) -> dict[str, Any]:
+def _read_description(files: Folder) -> dict[str, Any]:
+    where = f"{files.name}/{DESCRIPTION}"
     try:
-        about = json.loads((root / DESCRIPTION).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{root / DESCRIPTION}: cannot be read ({error}); {AGAIN}") from error
+        about = json.loads(files.read(DESCRIPTION))
+    except FetchError:
+        raise  # of the way, not of the file
+    except (ShardError, ValueError) as error:
+        raise ShardError(f"{where}: cannot be read ({error}); {AGAIN}") from error
     if not isinstance(about, dict):
-        raise ShardError(
-            f"{root / DESCRIPTION}: needs a JSON object, got {type(about).__name__}; {AGAIN}"
-        )
+        raise ShardError(f"{where}: needs a JSON object, got {type(about).__name__}; {AGAIN}")
     if about.get("sha256") != _sealed(about):
         raise ShardError(
-            f"{root / DESCRIPTION}: not as it was written (its own sha256 differs); copy it again, "
-            f"or prepare the shards again"
+            f"{where}: not as it was written (its own sha256 differs); copy it again, or prepare "
+            f"the shards again"
         )
     return about

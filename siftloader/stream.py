@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -87,6 +86,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     of machines that divides it; the order is the same on all of them. Ranks of one machine open ``lanes /
     machines`` windows of shards at once.
 
+    ``folder`` may be a URL that fsspec opens (http, s3, gs, hf, ...): shards are fetched a window ahead, once
+    per machine, into ``cache`` ($SIFTLOADER_CACHE, else ~/.cache/siftloader), which holds ``cache_bytes``
+    at most, those least recently used going first.
+
     A shard is verified (sha256) when it is first opened, by each process that opens it, those of the next
     window while this one is read, and again once the file was touched; ``verify=False`` trusts the disk.
     ``on_error=Budget(100)`` passes over so many damaged samples, with a warning, before it raises. At most
@@ -108,12 +111,14 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         lanes: int = 1,
         epoch_samples: int | None = None,
         on_error: Literal["raise"] | Budget = "raise",
+        cache: Folder | None = None,
+        cache_bytes: int | None = None,
     ) -> None:
         if on_error != "raise" and not isinstance(on_error, Budget):
             raise ValueError(f'on_error must be "raise" or a Budget, got {on_error!r}')
         weights = folder if isinstance(folder, Mapping) else None
         folders = [folder] if not isinstance(folder, Mapping) else list(folder)
-        self.shard_sets = tuple(_opened(each) for each in folders)
+        self.shard_sets = tuple(ShardSet.open(each, cache, cache_bytes) for each in folders)
         self.split = split
         self.seed = int(seed)  # a NumPy integer would make the state unfit for JSON
         self.window, self.lanes = window, lanes
@@ -140,7 +145,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             )
         if self.layout.labels and "sep" not in self.tokenizer.special_ids:
             raise ShardError(
-                f"{first.folder}: sentence pairs, but tokenizer {self.tokenizer.name!r} records no "
+                f"{first.name}: sentence pairs, but tokenizer {self.tokenizer.name!r} records no "
                 f'"sep" token that would part them; prepare the shards again'
             )
         self._parts = tuple(_parts(self.shard_sets, split))
@@ -159,8 +164,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._reader = 0  # counts iterations: only the latest may move the position
         self._loads = 0  # counts states loaded: what ran before is told
         self._delivered = Coverage()  # in the epoch under way
-        self._before: tuple[int, int] | None = None  # epoch and position up to which others delivered
+        self._before: tuple[int, int] | None = (
+            None  # epoch and position up to which others delivered
+        )
         self._orders().of(0, 0)  # checks window and lanes
+        self._check_room()
         self.rows()  # checks that every rank gets something
 
     @classmethod
@@ -233,7 +241,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         (pad, mask, ...) are not those of the shards.
         """
         tokenizer = self.tokenizer
-        whose = f"tokenizer {tokenizer.name!r} of {self.shard_sets[0].folder}"
+        whose = f"tokenizer {tokenizer.name!r} of {self.shard_sets[0].name}"
         rows = check_vocabulary(model, tokenizer.vocab_size, whose)
         config = getattr(_inside(model), "config", model)
         for key, recorded in sorted(tokenizer.special_ids.items()):
@@ -409,7 +417,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def _name(self, number: int) -> str:
         which = int(np.searchsorted(self._bases, number, side="right")) - 1
         stem = self._parts[which].shards[number - self._bases[which]].shard
-        return stem if len(self._parts) == 1 else f"{self.shard_sets[which].folder}/{stem}"
+        return stem if len(self._parts) == 1 else f"{self.shard_sets[which].name}/{stem}"
 
     def _world(self, world: World | None) -> World:
         found = World.detect()
@@ -587,7 +595,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         expected = self.identity()
         if unknown := set(override) - expected.keys():
             raise ValueError(f"override names some of {list(expected)}, got {sorted(unknown)}")
-        where = " and ".join(str(each.folder) for each in self.shard_sets)
+        where = " and ".join(each.name for each in self.shard_sets)
         remedies = {
             "fingerprint": f"open the data set it was saved from, not {where}",
             "split": "load it into the TokenShards of that split",
@@ -608,6 +616,21 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                     f"the order of here, where samples may come twice or not at all"
                 )
 
+    def _check_room(self) -> None:
+        # Copies that do not outlive the window they belong to are fetched again and again.
+        for part in self._parts:
+            room = part.files.files.room()
+            largest = part.files.layout.size(int(part.shards.counts.max()))
+            needed = largest * min(len(part.shards), 2 * self.window * self.lanes)
+            if room is not None and room < needed:
+                warnings.warn(
+                    f"{part.files.name}: room for {room / 1e9:.1f} GB of copies, but {needed / 1e9:.1f} GB "
+                    f"are in use at a time on one machine (two windows of {self.window} shards in "
+                    f"{self.lanes} lanes): shards would be fetched again and again; raise "
+                    f"cache_bytes, or lower window",
+                    stacklevel=3,
+                )
+
     def _check_alike(self) -> None:
         # What the sets of a mix must have in common.
         first = self.shard_sets[0]
@@ -619,7 +642,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             ):
                 if one != two:
                     raise ShardError(
-                        f"{first.folder} and {other.folder} differ in {what} ({one} and {two}), so "
+                        f"{first.name} and {other.name} differ in {what} ({one} and {two}), so "
                         f"they cannot be mixed; prepare them alike"
                     )
 
@@ -712,12 +735,6 @@ class _Rows:
             None if self.sources is None else self.sources[cut],
             None if self.pairs is None else self.pairs[cut],
         )
-
-
-def _opened(folder: Folder) -> ShardSet:
-    if not Path(folder).is_dir():
-        raise ShardError(f"{folder}: not a folder; give the one that holds manifest.jsonl")
-    return ShardSet.open(folder)
 
 
 def _parts(sets: Sequence[ShardSet], split: str) -> Iterator[Part]:

@@ -506,7 +506,7 @@ def test_wrong_arguments_are_refused(make, options, error, message):
 
 
 def test_what_is_no_shard_folder_is_refused(make, tmp_path):
-    with pytest.raises(ShardError, match="not a folder"):
+    with pytest.raises(ShardError, match="so not a finished shard folder"):
         TokenShards(make() / "manifest.jsonl")
     with pytest.raises(ShardError, match=r"no manifest\.jsonl"):
         TokenShards(tmp_path)
