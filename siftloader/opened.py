@@ -86,9 +86,24 @@ class Content:
     identity: tuple[int, ...]
     rows: NDArray[np.int64] | None = None
 
+    def __len__(self) -> int:
+        return len(self.tokens if self.rows is None else self.rows)
+
     def sound(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows to read for those asked for."""
         return row if self.rows is None else self.rows[row]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a budget passes over in a shard: so many samples of the file of that identity, None if it is gone.
+
+    ``rows``: the row to read for each sample, None where the whole shard is lost.
+    """
+
+    samples: int
+    identity: tuple[int, ...] | None
+    rows: NDArray[np.int64] | None
 
 
 @dataclass
@@ -99,9 +114,9 @@ class Verdicts:
     """
 
     good: NDArray[np.int64]  # [S]: a hash of the identity of the file, or UNSEEN
-    passed_over: dict[int, int] = field(default_factory=dict)  # damaged samples, by number
-    damaged: dict[int, NDArray[np.int64] | int] = field(default_factory=dict)
-    # ^ by number: the row to read for each, or the number of the shard to read instead
+    damaged: dict[int, Damage] = field(
+        default_factory=dict
+    )  # that a budget passes over, by number
 
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Verdicts:
@@ -136,7 +151,7 @@ class Opened:
         if number in self._contents:
             self._contents.move_to_end(number)
             return self._contents[number]
-        content = self._budgeted(number)
+        content = self._open(number)
         self._contents[number] = content
         if len(self._contents) > self._limit:
             self._contents.popitem(last=False)
@@ -148,6 +163,7 @@ class Opened:
         for number in numbers:
             here = isinstance(self._place(number)[0].files.files, LocalFolder)
             known = here and (not self._verify or self._verdicts.good[number] != UNSEEN)
+            known |= number in self._verdicts.damaged
             if not (known or number in self._coming or number in self._contents):
                 new.append(number)
         if not new:
@@ -219,11 +235,14 @@ class Opened:
             return found[:2] == content.identity[:2] and found != content.identity
         return False
 
-    def _open(self, number: int) -> Content:
-        part, own, shard = self._place(number)
+    def _judged(self, number: int) -> None:
+        # As _judge, or as a thread did it in advance.
         if (coming := self._coming.pop(number, None)) is not None:
             coming.result()
         self._judge(number)
+
+    def _content(self, number: int, rows: NDArray[np.int64] | None = None) -> Content:
+        part, own, shard = self._place(number)
         path, identity = self._identity(part, shard)
         return Content(
             part.files.read(shard, verify=False),
@@ -233,40 +252,64 @@ class Opened:
             part.first_source,
             path,
             identity,
+            rows,
         )
 
-    def _budgeted(self, number: int) -> Content:
-        if number not in self._verdicts.damaged:
+    def _open(self, number: int, lost: tuple[int, ...] = ()) -> Content:
+        # lost: shards in whose place this one comes
+        if self._budget is None:
+            self._judged(number)
+            return self._content(number)
+        damage = self._known_damage(number)
+        if damage is None:
             try:
-                return self._open(number)
+                self._judged(number)
+                return self._content(number)
             except FetchError:
                 raise  # the network is no damage: it passes
             except ShardError as error:
-                if self._budget is None:
-                    raise
-                self._pass_over(number, error)
-        instead = self._verdicts.damaged[number]
-        if isinstance(instead, np.ndarray):
-            return replace(self._trusted(number), rows=instead)
-        other = self._budgeted(instead)
-        _, _, shard = self._place(number)
-        rows = np.arange(shard.num_sequences, dtype=np.int64) % len(other.tokens)
-        return replace(other, rows=other.sound(rows))
-
-    def _trusted(self, number: int) -> Content:
-        # Damaged in known rows, so its hash says nothing.
-        verify, self._verify = self._verify, False
-        try:
-            return self._open(number)
-        finally:
-            self._verify = verify
-
-    def _pass_over(self, number: int, error: ShardError) -> None:
+                damage = self._pass_over(number, error)
+                self._verdicts.damaged[number] = damage
+        if damage.rows is not None:
+            return self._content(number, damage.rows)
         part, own, shard = self._place(number)
+        size = len(part.shards)
+        after = (number - own + (own + step) % size for step in range(1, size))
+        instead = next((n for n in after if part.shards.counts[n - number + own]), number)
+        if instead in (*lost, number):
+            raise ShardError(
+                f"{shard.shard}: lost, and so is every other shard of its set; is "
+                f"{part.files.name} in place?",
+                shard=shard.shard,
+            )
+        other = self._open(instead, (*lost, number))
+        rows = np.arange(shard.num_sequences, dtype=np.int64)
+        return replace(other, rows=other.sound(rows % len(other)))
+
+    def _known_damage(self, number: int) -> Damage | None:
+        # Of this very file: a shard that was mended, or took more damage, is judged anew.
+        damage = self._verdicts.damaged.get(number)
+        if damage is not None and damage.identity != self._identity_or_none(number):
+            del self._verdicts.damaged[number]
+            return None
+        return damage
+
+    def _identity_or_none(self, number: int) -> tuple[int, ...] | None:
+        part, _, shard = self._place(number)
+        try:
+            return self._identity(part, shard)[1]
+        except FetchError:
+            raise
+        except ShardError:
+            return None
+
+    def _pass_over(self, number: int, error: ShardError) -> Damage:
+        part, _, shard = self._place(number)
         assert self._budget is not None
+        identity = self._identity_or_none(number)
         bad = part.files.damaged(shard)
-        seen, count = self._verdicts.passed_over, int(bad.sum())
-        spent = sum(seen.values()) - seen.get(number, 0) + count
+        count = int(bad.sum())
+        spent = count + sum(each.samples for each in self._verdicts.damaged.values())
         if spent > self._budget.samples:
             raise CorruptShard(
                 f"{error} ({count} samples of {shard.shard} are damaged, {spent} of all shards opened: "
@@ -275,24 +318,16 @@ class Opened:
                 sample=error.sample,
                 byte=error.byte,
             ) from error
-        if bad.all():
-            lost = {n for n, other in self._verdicts.damaged.items() if isinstance(other, int)}
-            size = len(part.shards)
-            after = (number - own + (own + step) % size for step in range(1, size))
-            instead = next((n for n in after if n not in lost), None)
-            if instead is None:
-                raise error
-            self._verdicts.damaged[number] = instead
-        else:
-            sound = np.flatnonzero(~bad)
-            at = np.searchsorted(sound, np.arange(len(bad))) % len(sound)
-            self._verdicts.damaged[number] = sound[at].astype(np.int64)
-        seen[number] = count
         warnings.warn(
             f"{error} -- {count} samples of {shard.shard} are passed over, {spent} of "
             f"{self._budget.samples} allowed so far",
             stacklevel=2,
         )
+        if bad.all():
+            return Damage(count, identity, None)
+        sound = np.flatnonzero(~bad)
+        at = np.searchsorted(sound, np.arange(len(bad))) % len(sound)
+        return Damage(count, identity, sound[at].astype(np.int64))
 
 
 class _Crew:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 
 ROUNDS = 8  # a Feistel network needs four; more where the halves have few bits
+MOST_LANES = 1 << 16
 SORTED = 1024  # up to here a sort is cheaper, and a network of few bits reaches few permutations
 
 
@@ -54,8 +55,8 @@ class Order:
         object.__setattr__(self, "counts", counts)
         if self.window < 1:
             raise ValueError(f"window must be at least 1 shard, got {self.window}")
-        if self.lanes < 1:
-            raise ValueError(f"lanes must be at least 1, got {self.lanes}")
+        if not 1 <= self.lanes <= MOST_LANES:
+            raise ValueError(f"lanes must be at least 1, at most {MOST_LANES}, got {self.lanes}")
         if self.epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {self.epoch}")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -118,10 +119,14 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             raise ValueError(f'on_error must be "raise" or a Budget, got {on_error!r}')
         weights = folder if isinstance(folder, Mapping) else None
         folders = [folder] if not isinstance(folder, Mapping) else list(folder)
+        if not folders:
+            raise ValueError("a mix needs at least one set of shards, got {}")
         self.shard_sets = tuple(ShardSet.open(each, cache, cache_bytes) for each in folders)
         self.split = split
-        self.seed = int(seed)  # a NumPy integer would make the state unfit for JSON
-        self.window, self.lanes = window, lanes
+        # A NumPy integer would make the state unfit for JSON.
+        self.seed, self.window = _integer("seed", seed), _integer("window", window)
+        self.lanes = _integer("lanes", lanes)
+        length = None if epoch_samples is None else _integer("epoch_samples", epoch_samples)
         self.world = world
         self.verify = verify
         self.with_ids = with_ids
@@ -139,7 +144,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._shuffle = split != "val"
         if len(folders) > 1:
             self._check_alike()
-        if not self._shuffle and (weights is not None or epoch_samples is not None):
+        if not self._shuffle and (weights is not None or length is not None):
             raise ValueError(
                 'split="val" is every sample once: open each set by itself, without epoch_samples'
             )
@@ -152,9 +157,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         sizes = [int(part.shards.counts.sum(dtype=np.int64)) for part in self._parts]
         self._sizes = sizes
         self._mixture: Mixture | None = None
-        if weights is not None or epoch_samples is not None:
+        if weights is not None or length is not None:
             self._mixture = Mixture(
-                tuple(sizes), tuple(self.weights or [1.0]), epoch_samples, self.seed, lanes
+                tuple(sizes), tuple(self.weights or [1.0]), length, self.seed, self.lanes
             )
         self.total = sum(sizes) if self._mixture is None else len(self._mixture)  # over all ranks
         self._verdicts = Verdicts.of(self._parts)
@@ -231,8 +236,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     @property
     def passed_over(self) -> dict[str, int]:
         """How many damaged samples a Budget passed over so far, by shard."""
-        found = self._verdicts.passed_over
-        return {self._name(number): count for number, count in sorted(found.items())}
+        found = sorted(self._verdicts.damaged.items())
+        return {self._name(number): damage.samples for number, damage in found}
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError if a model, or its config, has fewer token embeddings than there are ids.
@@ -566,8 +571,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             raise StateError(
                 f"a state is a dict as state_dict() gives, found {type(state).__name__}; load that"
             )
-        version = state.get("version", 0)
-        if not _whole(version):
+        version = state.get("version", 1)
+        if not _whole(version) or version < 1:
             raise StateError(f"version {version!r} found, a whole number expected; it is damaged")
         if version > STATE_VERSION:
             raise StateError(
@@ -814,6 +819,12 @@ def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     columns = [value.unbind(0) for value in batch.values()]
     for values in zip(*columns, strict=True):
         yield {name: value.clone() for name, value in zip(batch, values, strict=True)}
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return operator.index(value)
 
 
 def _whole(value: Any) -> bool:
