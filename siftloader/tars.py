@@ -145,6 +145,7 @@ def webdataset(
         seed=int(seed),
         shuffle=int(shuffle),
         text=text,
+        tokenizer=about,
         masking=_masking(masking, objective or described[0], about),
         pad=about.special_ids.get("pad") if about is not None else None,
         padded=(objective or described[0]) == "mlm",
@@ -190,6 +191,7 @@ class _Recipe:
     seed: int
     shuffle: int
     text: _Text | None
+    tokenizer: Tokenizer | None
     masking: Mlm | None
     pad: int | None
     padded: bool  # batches of ids have an attention_mask
@@ -255,6 +257,11 @@ class TarStream(IterableDataset[Batch]):
     def urls(self) -> tuple[str, ...]:
         """The tars, in the order they were given in."""
         return self._recipe.urls
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Whose ids these are: its size, its special ids; None where nothing says."""
+        return self._recipe.tokenizer
 
     @property
     def dropped(self) -> int:
@@ -1026,7 +1033,7 @@ def _text_of(
             raise TypeError(
                 f"tokenizer must be a name, a path or a fast tokenizer, got {type(tokenizer).__name__}"
             )
-        loaded, name = restore_tokenizer(inner.to_str()), type(tokenizer).__name__
+        loaded, name = inner, type(tokenizer).__name__
     about = describe_tokenizer(loaded, name, objective)
     return _Text(loaded.to_str(), int(seq_len), objective, column, about), about
 
@@ -1152,6 +1159,8 @@ def _gopened(url: str) -> Iterator[Any]:
     finally:
         if process is not None and process.poll() is None:  # nobody reads on
             process.terminate()
+            process.stdout.close()
+            process.wait()
 
 
 class _Header(tarfile.TarInfo):
