@@ -44,6 +44,7 @@ BLOCK = (
     4 << 20
 )  # bytes asked for at once where requests are for ranges: slower than this per stall ends a try
 LARGEST_READ = 1 << 30  # bytes of a file that is read whole: a manifest of some million shards
+TELL_AFTER = 30  # seconds of waiting for another process, before a warning
 AHEAD = 2  # files a process fetches ahead at the same time
 RESERVE, RESERVE_SHARE = (
     5 << 30,
@@ -174,7 +175,7 @@ class RemoteFolder:
                 f"cache_bytes must be a positive number of bytes, got {cache_bytes!r}"
             )
         self.url, self.patience = url, patience or Patience()
-        self.copies = Copies(Path(cache).expanduser() if cache else default_cache(), cache_bytes)
+        self.copies = Copies(Path(cache or default_cache()).expanduser().absolute(), cache_bytes)
         self._processes: dict[int, _Process] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -596,9 +597,9 @@ def _lock(lock: Path, wait: bool) -> int | None:
         if not wait:
             return None
         waited = time.monotonic() - began
-        if waited > 30 and not told:
+        if waited > TELL_AFTER and not told:
             told = True
-            _LOG.warning("waited 30 s for another process that holds %s", lock)
+            _LOG.warning("for %d s another process has held %s", waited, lock)
         time.sleep(min(0.2, 0.005 + waited / 10))
 
 
