@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from effort import FACTOR
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import fuzz_shards
-from fuzz_shards import COUNTS, KINDS, Batches, Fault, Sound, draw, inflicted, read, read_stock
+from fuzz_shards import COUNTS, KINDS, Batches, Fault, Sound, draw, inflicted, read
 
 from siftloader.errors import ShardError
 from siftloader.opened import Budget
@@ -65,7 +67,7 @@ def test_thousands_of_faults_let_no_wrong_sample_through(sets, options):
 
 def test_verify_finds_every_fault_too(sets):
     """It names one of the tars that changed."""
-    for number in range(3 * len(KINDS)):
+    for number in range(2 * len(KINDS)):
         sound, fault = draw(sets, number, seed=6)
         with inflicted(sound, fault) as changed:
             if not changed:
@@ -96,7 +98,7 @@ def test_no_fault_that_happens_while_a_stream_reads_lets_a_wrong_sample_through(
 ):
     """Blocks of two rows, so that most of them are read after the fault."""
     verdicts = Counter[str]()
-    for number in range(5 * len(KINDS)):
+    for number in range(3 * len(KINDS)):
         sound, fault = draw(sets, number, seed=8)
         monkeypatch.setattr("siftloader.stream.BLOCK_TOKENS", 2 * sound.layout.seq_len)
         before = Fault(number, fault.kind, {stem: sound.tars[stem] for stem in fault.tars})
@@ -113,13 +115,13 @@ def test_no_fault_that_happens_while_a_stream_reads_lets_a_wrong_sample_through(
             reading = read(sound, fault, meanwhile)
         assert reading.verdict in ("found", "harmless"), (number, fault.kind, reading.detail)
         verdicts[reading.verdict] += 1
-    assert verdicts["found"] > 40, verdicts
+    assert verdicts["found"] > 20, verdicts
 
 
 def test_what_is_passed_over_is_made_up_for_by_right_samples(sets):
     """With a budget large enough: as many rows as ever, each the one of its id, or an error."""
     verdicts = Counter[str]()
-    for number in range(5 * len(KINDS)):
+    for number in range(3 * len(KINDS)):
         sound, fault = draw(sets, number, seed=9)
         with inflicted(sound, fault) as changed, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -129,13 +131,13 @@ def test_what_is_passed_over_is_made_up_for_by_right_samples(sets):
         assert reading.verdict != "WRONG", (number, fault.kind, reading.detail)
         assert changed == bool(told or reading.verdict == "found"), (number, fault.kind)
         verdicts[reading.verdict] += 1
-    assert verdicts["passed over"] > 100, verdicts
+    assert verdicts["passed over"] > 50, verdicts
 
 
 def test_a_reader_that_trusts_the_disk_is_caught(sets):
     """The fuzz itself can fail: without verification it sees wrong rows, and they are named."""
     kinds = Counter[str]()
-    for number in range(10 * len(KINDS)):
+    for number in range(3 * len(KINDS)):
         sound, fault = draw(sets, number, seed=0)
         trusting = TokenShards(sound.folder, with_ids=True, verify=False)
         with inflicted(sound, fault):
@@ -159,52 +161,74 @@ def test_the_folder_is_sound_again_after_a_fault(sets):
         assert read(sound, fault).verdict == "harmless"
 
 
-STOCK = {  # what webdataset makes of a fault, always
-    "byte flipped: token ids": {"wrong"},
-    "byte flipped: closing zeros": {"harmless"},
-    "cut off: between samples": {"short"},
-    "cut off: in the token ids": {"error"},
-    "tar of another data set": {"wrong"},
-    "two tars exchanged": {"harmless"},  # all its samples came, in another order
-    "sample removed": {"short"},
-    "packed again by tar": {"harmless"},
-    "empty file": {"error"},
-    "no file": {"error"},
+OTHERS = {  # what stock webdataset makes of a fault, and our reader of tars without and with a record
+    "byte flipped: token ids": ("wrong", "wrong", "late"),
+    "byte flipped: closing zeros": ("harmless", "error", "error"),
+    "cut off: between samples": ("short", "error", "error"),
+    "cut off: in the token ids": ("error", "error", "error"),
+    "tar of another data set": ("wrong", "wrong", "late"),
+    "two tars exchanged": (
+        "harmless",
+        "harmless",
+        "error",
+    ),  # all its samples came, in another order
+    "sample removed": ("short", "short", "error"),
+    "packed again by tar": ("harmless", "harmless", "error"),
+    "error page named .tar": ("error", "error", "error"),
+    "no file": ("error", "error", "error"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves files open
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_the_table_counts_what_stock_webdataset_does(sets):
+@pytest.fixture
+def recorded(sets: list[Sound]) -> Iterator[list[Sound]]:
     pytest.importorskip("webdataset")
-    seen: dict[str, set[str]] = {}
-    for number in range(3 * len(KINDS)):
-        sound, fault = draw(sets, number, seed=3)
-        if fault.kind in STOCK:
-            with inflicted(sound, fault):
-                seen.setdefault(fault.kind, set()).add(read_stock(sound, fault).verdict)
-    assert seen == STOCK
-    sound, fault = draw(sets, 0, seed=3)
-    assert read_stock(sound, fault).verdict == "harmless", "sound shards give all samples"
+    fuzz_shards.record(sets)
+    yield sets
+    gc.collect()  # webdataset leaves files open: here their warnings are ignored
+    for sound in sets:
+        (sound.recorded / "manifest.jsonl").unlink()
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_table_counts_what_other_readers_do(recorded):
+    readers = fuzz_shards.OTHERS.values()
+    for sound in recorded:
+        assert [reader(sound).verdict for reader in readers] == ["harmless"] * 3
+    for number in range(2 * len(KINDS)):
+        sound, fault = draw(recorded, number, seed=3)
+        if fault.kind in OTHERS:
+            with inflicted(sound, fault):
+                found = tuple(reader(sound).verdict for reader in readers)
+            assert found == OTHERS[fault.kind], (number, fault.kind)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_tars_of_others_that_were_recorded_never_end_as_if_all_were_well(recorded):
+    """A loop may be handed wrong samples before the end of their tar is reached, but then it is told."""
+    for number in range(3 * len(KINDS)):
+        sound, fault = draw(recorded, number, seed=11)
+        with inflicted(sound, fault) as changed:
+            verdict = fuzz_shards.OTHERS["recorded"](sound).verdict
+        assert verdict in (("error", "late") if changed else ("harmless",)), (number, fault.kind)
+
+
 def test_the_tool_prints_a_table_and_its_machine(monkeypatch, capsys):
     count = 2 * len(KINDS)
-    monkeypatch.setattr("sys.argv", ["fuzz_shards.py", "--faults", str(count), "--no-webdataset"])
+    monkeypatch.setattr("sys.argv", ["fuzz_shards.py", "--faults", str(count), "--alone"])
     fuzz_shards.main()
     out = capsys.readouterr().out
     assert f"{count} faults, seed 0" in out
     last = [line for line in out.splitlines() if line.startswith("all ")][-1].split()
     assert last[-1] == "-", "nothing is WRONG"
-    assert sum(int(number) for number in last[1:-1] if number != "-") == count
+    unchanged = next(line for line in out.splitlines() if "changed no byte" in line).split()[0]
+    assert sum(int(n) for n in [*last[1:-1], unchanged] if n != "-") == count
     assert all(kind in out for kind in KINDS)
 
 
 def test_a_fault_can_be_repeated_alone(monkeypatch, capsys):
     number = list(KINDS).index("two tars exchanged")
     monkeypatch.setattr(
-        "sys.argv", ["fuzz_shards.py", "--only", str(number), "--no-webdataset", "--seed", "4"]
+        "sys.argv", ["fuzz_shards.py", "--only", str(number), "--alone", "--seed", "4"]
     )
     fuzz_shards.main()
     assert f"fault {number} (two tars exchanged, " in capsys.readouterr().out

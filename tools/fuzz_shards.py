@@ -1,17 +1,20 @@
-"""Random faults in real shards, read by us and by stock webdataset: python tools/fuzz_shards.py [--faults 2000]
+"""Random faults in real shards, read by us and by stock webdataset: python tools/fuzz_shards.py [--faults 2016]
 
 Every fault damages the tars of a small data set in one of the ways that disks, copies, downloads and people
-do; then the data set is read to the end by ``TokenShards.batches`` with its defaults, and by
-``WebDataset(urls).decode()`` with the handler that raises. Read is what a training loop would be handed.
+do; then each reader reads the data set to the end. Counted is what a training loop would be handed:
 
-Ours: *found* is a ShardError that names the damaged shard, and all rows before it were right; *harmless*
-means that every row came, once, as it was written (a hole over zeros changes nothing); all else is WRONG.
-Stock webdataset: *error*, with right samples before it; *harmless*; *short*: it ends as if all were
-well, without some of the samples; *wrong*: samples that nobody wrote, or one of them twice, with or
-without an error afterwards. A fault that left the bytes as they were counts as *no change* for both.
+* siftloader: ``TokenShards.batches`` with its defaults. *found*: a ShardError that names the damaged shard,
+  after right rows alone. *harmless*: every row came, once, as it was written. All else is WRONG.
+* webdataset: ``WebDataset(urls).decode()``, stock, with the handlers that raise. *error*: after right samples
+  alone; *late*: wrong samples first, an error then; *harmless*; *short*: it ends as if all were well,
+  without some of the samples; *wrong*: it ends as if all were well, but some samples nobody wrote, or
+  they came twice.
+* siftloader.tars: the same files as tars of others, without our manifest; what stock webdataset knows.
+* recorded: the same, after ``record_tars`` wrote down size and hash of each.
 
-Stock webdataset has no manifest and promises none of this. The table says what a loop is handed, where nothing
-else looks. A fault is repeated with --seed and --only NUMBER.
+Faults that left the bytes as they were, a hole over zeros say, are left out. Neither format nor webdataset
+promises to find all of this; the table says what happens where nothing else looks. One fault is repeated
+with --seed and --only NUMBER.
 """
 
 from __future__ import annotations
@@ -67,6 +70,10 @@ KINDS_OF_SETS = {
 ERROR_PAGE = b"<!DOCTYPE html>\n<html><body><h1>503 Service Unavailable</h1></body></html>\n"
 
 
+Sample = tuple[str, bytes | None, int | None]  # key, ids, label
+Batches = Iterator[dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Sound:
     """A data set as it was written, and all that reading it gives."""
@@ -76,7 +83,9 @@ class Sound:
     tars: Mapping[str, bytes]  # by stem, those of the train split
     strangers: Mapping[str, bytes]  # the same names and sizes in another data set
     rows: Mapping[str, NDArray[np.int64]]  # by field, row i is that of id i, as ours gives them
-    samples: collections.Counter[tuple[Any, ...]]  # key, ids and label, as webdataset gives them
+    samples: collections.Counter[Sample]  # as other readers give them
+    plain: Path  # links to the tars, and nothing beside them
+    recorded: Path  # the same, and what record_tars wrote of them
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ def _write(folder: Path, objective: str, layout: Layout) -> Sound:
     folder.mkdir()
     rng = np.random.default_rng([7, *objective.encode()])
     shards: list[Shard] = []
-    tokens, strangers, samples = [], {}, collections.Counter[tuple[Any, ...]]()
+    tokens, strangers, samples = [], {}, collections.Counter[Sample]()
     for number, count in enumerate(COUNTS):
         stem = f"train-{number:06d}"
         ids = _ids(rng, count, layout)
@@ -130,9 +139,13 @@ def _write(folder: Path, objective: str, layout: Layout) -> Sound:
         seed=0,
     )
     tars = {shard.shard: (folder / f"{shard.shard}.tar").read_bytes() for shard in shards}
-    return Sound(
-        folder, layout, tars, strangers, _sound_rows(folder, np.concatenate(tokens)), samples
-    )
+    rows = _sound_rows(folder, np.concatenate(tokens))
+    links = [folder.with_name(f"{folder.name}-{what}") for what in ("plain", "recorded")]
+    for link in links:
+        link.mkdir()
+        for stem in tars:
+            (link / f"{stem}.tar").symlink_to(folder / f"{stem}.tar")
+    return Sound(folder, layout, tars, strangers, rows, samples, *links)
 
 
 def _ids(rng: np.random.Generator, count: int, layout: Layout) -> NDArray[np.int64]:
@@ -403,9 +416,6 @@ def inflicted(sound: Sound, fault: Fault) -> Iterator[bool]:
             path.write_bytes(sound.tars[stem])
 
 
-Batches = Iterator[dict[str, Tensor]]
-
-
 def read(
     sound: Sound, fault: Fault, reader: Callable[[], Batches] | None = None, again: bool = False
 ) -> Reading:
@@ -440,60 +450,101 @@ def _default(sound: Sound, fault: Fault) -> Batches:
     return TokenShards(sound.folder, with_ids=True).batches(1 + fault.number % 7)
 
 
-def read_stock(sound: Sound, fault: Fault) -> Reading:
-    """What stock webdataset hands out: all right samples, some of them, others, or an error."""
+def read_stock(sound: Sound) -> Reading:
+    """What stock webdataset hands out."""
     import webdataset
 
-    left = sound.samples.copy()
     urls = [str(sound.folder / f"{stem}.tar") for stem in sound.tars]
-    reader = webdataset.WebDataset(
-        urls, shardshuffle=False, handler=webdataset.handlers.reraise_exception
+    raising = webdataset.handlers.reraise_exception
+    reader = webdataset.WebDataset(urls, shardshuffle=False, handler=raising).decode(
+        handler=raising
     )
-    try:
-        for sample in reader.decode(handler=webdataset.handlers.reraise_exception):
-            ids = sample.get("input_ids.npy")
-            found = None if ids is None else ids.astype(sound.layout.dtype).tobytes()
-            key = sample["__key__"], found, sample.get("cls")
-            if not left[key]:
-                again = key in sound.samples
-                return Reading("wrong", f"{key[0]}: {'twice' if again else 'not as written'}")
-            left[key] -= 1
-    except Exception as error:
-        return Reading("error", f"{type(error).__name__}: {error}")
-    lost = left.total()
+    return _tally(sound, (_sample(sound, each) for each in reader))
+
+
+def read_tars(sound: Sound, folder: Path) -> Reading:
+    """What ``siftloader.tars`` makes of the same files, as tars of others."""
+    from siftloader.tars import webdataset
+
+    def samples() -> Iterator[Sample]:
+        urls = [folder / f"{stem}.tar" for stem in sound.tars]
+        stream = webdataset(urls, batch_size=3, shuffle=0, masking=None, with_keys=True)
+        for batch in stream:
+            for row in range(len(batch["__key__"])):
+                each = {name: batch[name][row] for name in ("__key__", "cls") if name in batch}
+                yield _sample(sound, each | {"input_ids.npy": batch["input_ids"][row].numpy()})
+
+    return _tally(sound, samples())
+
+
+def record(sets: list[Sound]) -> None:
+    """Write down size and hash of the sound tars, for those that read them as tars of others."""
+    from siftloader.tars import record_tars
+
+    for sound in sets:
+        record_tars(str(sound.recorded))
+
+
+def _sample(sound: Sound, found: Mapping[str, Any]) -> Sample:
+    ids, label = found.get("input_ids.npy"), found.get("cls")
     return (
-        Reading("short", f"{lost} of {sound.samples.total()} lost")
-        if lost
-        else Reading("harmless")
+        found["__key__"],
+        None if ids is None else ids.astype(sound.layout.dtype).tobytes(),
+        None if label is None else int(label),
     )
+
+
+def _tally(sound: Sound, samples: Iterator[Sample]) -> Reading:
+    # All right samples, some of them, others too; with an error or without.
+    left, wrong = sound.samples.copy(), ""
+    try:
+        for sample in samples:
+            if not left[sample] and not wrong:
+                again = sample in sound.samples
+                wrong = f"{sample[0]}: {'twice' if again else 'not as written'}"
+            left[sample] -= 1
+    except Exception as error:
+        return Reading("late" if wrong else "error", f"{wrong} {type(error).__name__}: {error}")
+    if wrong:
+        return Reading("wrong", wrong)
+    lost = left.total()
+    return Reading("short", f"{lost} samples lost") if lost else Reading("harmless")
+
+
+OTHERS: dict[str, Callable[[Sound], Reading]] = {
+    "webdataset": read_stock,
+    "siftloader.tars": lambda sound: read_tars(sound, sound.plain),
+    "recorded": lambda sound: read_tars(sound, sound.recorded),
+}
+VERDICTS = ("error", "late", "harmless", "short", "wrong")
 
 
 def main() -> None:
     options = _options()
+    others = {} if options.alone else OTHERS
     _print_machine(options)
-    tables = {"siftloader": collections.Counter[tuple[str, str]]()}
-    if not options.no_webdataset:
-        tables["webdataset"] = collections.Counter[tuple[str, str]]()
-    wrong, begin = [], time.perf_counter()
+    tables = {who: collections.Counter[tuple[str, str]]() for who in ("siftloader", *others)}
+    told, unchanged, begin = [], 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         sets = write_sets(Path(folder))
+        if others:
+            record(sets)
         for number in range(options.faults) if options.only is None else [options.only]:
             sound, fault = draw(sets, number, options.seed)
             with inflicted(sound, fault) as changed:
                 readings = {"siftloader": read(sound, fault)}
-                if not options.no_webdataset:
-                    readings["webdataset"] = read_stock(sound, fault)
+                readings |= {who: other(sound) for who, other in others.items() if changed}
+            if not changed and readings["siftloader"].verdict == "harmless":
+                unchanged += 1
+                continue
             for who, reading in readings.items():
-                verdict = reading.verdict
-                if not changed and verdict == "harmless":
-                    verdict = "no change"
-                tables[who][fault.kind, verdict] += 1
-                if verdict == "WRONG" or options.only is not None:
-                    line = f"fault {fault.number} ({fault.kind}, {sound.folder.name}): {who} {verdict}"
-                    wrong.append(f"{line}: {reading.detail}")
+                tables[who][fault.kind, reading.verdict] += 1
+                if reading.verdict == "WRONG" or options.only is not None:
+                    line = f"fault {fault.number} ({fault.kind}, {sound.folder.name}): {who} "
+                    told.append(f"{line}{reading.verdict} {reading.detail}")
     _print_table(tables)
-    print(f"\n{time.perf_counter() - begin:.0f} s")
-    for line in wrong:
+    print(f"\n{unchanged} faults changed no byte; {time.perf_counter() - begin:.0f} s")
+    for line in told:
         print(line)
     if any(verdict == "WRONG" for _, verdict in tables["siftloader"]):
         raise SystemExit(1)
@@ -503,16 +554,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", type=int, default=2000, help="how many, over all kinds")
+    parser.add_argument(
+        "--faults", type=int, default=56 * len(KINDS), help="how many, of all kinds"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other faults")
     parser.add_argument("--only", type=int, help="this fault alone, and what came of it")
-    parser.add_argument("--no-webdataset", action="store_true", help="read by siftloader alone")
+    parser.add_argument("--alone", action="store_true", help="read by TokenShards alone")
     return parser.parse_args()
 
 
 def _print_machine(options: argparse.Namespace) -> None:
     versions = f"python {platform.python_version()}, numpy {np.__version__}"
-    if not options.no_webdataset:
+    if not options.alone:
         import webdataset
 
         versions += f", webdataset {webdataset.__version__}"
@@ -522,20 +575,18 @@ def _print_machine(options: argparse.Namespace) -> None:
 
 
 def _print_table(tables: Mapping[str, collections.Counter[tuple[str, str]]]) -> None:
-    columns = {"siftloader": ("found", "harmless", "no change", "WRONG")}
-    if "webdataset" in tables:
-        columns["webdataset"] = ("error", "harmless", "no change", "short", "wrong")
-    width = max(map(len, KINDS)) + 2
-    heads = "  |".join(f" {who}:".ljust(11 * len(verdicts)) for who, verdicts in columns.items())
-    print(f"{'':<{width}}{heads}")
-    print(" " * width + "  |".join("".join(f"{v:>11}" for v in vs) for vs in columns.values()))
-    kinds = [kind for kind in KINDS if any(found == kind for found, _ in tables["siftloader"])]
-    for kind in [*kinds, "all"]:
+    columns = dict.fromkeys(tables, VERDICTS) | {"siftloader": ("found", "harmless", "WRONG")}
+    width = max(map(len, KINDS)) + 1
+    heads = [f"  {who}".ljust(9 * len(columns[who])) for who in tables]
+    print((" " * width + " |".join(heads)).rstrip())
+    print(" " * width + " |".join("".join(f"{v:>9}" for v in columns[who]) for who in tables))
+    for kind in [*KINDS, "all"]:
         parts = []
-        for who, verdicts in columns.items():
-            counts = [_sum(tables[who], kind, verdict) for verdict in verdicts]
-            parts.append("".join(f"{count or '-':>11}" for count in counts))
-        print(f"{kind:<{width}}{'  |'.join(parts)}")
+        for who, table in tables.items():
+            counts = [_sum(table, kind, verdict) for verdict in columns[who]]
+            parts.append("".join(f"{count or '-':>9}" for count in counts))
+        if kind == "all" or any(kind == found for found, _ in tables["siftloader"]):
+            print(f"{kind:<{width}}{' |'.join(parts)}")
 
 
 def _sum(table: collections.Counter[tuple[str, str]], kind: str, verdict: str) -> int:
