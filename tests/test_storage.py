@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ from siftloader.storage import (
 
 
 DATA = bytes(range(256)) * 64  # 16 KiB
-QUICK = Patience(tries=4, wait=0.02, longest_wait=0.05, stall=1.0, floor=2000)
+QUICK = Patience(tries=4, wait=0.02, longest_wait=0.05, stall=0.7, floor=2000)
 HASTY = Patience(
     tries=2, wait=0.02, longest_wait=0.05, stall=0.2, floor=2000
 )  # stalls when starved
@@ -764,7 +765,7 @@ def test_a_damaged_copy_is_thrown_away_and_fetched_anew(web, folder):
 def test_fetching_ahead_returns_at_once_and_what_comes_is_found(web, tmp_path):
     wanted = shards(web, 4)
     for index in range(4):
-        web.faults[f"{index}.tar"] = [slow(0.5)]
+        web.faults[f"{index}.tar"] = [slow(0.4)]
     folder = open_folder(web.url, cache=tmp_path, patience=QUICK)
     folder.fetch_ahead([tuple(one.values()) for one in wanted])
     folder.fetch_ahead([tuple(one.values()) for one in wanted])
@@ -895,3 +896,102 @@ def test_a_bucket_that_is_busy_or_mute_or_denies(s3, web, tmp_path, monkeypatch)
         with pytest.raises(FetchError, match=message):
             folder.path(**about())
     assert copies(tmp_path) == []
+
+
+# All at once
+
+
+def read_for_ever(url, cache, most, wanted, seed, log):
+    import random
+
+    rng = random.Random(seed)
+    folder = open_folder(url, cache=cache, cache_bytes=most, patience=Patience(9, 0.01, 0.05, 5))
+    while True:
+        order = rng.sample(wanted, len(wanted))
+        for index, one in enumerate(order):
+            folder.fetch_ahead([tuple(each.values()) for each in order[index + 1 : index + 3]])
+            while True:
+                try:
+                    data = folder.path(**one).read_bytes()
+                    break
+                except FileNotFoundError:  # evicted before it was opened
+                    continue
+                except Exception as error:
+                    log.write_text(repr(error))
+                    raise
+            if sha(data) != one["sha256"]:
+                log.write_text("other bytes")
+                raise SystemExit
+        with log.open("a") as lines:
+            lines.write("round\n")
+
+
+def held_bytes(cache):
+    held = 0
+    for entry in cache.glob("??/*.tar"):
+        with suppress(FileNotFoundError):
+            held += entry.stat().st_size
+    return held
+
+
+@pytest.mark.slow
+def test_readers_that_are_killed_all_the_time_read_the_right_bytes_from_a_bad_server(
+    web, tmp_path
+):
+    """Six readers, a cache for five of twelve files, a fault in every third answer, a kill every 0.2 s."""
+    wanted = shards(web, 12, size=200_000)
+    bad = [
+        wrong,
+        status(503),
+        cut(5000),
+        cut(100_000, sized=False),
+        page,
+        reset,
+        longer,
+        slow(0.2),
+    ]
+    for index in range(12):
+        good = always(slow(0.02))
+        web.faults[f"{index}.tar"] = (
+            fault
+            for number, each in enumerate(good)
+            for fault in ([each, each, bad[(number + index) % len(bad)]])
+        )
+    context = multiprocessing.get_context("fork")
+    cache, logs = tmp_path / "cache", tmp_path / "logs"
+    logs.mkdir()
+    most, sizes = 1_000_000, []
+
+    def begin(seed):
+        child = context.Process(
+            target=read_for_ever, args=(web.url, cache, most, wanted, seed, logs / str(seed))
+        )
+        child.start()
+        return child
+
+    children = [begin(seed) for seed in range(6)]
+    end = time.monotonic() + 12
+    killed = 0
+    try:
+        while time.monotonic() < end:
+            time.sleep(0.2)
+            victim = children[killed % 3]  # the other three live on
+            os.kill(victim.pid, signal.SIGKILL)
+            victim.join()
+            killed += 1
+            children[(killed - 1) % 3] = begin(100 + killed)
+            sizes.append(held_bytes(cache))
+    finally:
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+            child.join()
+    lines = [line for log in logs.iterdir() for line in log.read_text().splitlines()]
+    assert killed > 20
+    assert set(lines) == {"round"}
+    assert len(lines) > 3
+    assert max(sizes) <= most
+    left = open_folder(web.url, cache=cache, cache_bytes=most, patience=QUICK)
+    web.faults.clear()
+    web.files["last.tar"] = DATA
+    left.path(**about("last.tar"))
+    assert all(storage._COPY.fullmatch(name) for name in copies(cache))
