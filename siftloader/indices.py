@@ -8,7 +8,7 @@ batches = without_first(loader, 40, order)       # the 41st batch of that epoch,
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
@@ -53,6 +53,28 @@ def recorded_order(loader: DataLoader[Any]) -> dict[str, Any]:
         return {}
     own = [encoded(each.get_state()) for each in _generators(loader)]
     return {"rng": encoded(torch.get_rng_state()), **({"generators": own} if own else {})}
+
+
+def check_recorded(loader: DataLoader[Any], order: Mapping[str, Any]) -> None:
+    """Raise StateError unless what was recorded could be drawn from here."""
+    for name, own in recorded_order(loader).items():
+        try:
+            found, here = decoded(order.get(name)), decoded(own)
+            both = (found, here) if isinstance(here, list) else ([found], [here])
+            sound = len(both[0]) == len(both[1]) and all(map(_alike, *both))
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            sound = False
+        if not sound:
+            raise StateError(
+                f"the state is damaged: cursor.{name} is not what the random streams of this loader can "
+                f"be set to; take another one, or start afresh without it"
+            )
+
+
+def _alike(found: Any, here: torch.Tensor) -> bool:
+    return (
+        isinstance(found, torch.Tensor) and found.dtype == here.dtype and found.shape == here.shape
+    )
 
 
 def unknown_samplers(loader: DataLoader[Any]) -> list[str]:

@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -37,6 +37,7 @@ from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, StateError
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
+from siftloader.saved import checked
 from siftloader.schedule import Epoch, Keep, Schedule, whole
 from siftloader.scorer import Model, ScoreFunction, Scorer
 from siftloader.scores import ScoreOf, criterion_named
@@ -161,6 +162,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._begun = False
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._turn = 0  # counts iterators: the newest one moves the state
+        self._loads = 0  # counts states loaded: what ran before is told
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = not self._schedule.ever_sifts
@@ -306,19 +308,13 @@ class SiftingDataLoader(DataLoader[Any]):
             "stats": self._sifter.counts.state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken; StateError where it belongs to something else."""
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise StateError(
-                f"the state lacks {sorted(missing)}; it needs all that state_dict() gives"
-            )
-        if not isinstance(state["version"], int) or state["version"] > STATE_VERSION:
-            raise StateError(
-                f"found a state of version {state['version']!r}, this siftloader reads up to "
-                f"{STATE_VERSION}; upgrade siftloader, or start afresh without the state"
-            )
-        self._source.check(state["cursor"])
+    def load_state_dict(self, state: Mapping[str, Any], *, override: Collection[str] = ()) -> None:
+        """Continue where ``state`` was taken; StateError where it belongs to something else.
+
+        ``override`` names what may differ all the same, as for ``TokenShards``: over shards only.
+        """
+        state = checked(state, self.state_dict())
+        self._source.check(state["cursor"], override)
         self._check_topology(state)
         if self._batch_size is None:
             # Not to be learned again: the next inner batch may be a ragged one.
@@ -332,6 +328,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.precision.name = state["precision"]
         self._scorer.reading_state = state["reading"]
         self._learned = dict(state["learned"])
+        self._turn += 1
+        self._loads += 1
         self._sifter.counts = Stats.from_state(state["stats"])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -341,9 +339,14 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _batches(self, pieces: Iterator[Piece], resumed: bool, turn: int) -> Iterator[Batch]:
         held: deque[Drawn] = deque()
-        handed = 0
+        handed, loads = 0, self._loads
         try:
             while (batch := self._next(pieces, held, turn)) is not None:
+                if loads != self._loads:
+                    raise StateError(
+                        "a state was loaded while this iterator ran, which cannot follow it; load it "
+                        "before iter(), or begin a new iterator"
+                    )
                 handed += 1
                 # Counted before it leaves: the loop may never come back. And let go of: what the loop
                 # drops must not live on here while the next pool is scored.

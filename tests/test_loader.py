@@ -729,7 +729,7 @@ def test_a_state_of_another_seed_is_refused():
 
     loader = fresh(0)
     next(iter(loader))
-    with pytest.raises(StateError, match="seed 0, these shards have 1"):
+    with pytest.raises(StateError, match="seed 0 found, 1 expected"):
         fresh(1).load_state_dict(loader.state_dict())
 
 

@@ -135,7 +135,7 @@ def test_a_place_the_shards_had_before_counts_once():
     assert len(list(loader)) == len(loader) - 1
     state = loader.state_dict()
     assert (state["epoch"], state["cursor"]["position"]) == (4, 0)
-    with pytest.raises(StateError, match="seed 0, these shards have 1"):
+    with pytest.raises(StateError, match="seed 0 found, 1 expected"):
         SiftingDataLoader(
             TokenShards(DEMO, seed=1), 64, model=classifier(), keep=1.0
         ).load_state_dict(state)
