@@ -27,6 +27,7 @@ import os
 import random
 import re
 import tarfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -80,6 +81,10 @@ UNSAFE = (
 )  # decoding runs their code
 IDS = ("input_ids", "tokens")  # fields of these names hold token ids; .npy or .json alone may
 TEXT = 1 << 18  # characters that are tokenised and packed at a time
+TRIES, PAUSE = (
+    4,
+    1.0,
+)  # how often a URL is asked for, and seconds to wait at first, then twice as long
 WORKERS = 1024  # of one loader, at most
 
 
@@ -236,7 +241,8 @@ class TarStream(IterableDataset[Batch]):
     stacked where shapes allow it. ``with_keys`` adds ``__key__`` and ``__url__``, lists of str, to dicts.
 
     ``state_dict`` counts the batches of this reader in this epoch. ``load_state_dict`` reads them again and
-    is exact on the same number of ranks and workers; on others it is refused.
+    is exact on the same number of ranks and workers; on others it is refused. With loader workers that is for
+    ``StatefulDataLoader`` to ask; whatever resumes by drawing again needs epochs announced (``set_epoch``).
     """
 
     def __init__(self, recipe: _Recipe) -> None:
@@ -1071,11 +1077,26 @@ def checked_tars(
     Refused, with tar and key: a damaged or missing header, an end that comes too early, anything behind the
     end, a sample or field that comes twice, fields that are not adjacent, links, and where a record is
     known, another number of samples or another hash. Names without extension are passed over, as
-    webdataset does.
+    webdataset does. What comes from a URL is asked for again, and continued behind what was given already.
     """
     for each in source:
         url = each if isinstance(each, str) else each["url"]
-        yield from _samples(url, (records or {}).get(url), pipes, Reading())
+        given = 0
+        for attempt in itertools.count(1):
+            try:
+                samples = _samples(url, (records or {}).get(url), pipes, Reading())
+                for sample in itertools.islice(samples, given, None):
+                    given += 1
+                    yield sample
+                break
+            except (FetchError, CorruptShard) as error:
+                if not is_url(url) or url.startswith("pipe:"):
+                    raise
+                if attempt == TRIES:
+                    raise type(error)(
+                        f"{error}; asked for {TRIES} times", shard=error.shard
+                    ) from error
+                time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
 def _samples(url: str, record: _Record | None, pipes: bool, reading: Reading) -> Iterator[Sample]:
@@ -1518,7 +1539,7 @@ def batched(source: Iterable[Sample], size: int, drop_last: bool = False) -> Ite
 def _collated(samples: list[Sample]) -> Batch:
     names = _fields(samples[0])
     if {"image", "cls"} == set(map(_family, names)) and len(names) == 2:
-        images = [next(each[name] for name in each if name in IMAGES) for each in samples]
+        images = [next(each[n] for n in each if _family(n) == "image") for each in samples]
         alike = len({image.shape for image in images if isinstance(image, Tensor)}) == 1
         classes = torch.tensor([each["cls"] for each in samples], dtype=torch.int64)
         return (torch.stack(images) if alike else images, classes)
