@@ -8,12 +8,10 @@ offers: its own ``state_dict``, indices that need not be fetched, or a replay.
 from __future__ import annotations
 
 import copy
-import queue
-import threading
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
@@ -25,6 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from siftloader.ahead import Watched, prefetched
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.errors import BatchError, StateError
 from siftloader.indices import (
@@ -40,7 +39,6 @@ from siftloader.stream import TokenShards
 from siftloader.world import World
 
 
-Item = TypeVar("Item")
 Cursor: TypeAlias = dict[str, Any]  # JSON-able; {} is the start of an epoch
 PREFETCH = 4  # batches read ahead of the loop
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -75,6 +73,7 @@ class ShardCandidates:
         assert loader.batch_size is not None
         self.shards, self.batch_size = shards, loader.batch_size
         self._drop_last, self._generator = loader.drop_last, loader.generator
+        self._timeout = loader.timeout
         self._pinned = loader.pin_memory and torch.cuda.is_available()
         # Ids and sources are known of every candidate, whether or not the batch is to have them.
         self._informed = copy.copy(shards)
@@ -137,7 +136,8 @@ class ShardCandidates:
         offset = used % size
         first, drawn, limit = start - offset * ranks, used - offset, self.epoch_rows(size)
         batches = self._informed.read_batches(size, epoch, first)
-        ahead = prefetched(map(pin, batches) if self._pinned else batches, PREFETCH)
+        batches = map(pin, batches) if self._pinned else batches
+        ahead = prefetched(batches, PREFETCH, timeout=self._timeout)
         identity, total = self._identity(), self.shards.total
         try:
             for batch in ahead:
@@ -208,7 +208,7 @@ class LoaderCandidates:
         self._refuse_unsharded()
         fixed = {**self._order(), **self._identity()}
         if not cursor:
-            source = iter(self.loader)
+            source = self._begun()
             start = {"batches": 0, "offset": 0, **self._snapshot(), **fixed}
             return start, self._pieces(source, 0, 0, fixed)
         number, offset = cursor["batches"], cursor["offset"]
@@ -216,7 +216,7 @@ class LoaderCandidates:
         if holder is not None and (state := cursor.get("inner")) is not None:
             holder.load_state_dict(decoded(state))
             here = torch.get_rng_state()
-            source = iter(self.loader)
+            source = self._begun()
             if number or offset:
                 torch.set_rng_state(here)  # the unbroken run drew its share when the epoch began
             return cursor, self._pieces(source, number, offset, fixed)
@@ -260,19 +260,25 @@ class LoaderCandidates:
                 holder.set_epoch(epoch)
 
     def _pieces(
-        self, source: Iterator[Batch], number: int, offset: int, fixed: Cursor
+        self, source: Watched[Batch], number: int, offset: int, fixed: Cursor
     ) -> Iterator[Piece]:
         look: Callable[[], Cursor] = dict if self._stateful() is None else self._snapshot
-        before = look()
-        while (batch := next(source, _END)) is not _END:
-            after = look()
-            batch = batch if self._fresh else clone(batch)
-            count = _rows_or_none(batch)
-            if offset < count or not count:
-                place = _Place(number, offset, count, fixed, before, after)
-                part = cut(batch, offset, count) if offset else batch
-                yield Piece(part, count - offset, place, _own_fields(part, count - offset))
-            number, offset, before = number + 1, 0, after
+        try:
+            before = look()
+            while (batch := next(source, _END)) is not _END:
+                after = look()
+                batch = batch if self._fresh else clone(batch)
+                count = _rows_or_none(batch)
+                if offset < count or not count:
+                    place = _Place(number, offset, count, fixed, before, after)
+                    part = cut(batch, offset, count) if offset else batch
+                    yield Piece(part, count - offset, place, _own_fields(part, count - offset))
+                number, offset, before = number + 1, 0, after
+        finally:
+            source.close()
+
+    def _begun(self) -> Watched[Batch]:
+        return Watched(self.loader, lambda: iter(self.loader))
 
     def _stateful(self) -> Any:
         # The loader itself, or the iterable data set that it reads in this very process.
@@ -302,7 +308,7 @@ class LoaderCandidates:
             recorded_order(loader) if isinstance(loader, DataLoader) and is_indexed(loader) else {}
         )
 
-    def _skipping(self, batches: int, order: Cursor) -> Iterator[Batch]:
+    def _skipping(self, batches: int, order: Cursor) -> Watched[Batch]:
         loader = self.loader
         if isinstance(loader, DataLoader) and is_indexed(loader):
             if batches and (unknown := unknown_samplers(loader)):
@@ -311,14 +317,14 @@ class LoaderCandidates:
                     f"if it draws from torch's generators and nothing else",
                     stacklevel=2,
                 )
-            return without_first(loader, batches, order)
+            return Watched(None, lambda: without_first(loader, batches, order))
         if batches:
             warnings.warn(
                 f"resuming by drawing {batches} batches of {type(loader).__name__} again: exact "
                 f"only if it repeats its order; give it state_dict/load_state_dict to resume at once",
                 stacklevel=2,
             )
-        source = iter(loader)
+        source = self._begun()
         for drawn in range(batches):
             if next(source, _END) is _END:
                 raise too_short(drawn, batches)
@@ -449,48 +455,3 @@ def _length(thing: Any) -> int | None:
         return len(thing)
     except TypeError:
         return None
-
-
-def prefetched(items: Iterator[Item], depth: int) -> Generator[Item, None, None]:
-    """The same items, made by a thread that stays at most ``depth`` ahead.
-
-    An exception of the maker is raised here, at its place in the order. Closing the generator ends the
-    thread.
-    """
-    ready: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def give(item: Item | None, error: BaseException | None) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put((item, error), timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def make() -> None:
-        try:
-            for item in items:
-                if not give(item, None):
-                    return
-        except BaseException as error:
-            give(None, error)
-        else:
-            give(None, StopIteration())
-
-    thread = threading.Thread(target=make, name="siftloader-prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item  # type: ignore[misc]
-    finally:
-        closed.set()
-        while not ready.empty():  # wakes a thread that waits for room
-            ready.get_nowait()
-        thread.join()

@@ -1,0 +1,365 @@
+"""Items made by a thread: pytest tests/test_ahead.py"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import warnings
+import weakref
+
+import pytest
+
+from siftloader import SiftError, ahead
+from siftloader.ahead import prefetched, stacks
+from siftloader.errors import Stalled
+
+
+NAME = "siftloader-ahead"
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == NAME]
+
+
+def until(happened, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.005)
+    return happened()
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left():
+    yield
+    gc.collect()
+    assert until(lambda: not readers()), readers()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+def test_it_yields_the_same_items_in_their_order(depth):
+    assert list(prefetched(iter(range(100)), depth)) == list(range(100))
+    assert list(prefetched(iter(()), depth)) == []
+    assert list(prefetched(iter([None, False]), depth)) == [None, False]
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_thread_stays_at_most_depth_ahead(depth):
+    made: list[int] = []
+    items = prefetched((made.append(i) or i for i in range(50)), depth)
+    assert made == []  # nothing before the first next
+    for taken in range(1, 6):
+        next(items)
+        assert until(lambda wanted=taken + depth: len(made) == wanted)
+        time.sleep(0.01)
+        assert len(made) == taken + depth
+    items.close()
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Broken, KeyboardInterrupt, SystemExit, SiftError])
+def test_an_error_of_the_maker_is_raised_at_its_place(kind):
+    def make():
+        yield from range(3)
+        raise kind("third")
+
+    items, seen = prefetched(make(), 2), []
+    with pytest.raises(kind, match="third") as raised:
+        seen.extend(items)
+    assert "make" in [entry.name for entry in raised.traceback]
+    items = prefetched(make(), 2)
+    assert [next(items) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(kind, match="third"):
+        next(items)
+    assert next(items, "over") == "over"
+
+
+def test_closing_ends_a_thread_that_waits_for_room():
+    items = prefetched(iter(range(10**9)), 2)
+    next(items)
+    begin = time.monotonic()
+    items.close()
+    assert time.monotonic() - begin < 1
+    assert not readers()
+
+
+def test_closing_waits_for_the_item_being_made_and_lets_go_of_the_maker():
+    finished, closed = [], []
+
+    def make():
+        try:
+            yield 0
+            time.sleep(0.2)
+            finished.append(1)
+            yield 1
+        finally:
+            closed.append(1)
+
+    items = prefetched(make(), 2)
+    next(items)
+    items.close()
+    assert not readers()
+    del items
+    gc.collect()
+    assert finished == closed == [1]
+
+
+def test_closing_does_not_wait_for_ever_for_a_maker_that_hangs(monkeypatch):
+    monkeypatch.setattr(ahead, "LINGER", 0.05)
+    free = threading.Event()
+
+    def make():
+        yield 0
+        free.wait(60)
+
+    items = prefetched(make(), 2)
+    next(items)
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match=r"siftloader-ahead.* still .*0\.05 s"):
+        items.close()
+    assert time.monotonic() - begin < 2
+    free.set()
+
+
+def test_a_reader_that_nobody_holds_lets_the_thread_end():
+    items = prefetched(iter(range(10**9)), 2)
+    next(items)
+    assert readers()
+    del items
+    gc.collect()
+    assert not readers()
+
+
+def test_a_reader_in_a_cycle_that_the_thread_itself_collects_ends_it():
+    collect = threading.Event()
+
+    def make():
+        yield 0
+        collect.wait(10)
+        gc.collect()  # the cycle goes here, in the thread that it would wait for
+        yield 1
+
+    holder: dict[str, object] = {}
+    holder["items"], holder["self"] = prefetched(make(), 3), holder
+    next(holder["items"])
+    gc.disable()
+    try:
+        del holder
+        collect.set()
+        assert until(lambda: not readers())
+    finally:
+        gc.enable()
+
+
+def test_it_holds_no_item_that_it_gave():
+    class Item:
+        pass
+
+    made: list[weakref.ref[Item]] = []
+
+    def make():
+        while True:
+            item = Item()
+            made.append(weakref.ref(item))
+            yield item
+            del item
+
+    items = prefetched(make(), 1)
+    for number in range(3):
+        next(items)
+        assert until(lambda number=number: len(made) == number + 2)
+        assert until(lambda number=number: made[number]() is None)
+    items.close()
+
+
+def test_an_idle_wait_costs_no_processor():
+    """Both sides wait a second: the reader for a slow maker, then the maker for room."""
+
+    def make():
+        time.sleep(0.5)
+        yield from range(100)
+
+    begin = time.process_time()
+    items = prefetched(make(), 2)
+    next(items)
+    time.sleep(0.5)
+    assert time.process_time() - begin < 0.1
+    items.close()
+
+
+# Stalls
+
+
+def test_a_timeout_says_where_every_thread_stands():
+    free = threading.Event()
+
+    def a_read_that_hangs():
+        yield 0
+        free.wait(60)
+
+    idle = threading.Thread(target=free.wait, args=(60,), name="somebody-else", daemon=True)
+    idle.start()
+    items = prefetched(a_read_that_hangs(), 2, timeout=0.2)
+    assert next(items) == 0
+    begin = time.monotonic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the error says it all
+        with pytest.raises(Stalled) as raised:
+            next(items)
+    assert 0.15 < time.monotonic() - begin < 2
+    text = str(raised.value)
+    assert "0.2 s" in text and "timeout" in text and "1 item" in text
+    for name in (NAME, "a_read_that_hangs", "somebody-else", "MainThread", "free.wait(60)"):
+        assert name in text, name
+    assert isinstance(raised.value, RuntimeError)
+    assert next(items, "over") == "over"
+    free.set()
+    idle.join()
+
+
+def test_a_slow_maker_within_the_timeout_is_fine():
+    slow = (time.sleep(0.05) or number for number in range(4))
+    assert list(prefetched(slow, 2, timeout=2)) == [0, 1, 2, 3]
+
+
+def test_without_a_timeout_a_long_wait_is_warned_about_once(monkeypatch):
+    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
+    slow = (time.sleep(0.2) or number for number in range(3))
+    with pytest.warns(UserWarning, match="nothing came") as caught:
+        assert list(prefetched(slow, 1)) == [0, 1, 2]
+    assert len(caught) == 1
+    assert "time.sleep(0.2)" in str(caught[0].message) and "timeout=" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "3"])
+def test_a_timeout_is_a_number_of_seconds(timeout):
+    with pytest.raises(ValueError, match="timeout"):
+        next(prefetched(iter(()), 1, timeout=timeout))
+
+
+def test_stacks_name_the_threads_and_show_their_code():
+    text = stacks()
+    assert "MainThread" in text
+    assert "test_stacks_name_the_threads" in text
+
+
+# Interrupts, forks and exits
+
+
+def test_ctrl_c_while_waiting_passes_and_the_next_one_begins_afresh(monkeypatch):
+    monkeypatch.setattr(ahead, "LINGER", 0.1)
+    free, waits = threading.Event(), threading.Event()
+
+    def a_read_that_hangs():
+        yield 0
+        waits.set()
+        free.wait(60)
+
+    def interrupt():
+        waits.wait(60)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    items = prefetched(a_read_that_hangs(), 2)
+    next(items)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    begin = time.monotonic()
+    with pytest.warns(UserWarning, match="still"), pytest.raises(KeyboardInterrupt):
+        next(items)
+    assert time.monotonic() - begin < 2
+    thread.join()
+    free.set()
+    assert list(prefetched(iter(range(3)), 2)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("moments", [40])
+def test_an_interrupt_at_any_moment_leaves_neither_a_thread_nor_a_lock(moments):
+    """SIGALRM raises wherever the reader happens to be; a held lock would hang the close."""
+
+    class Rung(Exception):
+        pass
+
+    def ring(*_):
+        raise Rung
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for moment in range(moments):
+            items = prefetched(iter(range(10**9)), 2)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0005 + moment * 3e-5)
+                for _ in items:
+                    pass
+            except Rung:
+                pass
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                items.close()
+            assert until(lambda: not readers())
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_forked_child_may_drop_it_and_is_told_not_to_read_from_it():
+    items = prefetched(iter(range(10**9)), 2)
+    next(items)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            next(items)
+        except RuntimeError as error:
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            del items  # closing must not wait for a thread that is not here
+            os._exit(status)
+    begin = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert time.monotonic() - begin < 2
+    assert [next(items) for _ in range(3)] == [1, 2, 3]
+    items.close()
+
+
+SCRIPTS = {
+    "held by the script": "items = prefetched(iter(range(10**9)), 2); next(items)",
+    "held for good": "import builtins; builtins.kept = items = prefetched(count(), 2); next(items)",
+    "in a cycle": "a = [prefetched(count(), 2)]; a.append(a); next(a[0])",
+    "in a loop that fails": "for _ in prefetched(count(), 2): 1 / 0",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_script_that_ends_in_the_middle_ends_at_once_and_quietly(script):
+    code = f"from itertools import count\nfrom siftloader.ahead import prefetched\n{script}\n"
+    # Without torch, which takes seconds to import: the room needs nothing of it.
+    stub = """
+    import sys, types, pathlib
+    package = types.ModuleType("siftloader")
+    package.__path__ = [str(pathlib.Path("siftloader").resolve())]
+    sys.modules["siftloader"] = package
+    """
+    begin = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", textwrap.dedent(stub) + code],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+    assert time.monotonic() - begin < 4
+    if "1 / 0" in script:
+        assert "ZeroDivisionError" in run.stderr and "Exception ignored" not in run.stderr
+    else:
+        assert (run.returncode, run.stderr) == (0, "")

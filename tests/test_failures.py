@@ -1,0 +1,466 @@
+"""Workers that die, data that fails, reads that hang, Ctrl-C: pytest tests/test_failures.py
+
+Each is one kind of exception, soon, leaves no process, thread or shared memory behind, and a new iter() works.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from models import classifier
+from test_loader import Rows, ids, planted
+from torch.utils.data import DataLoader, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from siftloader import SiftingDataLoader, TokenShards, ahead
+from siftloader.errors import CorruptShard, Stalled, WorkerDied
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+DEMO = "shards/demo"
+HERE = os.getpid()
+SHARED = Path("/dev/shm")
+
+
+def until(happened, seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while not happened() and time.monotonic() < end:
+        time.sleep(0.01)
+    return happened()
+
+
+def shared_memory() -> set[str]:
+    return {each.name for each in SHARED.iterdir() if each.name.startswith("torch_")}
+
+
+def children() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if "resource_tracker" not in _line(each)]
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return "resource_tracker"  # gone in this moment
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    gc.collect()
+    before = shared_memory(), threading.active_count(), set(children())
+    yield
+    gc.collect()
+    multiprocessing.active_children()  # reaps
+    assert until(lambda: set(children()) <= before[2]), children()
+    assert until(lambda: threading.active_count() <= before[1]), threading.enumerate()
+    assert until(lambda: shared_memory() <= before[0])  # others' workers have some for a moment
+
+
+class Broken(Exception):
+    """Nothing that torch knows how to build."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(f"row {row}: {why}")
+
+
+def fail(kind: str) -> None:
+    assert os.getpid() != HERE, "this would end the tests"
+    if kind == "exit 0":
+        os._exit(0)
+    if kind == "exit 3":
+        sys.exit(3)
+    if kind == "hang":
+        time.sleep(600)
+    if kind.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, kind))
+        time.sleep(60)
+    if kind == "ValueError":
+        raise ValueError("row 20 is broken")
+    if kind == "KeyError":
+        raise KeyError("no such column")
+    if kind == "ConnectionResetError":
+        raise ConnectionResetError("by the storage")
+    if kind == "CorruptShard":
+        raise CorruptShard(
+            "train-000001: sample 7, bytes 4096..4100 of train-000001.tar: not what was written"
+        )
+    if kind == "Broken":
+        raise Broken(20, "beyond repair")
+
+
+class Failing(Rows):
+    """Row ``at`` fails in its own way, in the worker that fetches it, while the file exists."""
+
+    def __init__(self, kind: str, switch: Path, at: int = 20, count: int = 100) -> None:
+        super().__init__(count)
+        self.kind, self.switch, self.at = kind, switch, at
+
+    def __getitem__(self, index):
+        if index == self.at and self.switch.exists():
+            fail(self.kind)
+        return super().__getitem__(index)
+
+
+class FailingStream(IterableDataset):
+    def __init__(self, rows: Failing) -> None:
+        self.rows = rows
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        for index in range(info.id, len(self.rows), info.num_workers):
+            yield self.rows[index]
+
+
+def generator_around(loader):
+    """An iterable that shows neither its loader nor its workers."""
+
+    class Around:
+        def __iter__(self):
+            yield from (dict(batch) for batch in loader)
+
+    return Around()
+
+
+LOADERS = {
+    "torch": lambda data, **kw: DataLoader(data, 8, num_workers=2, **kw),
+    "persistent": lambda data, **kw: DataLoader(
+        data, 8, num_workers=2, persistent_workers=True, **kw
+    ),
+    "one worker": lambda data, **kw: DataLoader(data, 8, num_workers=1, **kw),
+    "iterable": lambda data, **kw: DataLoader(FailingStream(data), 8, num_workers=2, **kw),
+    "stateful": lambda data, **kw: StatefulDataLoader(data, 8, num_workers=2, **kw),
+    "stateful persistent": lambda data, **kw: StatefulDataLoader(
+        data, 8, num_workers=2, persistent_workers=True, **kw
+    ),
+    "around": lambda data, **kw: generator_around(DataLoader(data, 8, num_workers=2, **kw)),
+}
+SIFTS = {"plain": {"keep": 1.0}, "sifting": {"keep": 0.5, "warmup_steps": 0}}
+
+
+def sifting(inner, **options) -> SiftingDataLoader:
+    options = {"keep": 1.0, "warmup_steps": 0, "score_fn": planted} | options
+    return SiftingDataLoader.wrap(inner, model=classifier(), **options)
+
+
+@pytest.fixture
+def switch(tmp_path) -> Path:
+    path = tmp_path / "fail"
+    path.touch()
+    return path
+
+
+def assert_it_works_again(loader, switch) -> None:
+    switch.unlink()
+    assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
+
+
+# Workers that die
+
+
+@pytest.mark.parametrize("how", LOADERS)
+@pytest.mark.parametrize("kind", ["SIGKILL", "exit 3"])
+def test_a_worker_that_dies_is_one_kind_of_error(kind, how, switch):
+    loader = sifting(LOADERS[how](Failing(kind, switch)))
+    begin = time.monotonic()
+    with pytest.raises(WorkerDied) as raised:
+        list(loader)
+    assert time.monotonic() - begin < 10
+    text = str(raised.value)
+    assert {"SIGKILL": "SIGKILL", "exit 3": "exit code 3"}[kind] in text
+    assert "pid " in text and "iter()" in text
+    if kind == "SIGKILL":
+        assert "memory" in text
+    if how != "around":  # there the generator lets go of them with the traceback
+        assert not multiprocessing.active_children()
+    del raised
+    assert_it_works_again(loader, switch)
+
+
+@pytest.mark.parametrize("kind", ["exit 0", "SIGBUS", "SIGSEGV", "SIGTERM"])
+def test_the_ways_to_die_are_told_apart(kind, switch):
+    loader = sifting(LOADERS["torch"](Failing(kind, switch)))
+    with pytest.raises(WorkerDied) as raised:
+        list(loader)
+    text = str(raised.value)
+    if kind in ("exit 0", "SIGTERM"):  # torch's workers take SIGTERM from themselves as a signal
+        assert "pid" in text
+    else:
+        assert kind in text
+    if kind == "SIGBUS":
+        assert "/dev/shm" in text and "--shm-size" in text
+    assert_it_works_again(loader, switch)
+
+
+@pytest.mark.parametrize("turn", range(6))
+def test_however_the_death_shows_the_type_is_the_same(turn, switch):
+    """Killed from outside at many moments: torch has RuntimeError, EOFError, ConnectionResetError for it."""
+
+    class Slow(Rows):
+        def __getitem__(self, index):
+            time.sleep(0.001)
+            return super().__getitem__(index)
+
+    loader = sifting(DataLoader(Slow(4000), 8, num_workers=2))
+    iterator = iter(loader)
+    next(iterator)
+    victim = multiprocessing.active_children()[turn % 2]
+    timer = threading.Timer(0.01 + 0.007 * turn, victim.kill)
+    timer.start()
+    with pytest.raises(WorkerDied, match="SIGKILL") as raised:
+        for _ in iterator:
+            pass
+    assert f"pid {victim.pid}" in str(raised.value)
+    assert not multiprocessing.active_children()
+    timer.join()
+
+
+@pytest.mark.parametrize("how", ["torch", "persistent", "stateful", "around"])
+def test_a_death_in_the_middle_of_a_step_waits_for_its_end(how, switch):
+    """Torch raises wherever the main thread is: half an optimizer step would be taken."""
+    switch.unlink()
+    loader = sifting(LOADERS[how](Failing("never", switch)))
+    list(DataLoader(Rows(4), 2, num_workers=1))  # torch has set its own by now
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    next(iterator)
+    next(iterator)
+    multiprocessing.active_children()[0].kill()
+    end = time.monotonic() + 0.3
+    while time.monotonic() < end:  # the loop's step
+        sum(range(1000))
+    with pytest.raises(WorkerDied, match="SIGKILL"):
+        list(iterator)
+    assert signal.getsignal(signal.SIGCHLD) is before
+    assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
+
+
+def test_a_death_is_told_at_once_though_the_timeout_is_long(switch):
+    loader = sifting(LOADERS["torch"](Failing("hang", switch, at=0), timeout=100))
+    iterator = iter(loader)
+    victim = multiprocessing.active_children()[0]
+    timer = threading.Timer(0.5, victim.kill)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(WorkerDied, match=f"pid {victim.pid}"):
+        next(iterator)
+    assert time.monotonic() - begin < 5
+    timer.join()
+
+
+def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch):
+    switch.unlink()
+    loader = sifting(LOADERS["persistent"](Failing("never", switch)))
+    list(loader)
+    victim = multiprocessing.active_children()[0]
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise right here
+    try:
+        victim.kill()
+        victim.join()
+        begin = time.monotonic()
+        with pytest.raises(WorkerDied, match=f"pid {victim.pid}"):
+            next(iter(loader))
+        assert time.monotonic() - begin < 5
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
+
+
+def test_the_death_of_another_loaders_worker_is_torchs_to_tell():
+    ours = iter(sifting(DataLoader(Rows(10**4), 8, num_workers=1)))
+    next(ours)
+    known = {*multiprocessing.active_children()}
+    plain = iter(DataLoader(Rows(10**4), 8, num_workers=1))
+    next(plain)
+    (victim,) = {*multiprocessing.active_children()} - known
+    with pytest.raises(RuntimeError, match=f"pid {victim.pid}") as raised:
+        victim.kill()
+        time.sleep(5)  # torch raises in here
+    assert not isinstance(raised.value, WorkerDied)
+    next(ours)
+    ours.close()
+
+
+def test_two_loaders_at_once_each_tell_of_their_own(switch):
+    first = sifting(DataLoader(Rows(10**4), 8, num_workers=1))
+    second = sifting(DataLoader(Rows(10**4), 8, num_workers=1))
+    one, two = iter(first), iter(second)
+    next(one)
+    workers_of_one = {*multiprocessing.active_children()}  # and of two, which began as well
+    next(two)
+    assert len(workers_of_one) == 2
+    victim = next(iter(workers_of_one))
+    victim.kill()
+    time.sleep(0.2)
+    told = []
+    for iterator in (one, two):
+        try:
+            for _ in range(50):
+                next(iterator)
+        except WorkerDied:
+            told.append(iterator)
+    assert len(told) == 1
+    one.close()
+    two.close()
+    before = signal.getsignal(signal.SIGCHLD)
+    list(sifting(DataLoader(Rows(40), 8, num_workers=1)))
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
+# Data that fails
+
+
+@pytest.mark.parametrize("how", ["torch", "persistent", "stateful", "iterable", "around"])
+@pytest.mark.parametrize("kind", ["ValueError", "KeyError", "ConnectionResetError"])
+def test_an_exception_of_the_data_keeps_its_type_and_the_traceback_of_the_worker(
+    kind, how, switch
+):
+    loader = sifting(LOADERS[how](Failing(kind, switch)))
+    begin = time.monotonic()
+    with pytest.raises(
+        {"ValueError": ValueError, "KeyError": KeyError}.get(kind, OSError)
+    ) as raised:
+        list(loader)
+    assert time.monotonic() - begin < 5
+    assert type(raised.value).__name__ == kind
+    assert "in fail" in str(raised.value) and "worker process" in str(raised.value)
+    if how in ("torch", "iterable", "stateful"):
+        assert not multiprocessing.active_children()
+    del raised
+    assert_it_works_again(loader, switch)
+
+
+def test_an_exception_that_torch_cannot_build_is_its_runtime_error(switch):
+    loader = sifting(LOADERS["torch"](Failing("Broken", switch)))
+    with pytest.raises(RuntimeError, match="Broken: row 20: beyond repair") as raised:
+        list(loader)
+    assert not isinstance(raised.value, WorkerDied)
+
+
+def test_a_broken_shard_read_by_a_worker_knows_its_place(switch):
+    loader = sifting(LOADERS["torch"](Failing("CorruptShard", switch)))
+    with pytest.raises(CorruptShard) as raised:
+        list(loader)
+    error = raised.value
+    assert (error.shard, error.sample, error.byte) == ("train-000001", 7, 4096)
+    assert "in fail" in str(error)
+
+
+# Reads that hang
+
+
+@pytest.mark.parametrize("how", ["torch", "persistent", "stateful", "around"])
+def test_a_worker_that_hangs_is_told_with_stacks_and_states(how, switch):
+    loader = sifting(LOADERS[how](Failing("hang", switch), timeout=1))
+    begin = time.monotonic()
+    with pytest.raises(Stalled) as raised:
+        list(loader)
+    assert time.monotonic() - begin < 4
+    text = str(raised.value)
+    assert "timed out after 1 seconds" in text
+    assert "MainThread" in text and "test_a_worker_that_hangs" in text
+    assert text.count("worker 0 (pid ") == text.count("worker 1 (pid ") == 1
+    assert "waiting, " in text and "py-spy" in text
+    assert raised.value.__cause__ is not None
+    if how != "around":
+        assert not multiprocessing.active_children()
+    del raised
+    if how != "around":
+        assert_it_works_again(loader, switch)
+
+
+class Stuck(TokenShards):
+    """The fourth batch does not come before ``free``."""
+
+    free = threading.Event()
+
+    def read_batches(self, *args, **options):
+        for number, batch in enumerate(super().read_batches(*args, **options)):
+            if number == 3:
+                self.free.wait(60)
+            yield batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_honour_the_timeout_whatever_the_workers(workers):
+    Stuck.free.clear()
+    shards = Stuck(DEMO)
+    loader = SiftingDataLoader(
+        shards, 8, model=classifier(), keep=1.0, timeout=0.3, num_workers=workers
+    )
+    begin, seen = time.monotonic(), 0
+    with pytest.raises(Stalled) as raised:
+        for _ in loader:
+            seen += 1
+    assert time.monotonic() - begin < 2
+    assert seen == 3
+    assert "read_batches" in str(raised.value) and "MainThread" in str(raised.value)
+    state = loader.state_dict()
+    Stuck.free.set()
+    again = SiftingDataLoader(TokenShards(DEMO, with_ids=True), 8, model=classifier(), keep=1.0)
+    again.load_state_dict(state)
+    straight = [batch["id"].tolist() for batch in TokenShards(DEMO, with_ids=True).batches(8)]
+    assert [batch["id"].tolist() for batch in again] == straight[3:]
+
+
+def test_shards_without_a_timeout_warn_after_a_while(monkeypatch):
+    monkeypatch.setattr(ahead, "PATIENCE", 0.1)
+    Stuck.free.clear()
+    threading.Timer(0.4, Stuck.free.set).start()
+    with pytest.warns(UserWarning, match=r"(?s)nothing came.*read_batches") as caught:
+        total = sum(
+            len(batch["labels"])
+            for batch in SiftingDataLoader(Stuck(DEMO), 8, model=classifier(), keep=1.0)
+        )
+    assert total == len(TokenShards(DEMO))
+    assert len(caught) == 1
+
+
+def test_other_data_keeps_torchs_rule_of_timeouts():
+    with pytest.raises(AssertionError):
+        iter(DataLoader(Rows(), 8, timeout=3))
+    with pytest.raises(AssertionError):
+        iter(SiftingDataLoader(Rows(), 8, model=classifier(), score_fn=planted, timeout=3))
+
+
+# Loops that fail
+
+
+@pytest.mark.parametrize("mode", SIFTS)
+@pytest.mark.parametrize("source", ["shards", "workers"])
+def test_a_loop_that_fails_leaves_no_thread_process_or_hook(source, mode):
+    """Once its traceback is gone; until then the frame of the loop holds the iterator."""
+    model = classifier()
+    options = SIFTS[mode] | ({"score_fn": lambda early, batch: batch["labels"][:, 0].float()})
+    if source == "shards":
+        loader = SiftingDataLoader(TokenShards(DEMO), 8, model=model, **options)
+    else:
+        loader = SiftingDataLoader(
+            Rows(), 8, num_workers=2, model=model, **options | {"score_fn": planted}
+        )
+    threads = threading.active_count()
+
+    def train():
+        for number, _ in enumerate(loader):
+            if number == 2:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as raised:
+        train()
+    del raised
+    gc.collect()
+    assert threading.active_count() == threads
+    assert not multiprocessing.active_children()
+    for module in model.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    count = sum(1 for _ in loader)
+    assert count == len(loader)
