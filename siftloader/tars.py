@@ -248,9 +248,8 @@ class TarStream(IterableDataset[Batch]):
     def __init__(self, recipe: _Recipe) -> None:
         self._recipe = recipe
         self._epochs = _Epochs()
-        self._at: tuple[int, int, bool] | None = (
-            None  # epoch, batches, finished: of this iteration
-        )
+        # Of this iteration: epoch, batches, whether it has ended.
+        self._at: tuple[int, int, bool] | None = None
         self._loaded: _Loaded | None = None
         self._dealt: tuple[tuple[int, int, int], list[list[_Share]]] | None = None
         self._reader = 0  # only the latest iteration is counted
@@ -362,7 +361,7 @@ class TarStream(IterableDataset[Batch]):
         recipe = self._recipe
         shuffle = partial(shuffled, size=recipe.shuffle, key=key)
         read: list[Stage] = [
-            partial(checked_tars, records=recipe.records, pipes=recipe.pipes),
+            partial(checked_tars, sizes=recipe.records, pipes=recipe.pipes),
             partial(_turns, turn=turn, readers=readers),
         ]
         decode = partial(decoded, fields=recipe.fields, decoders=recipe.decoders)
@@ -385,20 +384,15 @@ class TarStream(IterableDataset[Batch]):
                 "the number of samples is not known (text, own stages, or tars without recorded sizes), so "
                 "nobody can plan; record_tars counts what tars hold"
             )
-        samples = repeated = 0
-        unread = sum(recipe.counts)
-        batches = []
-        for rank in range(here.ranks):
-            worlds = [World(rank, here.ranks, worker, workers) for worker in range(workers)]
-            batches.append(sum(self._batches(epoch, each) for each in worlds))
-            for each in worlds:
-                has = self._samples(epoch, each)
-                takes = self._batches(epoch, each) * recipe.batch_size
-                if recipe.batches_per_epoch is None:
-                    takes = min(has, takes)
-                samples, unread = samples + takes, unread - min(has, takes)
-                repeated += max(0, takes - has)
-        return Plan(min(batches), samples, unread, repeated)
+        samples = repeated = read = 0
+        has = self._samples(epoch, here.ranks, workers)
+        takes = self._quotas(epoch, here.ranks, workers)
+        for own, batches in zip(itertools.chain(*has), itertools.chain(*takes), strict=True):
+            given = batches * recipe.batch_size
+            given = given if recipe.batches_per_epoch is not None else min(own, given)
+            samples, read = samples + given, read + min(own, given)
+            repeated += max(0, given - own)
+        return Plan(sum(takes[0]), samples, sum(recipe.counts) - read, repeated)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration epoch ``epoch``; a restored state in this very epoch keeps its place.
@@ -450,16 +444,19 @@ class TarStream(IterableDataset[Batch]):
 
     def _identity(self) -> dict[str, Any]:
         recipe = self._recipe
-        names = "\n".join(url.rpartition("/")[2] for url in recipe.urls)
+        # Where the tars are does not matter; their sizes do, for they are dealt by size.
+        sizes = [recipe.records[url].samples if url in recipe.records else 1 for url in self.urls]
+        names = [url.rpartition("/")[2] for url in self.urls]
         text = recipe.text
         return {
             "version": STATE_VERSION,
-            "tars": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "tars": hashlib.sha256(repr((names, sizes)).encode()).hexdigest()[:16],
             "seed": recipe.seed,
             "batch_size": recipe.batch_size,
             "shuffle": recipe.shuffle,
             "batches_per_epoch": recipe.batches_per_epoch,
             "drop_last": recipe.drop_last,
+            "stages": len(recipe.stages),
             "text": text and [text.objective, text.seq_len, text.tokenizer.sha256],
         }
 
@@ -522,48 +519,41 @@ class TarStream(IterableDataset[Batch]):
         self._dealt = asked, table
         return table
 
-    def _samples(self, epoch: int, world: World) -> int:
-        counts, share = self._recipe.counts, self._shares(epoch, world)[world.rank][world.worker]
+    def _samples(self, epoch: int, ranks: int, workers: int) -> list[list[int]]:
+        # By rank and worker.
+        counts = self._recipe.counts
         assert counts is not None
-        return max(0, -(-(sum(counts[each] for each in share.tars) - share.turn) // share.readers))
+        return [
+            [
+                max(0, -(-(sum(counts[tar] for tar in each.tars) - each.turn) // each.readers))
+                for each in shares
+            ]
+            for shares in self._shares(epoch, World(0, ranks, 0, workers))
+        ]
 
-    def _batches(self, epoch: int, world: World) -> int:
-        quota = self._quota(epoch, world)
-        return self._full(epoch, world) if quota is None else quota
-
-    def _full(self, epoch: int, world: World) -> int:
-        samples, size = self._samples(epoch, world), self._recipe.batch_size
-        return samples // size if self._recipe.drop_last else -(-samples // size)
+    def _quotas(self, epoch: int, ranks: int, workers: int) -> list[list[int]]:
+        # Batches by rank and worker: those of a rank's workers add up to the same on every rank.
+        recipe, size = self._recipe, self._recipe.batch_size
+        total = recipe.batches_per_epoch
+        if total is not None:
+            return [[total // workers + (w < total % workers) for w in range(workers)]] * ranks
+        samples = self._samples(epoch, ranks, workers)
+        full = [[n // size if recipe.drop_last else -(-n // size) for n in own] for own in samples]
+        total = min(map(sum, full))
+        if not total and ranks > 1:
+            raise EmptyEpoch(
+                f"{sum(recipe.counts or ())} samples in {len(self.urls)} tars for {ranks} ranks of {workers} "
+                f"workers make {[sum(each) for each in full][:8]} batches of {size}, and a rank without any "
+                f"would stop the others; use fewer ranks or workers, smaller batches, or batches_per_epoch="
+            )
+        return [_trimmed(own, total) for own in full]
 
     def _quota(self, epoch: int, world: World) -> int | None:
-        # Batches of this reader: the shares of a rank's workers add up to the same on every rank.
-        total = self._recipe.batches_per_epoch
-        if total is not None:
-            return total // world.workers + (world.worker < total % world.workers)
-        if world.ranks == 1:
+        # None where a reader just ends with its tars.
+        if self._recipe.batches_per_epoch is None and world.ranks == 1:
             return None
         self._check_ranks(world)
-        full = [
-            [
-                self._full(epoch, World(rank, world.ranks, worker, world.workers))
-                for worker in range(world.workers)
-            ]
-            for rank in range(world.ranks)
-        ]
-        total = min(map(sum, full))
-        if not total:
-            raise EmptyEpoch(
-                f"{sum(self._recipe.counts or ())} samples in {len(self.urls)} tars for {world.ranks} ranks of "
-                f"{world.workers} workers make batches of {self._recipe.batch_size} on each: "
-                f"{[sum(each) for each in full][:8]}, and a rank without any would stop the others; use "
-                f"fewer ranks or workers, smaller batches, or batches_per_epoch="
-            )
-        own = full[world.rank]
-        shares = [each * total // sum(own) for each in own]
-        for worker in range(world.workers):  # what rounding left over, to whoever has room
-            if sum(shares) < total and shares[worker] < own[worker]:
-                shares[worker] += 1
-        return shares[world.worker]
+        return self._quotas(epoch, world.ranks, world.workers)[world.rank][world.worker]
 
     def _check_ranks(self, world: World) -> None:
         recipe = self._recipe
@@ -716,6 +706,8 @@ def _check_state(state: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             cause = (
                 "the order of tars depends on ranks and workers: resume on as many as it was saved on"
                 if name in ("ranks", "worker", "workers")
+                else "these tars have other names or sizes than those it was saved from"
+                if name == "tars"
                 else "build the stream it was saved from"
             )
             raise StateError(
@@ -752,6 +744,15 @@ def _deal(
         heapq.heappush(waiting, (load + max(1, sizes[number]), place, hand))
     rank_of = {number: place for place, number in enumerate(order)}
     return [sorted(hand, key=rank_of.__getitem__) for hand in hands]
+
+
+def _trimmed(own: list[int], total: int) -> list[int]:
+    # Of every worker's batches its share of the total; what rounding left over, to whoever has room.
+    shares = [each * total // max(1, sum(own)) for each in own]
+    for worker, most in enumerate(own):
+        if sum(shares) < total and shares[worker] < most:
+            shares[worker] += 1
+    return shares
 
 
 def _permuted(numbers: list[int], key: str) -> list[int]:
@@ -889,7 +890,7 @@ def _recorded(
             )
         return records
     if sizes is not None:
-        told = _sidecar(Path(sizes))
+        told = _sidecar(os.fspath(sizes))
         return {url: told[_stem(url)] for url in urls if _stem(url) in told}
     found: dict[str, _Record] = {}
     beside: dict[Path, dict[str, _Record]] = {}
@@ -909,7 +910,7 @@ def _beside(folder: Path) -> dict[str, _Record]:
     for name in ("dataset.json", "sizes.json", "manifest.jsonl"):
         if not (folder / name).is_file():
             continue
-        for stem, record in _sidecar(folder / name).items():
+        for stem, record in _sidecar(str(folder / name)).items():
             before = merged.get(stem, record)
             if before.samples != record.samples:
                 raise ShardError(
@@ -921,10 +922,12 @@ def _beside(folder: Path) -> dict[str, _Record]:
     return merged
 
 
-def _sidecar(file: Path) -> dict[str, _Record]:
+def _sidecar(file: str) -> dict[str, _Record]:
+    name = file.rpartition("/")[2]
     try:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix == ".jsonl":
+        with open_file(File(file, None, "")) as stream:
+            text = stream.read().decode()
+        if name.endswith(".jsonl"):
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
             said = [(line["shard"], line["num_sequences"], line.get("sha256")) for line in lines]
         else:
@@ -932,19 +935,17 @@ def _sidecar(file: Path) -> dict[str, _Record]:
             if isinstance(about, dict) and isinstance(about.get("shardlist"), list):
                 said = [(each["url"], each.get("nsamples"), None) for each in about["shardlist"]]
                 said = [each for each in said if each[1] is not None]
-            elif file.name == "dataset.json":  # somebody's own
+            elif name == "dataset.json":  # somebody's own
                 return {}
             else:
-                said = [(name, size, None) for name, size in about.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                said = [(tar, size, None) for tar, size in about.items()]
+    except (CorpusError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ShardError(
             f"{file}: cannot be read as sizes of tars ({type(error).__name__}: {error}); needed is "
             f'{{"name.tar": samples, ...}}, or lines of {{"shard": "name", "num_sequences": samples}}; mend '
             f"or delete it"
         ) from error
-    return {
-        _stem(str(name)): _record(size, digest, file.name, name) for name, size, digest in said
-    }
+    return {_stem(str(tar)): _record(size, digest, name, tar) for tar, size, digest in said}
 
 
 def _record(samples: Any, sha256: Any, by: str, name: Any) -> _Record:
@@ -986,7 +987,8 @@ def record_tars(urls: Any, pipes: bool = False) -> list[Path]:
         ):
             raise ValueError(f"{manifest}: siftloader wrote these shards, and their manifest")
         if manifest.is_file():
-            kept = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+            text = manifest.read_text(encoding="utf-8")
+            kept = [json.loads(line) for line in text.splitlines() if line.strip()]
             own = {**{line["shard"]: line for line in kept}, **own}
         text = "".join(json.dumps(own[stem]) + "\n" for stem in sorted(own))
         write_atomically(manifest, text.encode())
@@ -1067,7 +1069,7 @@ def _masking(masking: Any, objective: str | None, about: Tokenizer | None) -> Ml
 
 def checked_tars(
     source: Iterable[Mapping[str, str] | str],
-    records: Mapping[str, _Record] | None = None,
+    sizes: Mapping[str, int | _Record] | None = None,
     pipes: bool = False,
 ) -> Iterator[Sample]:
     """Samples of tars, undecoded: ``{"__key__", "__url__", extension: bytes, ...}``; whole tars or errors.
@@ -1075,16 +1077,19 @@ def checked_tars(
     list(checked_tars(["train-000000.tar"]))      # or {"url": ...}, as wds.SimpleShardList gives
 
     Refused, with tar and key: a damaged or missing header, an end that comes too early, anything behind the
-    end, a sample or field that comes twice, fields that are not adjacent, links, and where a record is
-    known, another number of samples or another hash. Names without extension are passed over, as
+    end, a sample or field that comes twice, fields that are not adjacent, links, and another number of
+    samples than ``sizes`` has for a URL. Names without extension are passed over, as
     webdataset does. What comes from a URL is asked for again, and continued behind what was given already.
     """
     for each in source:
         url = each if isinstance(each, str) else each["url"]
+        record = (sizes or {}).get(url)
+        if isinstance(record, int):
+            record = _Record(record, None, "sizes=")
         given = 0
         for attempt in itertools.count(1):
             try:
-                samples = _samples(url, (records or {}).get(url), pipes, Reading())
+                samples = _samples(url, record, pipes, Reading())
                 for sample in itertools.islice(samples, given, None):
                     given += 1
                     yield sample
