@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, final
 
@@ -27,6 +27,7 @@ from siftloader.ahead import Watched, prefetched
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.errors import BatchError, StateError
 from siftloader.indices import (
+    check_recorded,
     decoded,
     encoded,
     is_indexed,
@@ -35,7 +36,7 @@ from siftloader.indices import (
     unknown_samplers,
     without_first,
 )
-from siftloader.stream import TokenShards
+from siftloader.stream import STATE_VERSION as VERSION, TokenShards
 from siftloader.world import World
 
 
@@ -102,21 +103,16 @@ class ShardCandidates:
 
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is."""
-        self.check(cursor)
         position = cursor.get("position", 0)
         if not position:
             # What iter(DataLoader) draws: keep=1.0 must leave the global stream where it leaves it.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         return self._at(position), self._pieces(epoch, position)
 
-    def check(self, cursor: Cursor) -> None:
+    def check(self, cursor: Cursor, override: Collection[str] = ()) -> None:
         """Raise StateError unless the cursor belongs to these shards in this order."""
-        for name, expected in self._identity().items() if cursor else ():
-            if cursor.get(name) != expected:
-                raise StateError(
-                    f"the state was saved with {name} {cursor.get(name)!r}, these shards have "
-                    f"{expected!r}; open the shards it was saved with, or start afresh without it"
-                )
+        if cursor:
+            self.shards.checked_state({"version": VERSION, "epoch": 0, **cursor}, override)
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing to tell: the epoch is given to ``draw``."""
@@ -125,8 +121,7 @@ class ShardCandidates:
         return {**self._identity(), "position": position}
 
     def _identity(self) -> dict[str, Any]:
-        state = self.shards.state_dict()
-        return {k: v for k, v in state.items() if k not in ("version", "epoch", "position")}
+        return self.shards.identity()
 
     def _pieces(self, epoch: int, start: int) -> Iterator[Piece]:
         # Pieces begin where they would in an unbroken epoch: a restart inside one reads it from its
@@ -223,8 +218,12 @@ class LoaderCandidates:
         fixed = {name: cursor[name] for name in fixed if name in cursor}
         return cursor, self._pieces(self._skipping(number, fixed), number, offset, fixed)
 
-    def check(self, cursor: Cursor) -> None:
+    def check(self, cursor: Cursor, override: Collection[str] = ()) -> None:
         """Raise StateError where the order of the inner loader cannot be taken up again."""
+        if override:
+            raise ValueError(
+                "only a state over TokenShards can be overridden; start afresh without it"
+            )
         if not cursor:
             return
         if cursor.get("batches") is None:
@@ -232,6 +231,12 @@ class LoaderCandidates:
                 "the state was saved over TokenShards, this loader draws from "
                 f"{type(self.loader).__name__}; build the loader it was saved with"
             )
+        for name in ("batches", "offset"):
+            value = cursor.get(name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
+                raise StateError(
+                    f"the state is damaged: cursor.{name} {value!r} found, a whole number expected"
+                )
         stateful = cursor.get("inner") is not None and self._stateful() is not None
         if not stateful and isinstance(self.loader, Iterator) and cursor["batches"]:
             raise StateError(
@@ -244,6 +249,8 @@ class LoaderCandidates:
                     f"the state was saved over data with {name} {found!r}, this loader's has "
                     f"{expected!r}; build the loader it was saved with, or start afresh without it"
                 )
+        if isinstance(self.loader, DataLoader) and is_indexed(self.loader):
+            check_recorded(self.loader, cursor)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the inner loader and whatever it draws from, each once."""
