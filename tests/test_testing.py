@@ -20,9 +20,11 @@ import pytest
 import torch
 from models import classifier
 from test_loader import DEMO, Rows, make, planted
+from test_tars import numbered as tars
 from torch.utils.data import DistributedSampler
 
 from siftloader import SiftingDataLoader, TokenShards, World
+from siftloader.tars import webdataset
 from siftloader.testing import _difference, assert_resumes_exactly
 
 
@@ -161,6 +163,15 @@ def test_torchdatas_loader_inside_ours_resumes(workers):
         return SiftingDataLoader.wrap(inner, model=MODEL, score_fn=planted, warmup_steps=2)
 
     assert_resumes_exactly(wrapped, positions=8)
+
+
+@pytest.mark.parametrize("announced", [False, True])
+def test_tars_of_others_resume(tmp_path, announced):
+    pytest.importorskip("webdataset")
+    urls = tars(tmp_path / "tars", [7, 5, 9, 3])
+    assert_resumes_exactly(
+        lambda: webdataset(urls, batch_size=4, seed=1), positions=None, set_epoch=announced
+    )
 
 
 def numbered() -> Any:
