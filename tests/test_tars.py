@@ -867,6 +867,30 @@ def test_other_fields_are_a_dict_stacked_where_shapes_allow(tmp_path: Path) -> N
         list(webdataset(path, batch_size=4, shuffle=0, fields=("jpg;png",)))
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_arrays_are_what_numpy_reads(tmp_path: Path, version: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    arrays = [
+        rng.integers(0, 9, (3, 4)).astype(">i4"),
+        np.asfortranarray(rng.normal(size=(3, 4, 2))).astype("<f2", order="K"),
+        np.array(7, "<u2"),
+        np.empty((0, 3), "<f8"),
+        np.array([True, False]),
+    ]
+    for array in arrays:
+        buffer = io.BytesIO()
+        np.lib.format.write_array(buffer, array, version)
+        path = write(tmp_path / "t.tar", [("a", {"x.npy": buffer.getvalue()})])
+        (sample,) = decoded(checked_tars([str(path)]))
+        found = sample["x.npy"]
+        assert np.array_equal(found, array) and found.shape == array.shape
+        assert found.dtype == array.dtype.newbyteorder("=") and found.flags.writeable
+        if array.nbytes:
+            write(path, [("a", {"x.npy": buffer.getvalue()[:-1]})])
+            with pytest.raises(ShardError, match=r"'x.npy' cannot be decoded"):
+                list(decoded(checked_tars([str(path)])))
+
+
 def test_a_pickle_is_opened_only_by_a_decoder_of_ones_own(tmp_path: Path) -> None:
     path = write(tmp_path / "t.tar", [("a", {"pkl": pickle.dumps(3), "cls": b"1"})])
     (batch,) = webdataset(path, batch_size=1, decoders={".pkl": pickle.loads})
