@@ -82,6 +82,7 @@ test: $(READY)
 
 # minutes, not seconds: large fuzz, kills, the demo itself; GPU tests skip themselves where there is none
 test-all: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,emulators]'
 	SIFTLOADER_EXAMPLES=10 $(BIN)/python -m pytest -n 2 --timeout 1800
 
 check: $(READY)
