@@ -206,8 +206,13 @@ def test_uniform_is_one_and_the_disk_is_not() -> None:
     assert disk["mix, prepared"] == pytest.approx(1, abs=0.1)
 
 
+def test_parted_is_of_neighbours_on_disk() -> None:
+    evens_first = np.r_[0:1024:2, 1:1024:2]  # neighbours come half the stream apart
+    assert shuffle_quality.measure(evens_first, 16)["parted"] == pytest.approx(1.5, rel=0.01)
+
+
 @examples(30)
-@given(count=st.integers(0, 60), size=st.integers(1, 30), seed=st.integers(0, 99))
+@given(count=st.integers(0, 400), size=st.integers(1, 250), seed=st.integers(0, 99))
 def test_the_buffer_is_webdatasets(count: int, size: int, seed: int) -> None:
     filters = pytest.importorskip("webdataset.filters")
     theirs = filters._shuffle(iter(range(count)), size, 100, rng=random.Random(seed))
