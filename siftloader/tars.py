@@ -1421,8 +1421,7 @@ def _array(data: bytes) -> NDArray[Any]:
     else:
         begin = 10 + int.from_bytes(data[8:10], "little")
         shape, fortran, dtype = _npy_header(data[8:begin])
-        count = math.prod(shape)
-        array = np.frombuffer(data, dtype, count, begin) if count else np.empty(0, dtype)
+        array = np.frombuffer(data, dtype, math.prod(shape), begin)
         array = array.reshape(shape, order="F" if fortran else "C").copy()
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 

@@ -39,6 +39,8 @@ from siftloader.masking import IGNORED, Mlm
 from siftloader.tars import (
     Plan,
     TarStream,
+    _deal,
+    _trimmed,
     batched,
     checked_tars,
     decoded,
@@ -179,6 +181,23 @@ def test_ranks_end_together_however_uneven_the_tars(
         counts[world.rank] += len(list(stream))
     assert len(set(counts.values())) == 1
     assert counts[0] == stream.plan(workers).batches > 0
+
+
+def test_a_deal_gives_all_and_evenly_and_a_trim_keeps_the_total() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        among = int(rng.integers(1, 9))
+        sizes = dict(enumerate(rng.integers(0, 50, int(rng.integers(among, 40))).tolist()))
+        for key in ("a", None):
+            hands = _deal(list(sizes), sizes, among, key)
+            assert sorted(itertools.chain(*hands)) == list(sizes) and all(hands)
+            loads = [sum(max(1, sizes[each]) for each in hand) for hand in hands]
+            assert max(loads) - min(loads) <= max(1, *sizes.values())
+        own = rng.integers(0, 9, among).tolist()
+        total = int(rng.integers(0, sum(own) + 1))
+        shares = _trimmed(own, total)
+        assert sum(shares) == total
+        assert all(share <= most for share, most in zip(shares, own, strict=True))
 
 
 def test_a_plan_says_what_is_left_out_and_what_is_repeated(tmp_path: Path) -> None:
