@@ -104,6 +104,7 @@ class ShardCandidates:
     def draw(self, epoch: int, cursor: Cursor) -> tuple[Cursor, Iterator[Piece]]:
         """The pieces of an epoch from the cursor on, and the cursor of where that is."""
         position = cursor.get("position", 0)
+        self.shards.check_ranks(epoch, position)
         if not position:
             # What iter(DataLoader) draws: keep=1.0 must leave the global stream where it leaves it.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)

@@ -6,6 +6,7 @@
     - CorruptShard     the bytes of a shard are not those the manifest recorded
     - FetchError       a shard behind a URL did not arrive, however often it was asked for
   + StateError         a saved state that belongs to other data, another seed or a newer version
+  + RanksDisagree      ranks of one job that read other data, or begin elsewhere
   + BatchError         a batch whose rows cannot be told apart
   + ScoringError       a model that cannot be cut, or an early prediction that makes no sense
   + EmptyEpoch         an epoch that would hand out nothing
@@ -53,6 +54,10 @@ class FetchError(ShardError):
 
 class StateError(SiftError):
     """A saved state belongs to other data, another seed or a newer version."""
+
+
+class RanksDisagree(SiftError):
+    """Ranks of one job read other data, in another order, or begin elsewhere: samples would be lost."""
 
 
 class BatchError(SiftError):

@@ -13,13 +13,14 @@ Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabular
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import operator
 import os
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, Literal
 
 import numpy as np
@@ -30,13 +31,14 @@ from torch.utils.data import IterableDataset
 
 from siftloader.bigrams import Bigrams, read_bigrams
 from siftloader.coverage import Coverage
-from siftloader.errors import EmptyEpoch, ShardError, StateError
+from siftloader.errors import EmptyEpoch, RanksDisagree, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
 from siftloader.mixture import Mixture
 from siftloader.opened import Budget, Opened, Part, Verdicts
 from siftloader.order import Order
 from siftloader.shards import ShardSet
-from siftloader.world import World
+from siftloader.tars import webdataset as webdataset
+from siftloader.world import World, first_word
 
 
 STATE_VERSION = 2
@@ -50,6 +52,9 @@ NOTHING = np.zeros(0, np.int64)
 ENUMERATED = 1 << 20  # positions located at once where a coverage is worked out
 
 Folder = str | os.PathLike[str]
+_STREAMS = (
+    count()
+)  # of this process, as they begin: the same stream has the same number on all ranks
 
 
 class TokenShards(IterableDataset[dict[str, Tensor]]):
@@ -168,6 +173,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._pending = True  # the next iteration starts at (epoch, position), not an epoch later
         self._reader = 0  # counts iterations: only the latest may move the position
         self._loads = 0  # counts states loaded: what ran before is told
+        self._compared = False  # with the other ranks
         self._delivered = Coverage()  # in the epoch under way
         self._before: tuple[int, int] | None = (
             None  # epoch and position up to which others delivered
@@ -449,6 +455,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._position = self.upcoming()
         world = self._world(None)
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
+        self.check_ranks(self._epoch, self._position)
         if not continues or not self._position:
             self._delivered, self._before = Coverage(), None
         self._pending = False
@@ -470,6 +477,29 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 yield item
         if reader == self._reader and world.workers == 1:
             self._epoch, self._position, self._pending = self._epoch + 1, 0, True
+
+    def check_ranks(self, epoch: int, position: int) -> None:
+        """Raise RanksDisagree where the first rank to begin reads something else, or from elsewhere.
+
+        Looked at once, when the first iteration begins, without waiting for anybody: whoever comes later finds
+        it. Not for ``split="val"``, which one rank may read alone, nor where ``world`` was given.
+        """
+        if self._compared or not self._shuffle or self.world is not None:
+            return
+        self._compared = True
+        world = World.detect()
+        own = {**self.identity(), "machines": world.machines, "epoch": epoch, "position": position}
+        first = json.loads(first_word(f"streams/{next(_STREAMS)}", json.dumps(own)))
+        different = [name for name in own if own[name] != first.get(name)]
+        if different:
+            what = ", ".join(
+                f"{name} {own[name]!r} (there {first.get(name)!r})" for name in different
+            )
+            raise RanksDisagree(
+                f"rank {world.rank} of {world.ranks} is to read other samples than the first rank to begin: "
+                f"{what}; give all ranks the same data, options and state, and let them open their "
+                f"streams in the same order (or pass world=World(rank, ranks), which asks nobody)"
+            )
 
     def coverage(self) -> Coverage:
         """Which samples this reader was given in the epoch under way, or in the one that ended last.

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import pytest
+import torch
 from models import classifier
 from test_stream import SPECIAL, V, make, opened, row, rows, write  # noqa: F401
 
 from siftloader import SiftingDataLoader, TokenShards
 from siftloader.coverage import Coverage
-from siftloader.errors import ShardError, StateError
+from siftloader.errors import RanksDisagree, ShardError, StateError
 from siftloader.shards import ShardSet
 from siftloader.world import World
 
@@ -262,3 +263,56 @@ def test_a_lost_or_doubled_sample_changes_the_coverage():
     assert len(digests) == 4
     assert Coverage.of(whole) + Coverage() == Coverage.of(whole)
     assert len({Coverage.of(np.array([i])).digest for i in range(5000)}) == 5000
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """The store of a process group of two ranks; gives the first and the second of them the word."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("siftloader.world._store", lambda: store)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def speak(rank: int):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr("siftloader.stream._STREAMS", count())
+
+    return speak
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, r"rank 1 of 2 .*seed 1 \(there 0\)"),
+        ({"window": 4}, r"window 4 \(there 2\)"),
+        ({"lanes": 2}, r"lanes 2 \(there 1\)"),
+        ({"counts": (40, 40, 3)}, r"fingerprint '.*' \(there '.*'\), samples 83 \(there 21\)"),
+        ({"state": True}, r"position 8 \(there 0\)"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sifted", [False, True])
+def test_ranks_that_read_something_else_are_told(make, group, change, message, sifted):  # noqa: F811
+    def begin(counts=(5, 7, 3, 6), state=False, **options):
+        shards = opened(make(counts), **options)
+        if state:
+            shards.load_state_dict({**shards.state_dict(), "position": 8})
+        if not sifted:
+            return next(iter(shards))
+        loader = SiftingDataLoader(shards, 2, model=classifier(), criterion="rarity")
+        return next(iter(loader))
+
+    group(0)
+    begin()
+    group(1)
+    with pytest.raises(RanksDisagree, match=message):
+        begin(**change)
+    group(1)
+    begin()
+
+
+def test_one_rank_alone_reads_the_validation_split_or_a_world_of_its_own(make, group):  # noqa: F811
+    group(0)
+    next(iter(opened(make(), seed=3)))
+    group(1)
+    next(iter(opened(make(), split="val")))
+    next(iter(opened(make(), seed=5, world=World(0, 2))))
