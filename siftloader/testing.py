@@ -67,8 +67,8 @@ def assert_resumes_exactly(
     its way. Fresh ones are then restored from each state, and every later batch is compared, the ends of
     epochs too. Once more, with restarts in a row: restored, saved, restored again, on to the next place.
 
-    * Places: before the first batch, after a batch, after the end of an epoch; at most ``positions``,
-      evenly spread, ends of epochs among them; None: every one. The run is kept in memory, and iterated
+    * Places: before the first batch, after a batch, after the end of an epoch; about ``positions`` of
+      them, evenly spread, ends of epochs among them; None: every one. The run is kept in memory, and iterated
       about ``positions / 2`` times: bound long loaders with ``batches``.
     * A state goes through JSON where JSON gives it back as it was, else through pickle, as a checkpoint
       would. Beside it, again like a checkpoint, the global random streams of torch, CUDA, NumPy
@@ -269,8 +269,8 @@ class _Check:
             raise AssertionError(
                 f"{story}: a batch came where {self._title(at)} should. {self._hint(found, at)}"
             )
-        if not self.same(found, expected):
-            what = _difference(found, expected) or "not the same, says same()"
+        if complaint := self._complaint(found, expected):
+            what = _difference(found, expected) or complaint
             raise AssertionError(
                 f"{story}: {self._title(at)} differs from the unbroken run's: {what}. "
                 f"{self._hint(found, at)}"
@@ -304,7 +304,7 @@ class _Check:
         alike = [
             other
             for other, event in enumerate(self.events)
-            if event is not _END and self.same(found, event)
+            if event is not _END and self._complaint(found, event) is None
         ]
         if not alike:
             return _unlike(found, self.events[at])
@@ -319,6 +319,12 @@ class _Check:
                 f"handed out?"
             )
         return f"{what}{at - near} too few were skipped. Is a batch counted only after it was handed out?"
+
+    def _complaint(self, found: Any, expected: Any) -> str | None:
+        try:
+            return None if self.same(found, expected) else "not the same, says same()"
+        except Exception as error:  # batches of other shapes, say
+            return f"same() raised {type(error).__name__}: {error}"
 
     def _end_of(self, at: int) -> int:
         # The event that ends the epoch of this one.

@@ -105,6 +105,7 @@ def train(folder: Path) -> None:
         say(step=step, epoch=epoch, dropped=loader.stats["tail_dropped"] - dropped)
         save(folder, loader, model, optimizer, step, epoch + 1)
     say(step=step, weights=sum(p.double().sum().item() for p in model.parameters()))
+    log.close()
     dist.destroy_process_group()
 
 
@@ -144,20 +145,23 @@ class Run:
 
     processes: list[subprocess.Popen[str]]
 
-    def kill(self) -> None:
+    def kill(self) -> list[str]:
         """As the out-of-memory killer does it, and the scheduler: no handler runs, nothing is flushed."""
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-        for process in self.processes:
-            process.communicate()
+        return [process.communicate()[1] for process in self.processes]
 
-    def finished(self, within: float = 240) -> list[str]:
-        """What each wrote to stderr, once all have ended well."""
-        errors = [process.communicate(timeout=within)[1] for process in self.processes]
-        for process, error in zip(self.processes, errors, strict=True):
-            assert process.returncode == 0, error
-        return errors
+    def finished(self, within: float = 240) -> None:
+        """Wait until all have ended well; if one did not, the others, who wait for it, are killed."""
+        deadline = time.monotonic() + within
+        while self.alive() and time.monotonic() < deadline:
+            if any(process.poll() for process in self.processes):
+                break
+            time.sleep(0.02)
+        ended = [process.poll() for process in self.processes]
+        errors = self.kill()
+        assert ended == [0] * len(ended), f"exit codes {ended}\n" + "\n".join(errors)
 
     def alive(self) -> bool:
         return any(process.poll() is None for process in self.processes)
@@ -327,3 +331,6 @@ def check_warnings(logs: list[Log]) -> None:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]))
+    # About one process in a hundred that used gloo aborts while it ends (torch 2.13, "terminate called
+    # without an active exception", without siftloader too): what is tested is over by now.
+    os._exit(0)

@@ -35,6 +35,7 @@ SHARDS: dict[str, dict[str, Any]] = {
     "masked half": {"masking": 0.5},
     "validation": {"split": "val", "with_ids": True},
     "third of four ranks": {"world": World(2, 4)},
+    "lanes, epochs of 700": {"lanes": 3, "epoch_samples": 700, "with_ids": True},
 }
 
 
@@ -489,6 +490,20 @@ def test_nearly_equal_may_be_enough():
     with pytest.raises(AssertionError, match="Equal: id"):
         assert_resumes_exactly(Rounded)
     assert_resumes_exactly(Rounded, same=close)
+
+
+def test_a_comparison_that_fails_on_other_shapes_does_not_hide_the_bug():
+    class Ragged(OneEarly):
+        def noise(self, rows):
+            return torch.ones(4 + self.handed % 2)
+
+    def close(found, expected):
+        return torch.allclose(
+            found["noise"] * found["id"][0], expected["noise"] * expected["id"][0]
+        )
+
+    with pytest.raises(AssertionError, match="restored after batch 1 of epoch 0: batch 2 of"):
+        assert_resumes_exactly(Ragged, same=close, batches=5)
 
 
 @pytest.mark.parametrize(
