@@ -82,7 +82,7 @@ class Content:
     pairs: NDArray[np.uint8] | None
     first_id: int
     first_source: int
-    path: Path
+    path: str
     identity: tuple[int, ...]
     rows: NDArray[np.int64] | None = None
 
@@ -92,6 +92,15 @@ class Content:
     def sound(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows to read for those asked for."""
         return row if self.rows is None else self.rows[row]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A shard as it is mapped: tokens [N, T], and the file that they lie in."""
+
+    tokens: NDArray[Any]
+    path: Path
+    identity: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -143,7 +152,7 @@ class Opened:
         self._budget = budget
         self._bounds = list(accumulate((len(part.shards) for part in parts), initial=0))
         self._contents: OrderedDict[int, Content] = OrderedDict()
-        self._coming: dict[int, Future[None]] = {}
+        self._coming: dict[int, Future[_Judged]] = {}
         self._crew: _Crew | None = None
 
     def get(self, number: int) -> Content:
@@ -201,17 +210,17 @@ class Opened:
         part, own = self._parts[which], number - self._bounds[which]
         return part, own, part.shards[own]
 
-    def _judge(self, number: int) -> None:
-        # Fetches the shard and hashes it, unless it is known to be good.
+    def _judge(self, number: int) -> _Judged:
+        # Fetches and maps the shard, and hashes it unless it is known to be good.
         part, _, shard = self._place(number)
         for _ in range(ATTEMPTS):
-            _, before = self._identity(part, shard)
-            if not self._verify or self._verdicts.good[number] == hash(before):
-                return
-            part.files.read(shard, verify=True)
+            path, before = self._identity(part, shard)
+            known = not self._verify or self._verdicts.good[number] == hash(before)
+            tokens = part.files.read(shard, verify=not known)
             if self._identity(part, shard)[1] == before:
-                self._verdicts.good[number] = hash(before)
-                return
+                if self._verify:
+                    self._verdicts.good[number] = hash(before)
+                return _Judged(tokens, path, before)
         raise CorruptShard(
             f"{shard.shard}: written to again and again while it was read; let nobody write to the "
             f"shards of a run",
@@ -231,47 +240,51 @@ class Opened:
         # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
         content, dated = self._contents[number], self._place(number)[0].files.files.dated
         with suppress(OSError):
-            found = _signs(content.path.stat(), dated)
+            found = _signs(os.stat(content.path), dated)  # noqa: PTH116 - thousands a second
             return found[:2] == content.identity[:2] and found != content.identity
         return False
 
-    def _judged(self, number: int) -> None:
+    def _judged(self, number: int) -> _Judged:
         # As _judge, or as a thread did it in advance.
-        if (coming := self._coming.pop(number, None)) is not None:
-            coming.result()
-        self._judge(number)
+        coming = self._coming.pop(number, None)
+        return self._judge(number) if coming is None else coming.result()
 
-    def _content(self, number: int, rows: NDArray[np.int64] | None = None) -> Content:
+    def _content(
+        self, number: int, judged: _Judged, rows: NDArray[np.int64] | None = None
+    ) -> Content:
         part, own, shard = self._place(number)
-        path, identity = self._identity(part, shard)
         return Content(
-            part.files.read(shard, verify=False),
+            judged.tokens,
             part.files.read_sources(shard) if self._sources else None,
             part.files.read_labels(shard, verify=False) if part.files.layout.labels else None,
             part.first_id + part.shards.first_id(own),
             part.first_source,
-            path,
-            identity,
+            str(judged.path),
+            judged.identity,
             rows,
         )
+
+    def _trusted(self, number: int) -> _Judged:
+        # Damaged in rows that are known, so its hash says nothing.
+        part, _, shard = self._place(number)
+        path, identity = self._identity(part, shard)
+        return _Judged(part.files.read(shard, verify=False), path, identity)
 
     def _open(self, number: int, lost: tuple[int, ...] = ()) -> Content:
         # lost: shards in whose place this one comes
         if self._budget is None:
-            self._judged(number)
-            return self._content(number)
+            return self._content(number, self._judged(number))
         damage = self._known_damage(number)
         if damage is None:
             try:
-                self._judged(number)
-                return self._content(number)
+                return self._content(number, self._judged(number))
             except FetchError:
                 raise  # the network is no damage: it passes
             except ShardError as error:
                 damage = self._pass_over(number, error)
                 self._verdicts.damaged[number] = damage
         if damage.rows is not None:
-            return self._content(number, damage.rows)
+            return self._content(number, self._trusted(number), damage.rows)
         part, own, shard = self._place(number)
         size = len(part.shards)
         after = (number - own + (own + step) % size for step in range(1, size))
@@ -334,15 +347,15 @@ class _Crew:
     """Threads that judge one shard after the other; they hold up neither a reader's end nor a process's."""
 
     def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Future[None], Callable[[int], None], int] | None] = (
+        self._tasks: SimpleQueue[tuple[Future[_Judged], Callable[[int], _Judged], int] | None] = (
             SimpleQueue()
         )
         for _ in range(THREADS):
             threading.Thread(target=self._work, name="siftloader-verify", daemon=True).start()
 
-    def begin(self, judge: Callable[[int], None], number: int) -> Future[None]:
+    def begin(self, judge: Callable[[int], _Judged], number: int) -> Future[_Judged]:
         """Judge this shard when those before it are done."""
-        future: Future[None] = Future()
+        future: Future[_Judged] = Future()
         self._tasks.put((future, judge, number))
         return future
 
@@ -358,11 +371,9 @@ class _Crew:
         while (task := self._tasks.get()) is not None:
             future, judge, number = task
             try:
-                judge(number)
+                future.set_result(judge(number))
             except BaseException as error:
                 future.set_exception(error)
-            else:
-                future.set_result(None)
 
 
 def _signs(stat: os.stat_result, dated: bool) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ from siftloader.world import World, first_word
 STATE_VERSION = 2
 FIRST_VERSION = {"lanes": 1, "weights": None}  # what it had not
 BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortises NumPy's calls
+LOCATED = 8  # blocks whose places are found at once
 SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
 SET_BITS = 40  # of an id: the sample within its set; the bits above them are the number of the set
 MOST_OPEN = 512  # shards a reader keeps mapped: each of them holds a file descriptor
@@ -99,7 +100,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     A shard is verified (sha256) when it is first opened, by each process that opens it, those of the next
     window while this one is read, and again once the file was touched; ``verify=False`` trusts the disk.
     ``on_error=Budget(100)`` passes over so many damaged samples, with a warning, before it raises. At most
-    ``window + 1`` shards of a lane are mapped at once (512 in all), beside one block of about a million token ids.
+    ``2 * window + 1`` shards of a lane are mapped at once, beside one block of about a million token ids.
     """
 
     def __init__(
@@ -337,11 +338,14 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         )
         orders, windows = self._orders(), _Windows(self.lanes if self._shuffle else 1)
         try:
-            for begin in range(0, rows, size):
-                turns = np.arange(begin, min(begin + size, rows), dtype=np.int64)
-                where = self._locate(first + step * turns, epoch, orders)
-                opened.announce(windows.upcoming(where, orders, self._bases))
-                yield self._take(where, opened)
+            for begin in range(0, rows, LOCATED * size):
+                # More than a block: each call costs as much as a thousand positions.
+                turns = np.arange(begin, min(begin + LOCATED * size, rows), dtype=np.int64)
+                located = self._locate(first + step * turns, epoch, orders)
+                for at in range(0, len(turns), size):
+                    where = located.part(at, at + size)
+                    opened.announce(windows.upcoming(where, orders, self._bases))
+                    yield self._take(where, opened)
         finally:
             opened.close()
 
@@ -695,6 +699,11 @@ class _Where:
     place: NDArray[np.int64]
     number: NDArray[np.int64]  # of the shard, among those of all sets
     row: NDArray[np.int64]
+
+    def part(self, first: int, end: int) -> _Where:
+        cut = slice(first, end)
+        columns = (self.which, self.repeat, self.place, self.number, self.row)
+        return _Where(*(column[cut] for column in columns))
 
 
 class _Orders:
