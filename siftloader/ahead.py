@@ -329,7 +329,7 @@ class Watched(Generic[Item]):
 
     def _end(self) -> None:
         # The iterator itself may live on for long, in the traceback of what ended it.
-        if getattr(self._loader, "_iterator", None) is self._source:
+        if self._loader is not None and getattr(self._loader, "_iterator", self) is self._source:
             self._loader._iterator = None  # it would be asked to begin again
         if self._holder is not None and os.getpid() == self._process:
             # In a thread, for it waits long for a worker that hangs.

@@ -6,29 +6,34 @@ Each is one kind of exception, soon, leaves no process, thread or shared memory 
 from __future__ import annotations
 
 import gc
+import json
 import multiprocessing
 import os
+import resource
+import runpy
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
-import torch
 from models import classifier
 from test_loader import Rows, ids, planted
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from siftloader import SiftingDataLoader, TokenShards, ahead
 from siftloader.errors import CorruptShard, Stalled, WorkerDied
+from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 DEMO = "shards/demo"
-HERE = os.getpid()
 SHARED = Path("/dev/shm")
 
 
@@ -44,14 +49,16 @@ def shared_memory() -> set[str]:
 
 
 def children() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if "resource_tracker" not in _line(each)]
+    return [each for each in psutil.Process().children() if not _serves(each)]
 
 
-def _line(process: psutil.Process) -> str:
+def _serves(process: psutil.Process) -> bool:
+    # What multiprocessing itself keeps, and whatever is gone by now.
     try:
-        return " ".join(process.cmdline())
+        line = " ".join(process.cmdline())
     except psutil.Error:
-        return "resource_tracker"  # gone in this moment
+        return True
+    return "multiprocessing.resource_tracker" in line or "multiprocessing.forkserver" in line
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +85,7 @@ class Broken(Exception):
 
 
 def fail(kind: str) -> None:
-    assert os.getpid() != HERE, "this would end the tests"
+    assert get_worker_info() is not None, "this would end the tests"
     if kind == "exit 0":
         os._exit(0)
     if kind == "exit 3":
@@ -120,7 +127,7 @@ class FailingStream(IterableDataset):
         self.rows = rows
 
     def __iter__(self):
-        info = torch.utils.data.get_worker_info()
+        info = get_worker_info()
         for index in range(info.id, len(self.rows), info.num_workers):
             yield self.rows[index]
 
@@ -483,3 +490,220 @@ def test_a_loop_that_fails_leaves_no_thread_process_or_hook(source, mode):
         assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
     count = sum(1 for _ in loader)
     assert count == len(loader)
+
+
+# Ctrl-C
+
+SCRIPT = """
+import json, sys, time, warnings
+import torch
+from siftloader import SiftingDataLoader, TokenShards
+from torch.utils.data import DataLoader, Dataset
+
+warnings.simplefilter("error")
+torch.set_num_threads(1)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        return {"x": torch.full((8,), float(index)), "labels": torch.tensor(index % 10), "id": torch.tensor(index)}
+
+
+def make(source, scoring=0.0):
+    def score(early, batch):
+        time.sleep(scoring)
+        return (batch["id"] % 7).float()
+
+    torch.manual_seed(0)
+    model = Model()
+    how = {"exit_layer": 1, "warmup_steps": 2, "score_fn": score}
+    if source == "shards":
+        return SiftingDataLoader(TokenShards("shards/demo", with_ids=True), 4, model=model, **how)
+    return SiftingDataLoader(Rows(), 4, shuffle=True, num_workers=2, model=model, **how)
+
+
+if __name__ == "__main__":
+    source, scoring, out = sys.argv[1:]
+    loader, seen = make(source, float(scoring)), []
+    try:
+        for step, batch in enumerate(loader):
+            seen.append(batch["id"].tolist())
+            if step == 5:
+                print("now", flush=True)
+            time.sleep(0.01)
+    finally:
+        with open(out, "w") as file:
+            json.dump({"seen": seen, "state": loader.state_dict()}, file)
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "scoring", "group"),
+    [
+        ("shards", 0.1, False),
+        pytest.param("shards", 0.0, False, marks=pytest.mark.slow),
+        ("workers", 0.0, True),  # as a terminal does: the workers get it, too
+        pytest.param("workers", 0.0, False, marks=pytest.mark.slow),
+        pytest.param("workers", 0.1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_ends_training_at_once_with_a_state_that_resumes(source, scoring, group, tmp_path):
+    script, out = tmp_path / "script.py", tmp_path / "state.json"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-X", "dev", str(script), source, str(scoring), str(out)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+    ) as run:
+        assert run.stdout.readline() == "now\n", run.stderr.read()
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert len(workers) == (2 if source == "workers" else 0)
+        begin = time.monotonic()
+        (os.killpg if group else os.kill)(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=20)
+        assert time.monotonic() - begin < 5
+    assert run.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert "Exception ignored" not in errors
+    assert until(lambda: not any(each.is_running() for each in workers))
+
+    saved = json.loads(out.read_text())
+    make = runpy.run_path(str(script))["make"]
+    straight = [batch["id"].tolist() for batch in make(source)]
+    done = len(saved["seen"])
+    assert 5 < done < len(straight)
+    resumed = make(source)
+    resumed.load_state_dict(saved["state"])
+    assert saved["seen"] + [batch["id"].tolist() for batch in resumed] == straight
+
+
+def test_ctrl_c_between_two_batches_of_workers_leaves_none(switch):
+    loader = sifting(LOADERS["persistent"](Failing("hang", switch, at=40)))
+    timer = threading.Timer(
+        1.0, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    )
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(loader)
+    assert not multiprocessing.active_children()
+    timer.join()
+    assert_it_works_again(loader, switch)
+
+
+# Ways to start workers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "persistent"),
+    [("fork", False), ("fork", True), ("spawn", False), ("spawn", True), ("forkserver", False)],
+)
+@pytest.mark.parametrize("kind", ["SIGKILL", "ValueError"])
+def test_failures_are_told_however_workers_start(kind, start, persistent, switch):
+    inner = DataLoader(
+        Failing(kind, switch),
+        8,
+        num_workers=2,
+        persistent_workers=persistent,
+        multiprocessing_context=start,
+    )
+    # Two in one process: the other one is not harmed.
+    other = iter(sifting(DataLoader(Rows(100), 8, num_workers=1)))
+    rows = ids(next(other))
+    with pytest.raises({"SIGKILL": WorkerDied, "ValueError": ValueError}[kind]):
+        list(sifting(inner))
+    assert len(multiprocessing.active_children()) == (
+        1 + 2 * (persistent and kind == "ValueError")
+    )
+    switch.unlink()
+    assert sorted(row for batch in sifting(inner) for row in ids(batch)) == list(range(100))
+    rows += [row for batch in other for row in ids(batch)]
+    assert rows == list(range(100))
+
+
+# Limits
+
+
+def test_many_shards_need_few_descriptors(tmp_path):
+    """Those of the window are open at once, not those of the epoch: 300 shards, 64 descriptors."""
+    rows, source = np.arange(8 * 300).reshape(-1, 1, 8) % 50, np.zeros(1, np.uint8)
+    layout, folder = Layout.for_vocabulary(8, 50), tmp_path / "many"
+    folder.mkdir()
+    written = [
+        write_shard(folder, f"train-{i:06d}", row, source, layout) for i, row in enumerate(rows)
+    ]
+    write_dataset(
+        folder,
+        written,
+        layout=layout,
+        objective="clm",
+        tokenizer=Tokenizer("tiny", "0" * 64, 50, {"eos": 1}),
+        sources=[Source("tiny", "0" * 64, 1)],
+        unigrams=np.bincount(rows.reshape(-1), minlength=50),
+        seed=0,
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = len([*Path("/proc/self/fd").iterdir()])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(64, held + 12), limits[1]))
+    try:
+        shards = TokenShards(folder, with_ids=True, with_source=True)
+        seen = sorted(row for batch in shards.batches(7) for row in batch["id"].tolist())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert seen == list(range(300))
+
+
+SMALL = """
+import sys, warnings
+warnings.simplefilter("error")
+import torch
+from siftloader import SiftingDataLoader
+from torch.utils.data import DataLoader
+
+data = [torch.zeros(1 << 19) for _ in range(16)]
+inner = DataLoader(data, 4, num_workers=2, timeout=10)
+try:
+    list(SiftingDataLoader.wrap(inner, model=torch.nn.Linear(2, 2), keep=1.0, exit_layer="full"))
+except RuntimeError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="mounts a small /dev/shm: needs root",
+)
+def test_too_little_shared_memory_says_what_to_do(tmp_path):
+    script = tmp_path / "small.py"
+    script.write_text(SMALL)
+    mount = 'mount -t tmpfs -o size=2m tmpfs /dev/shm || exit 77; exec "$@"'
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount, "sh", sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
+    )
+    if run.returncode in (1, 77) and "not permitted" in run.stderr:
+        pytest.skip("may not mount here")
+    assert run.returncode == 0, run.stderr
+    assert "of 2 MiB free" in run.stdout and "--shm-size" in run.stdout, run.stdout
