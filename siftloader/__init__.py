@@ -9,20 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from siftloader.coverage import Coverage as Coverage
     from siftloader.errors import (
         BatchError as BatchError,
         CorpusError as CorpusError,
         CorruptShard as CorruptShard,
         EmptyEpoch as EmptyEpoch,
+        FetchError as FetchError,
+        RanksDisagree as RanksDisagree,
         ScoringError as ScoringError,
         ShardError as ShardError,
         SiftError as SiftError,
+        Stalled as Stalled,
         StateError as StateError,
+        WorkerDied as WorkerDied,
     )
     from siftloader.exits import EarlyExit as EarlyExit
     from siftloader.heads import ExitHead as ExitHead
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
     from siftloader.masking import Mlm as Mlm
+    from siftloader.opened import Budget as Budget
     from siftloader.pool import Pool as Pool
     from siftloader.predicted import Predicted as Predicted
     from siftloader.predictions import Predictions as Predictions
@@ -56,12 +62,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _NAMES = {
-    "errors": "BatchError CorpusError CorruptShard EmptyEpoch ScoringError ShardError SiftError "
-    "StateError",
+    "coverage": "Coverage",
+    "errors": "BatchError CorpusError CorruptShard EmptyEpoch FetchError RanksDisagree ScoringError "
+    "ShardError SiftError Stalled StateError WorkerDied",
     "exits": "EarlyExit",
     "heads": "ExitHead",
     "loader": "SiftingDataLoader",
     "masking": "Mlm",
+    "opened": "Budget",
     "pool": "Pool",
     "predicted": "Predicted",
     "predictions": "Predictions",

@@ -13,10 +13,10 @@ from siftloader import errors
 
 
 PUBLIC = """
-    BatchError CorpusError CorruptShard Criterion EarlyExit EmptyEpoch Entropy ExitHead First GradNorm Gumbel
-    LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample Rarity Reducible Residual Robust
-    Schedule ScoringError Selection ShardError SiftError Sifter SiftingDataLoader StateError Stratified
-    Stride TokenShards TopK TrimmedTopK World
+    BatchError Budget CorpusError CorruptShard Coverage Criterion EarlyExit EmptyEpoch Entropy ExitHead FetchError
+    First GradNorm Gumbel LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample
+    RanksDisagree Rarity Reducible Residual Robust Schedule ScoringError Selection ShardError SiftError Sifter
+    SiftingDataLoader Stalled StateError Stratified Stride TokenShards TopK TrimmedTopK WorkerDied World
 """.split()  # noqa: SIM905 - a list of names reads better without quotes
 
 
