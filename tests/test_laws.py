@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import torch
 from effort import examples
 from hypothesis import example, given, strategies as st
 
+from siftloader import stream
 from siftloader.coverage import Coverage
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 from siftloader.stream import SET_BITS, TokenShards
@@ -93,6 +95,10 @@ def topologies(draw: st.DrawFn) -> tuple[int, int]:
     return machines, draw(st.integers(1, 4 if machines < 3 else 2))
 
 
+# How many tokens are located and gathered at once: a few rows, or all there are.
+blocks = st.sampled_from([1, 3 * T, 20 * T, stream.BLOCK_TOKENS])
+
+
 @dataclass(frozen=True)
 class Segment:
     """What runs between two restarts."""
@@ -104,6 +110,7 @@ class Segment:
     saver: int  # of which rank the state is
     announced: bool  # whether set_epoch is called before every epoch
     twice: bool  # whether the state is restored, saved and restored again
+    block: int  # tokens gathered at once
 
 
 segments = st.builds(
@@ -115,6 +122,7 @@ segments = st.builds(
     st.integers(0, 11),
     st.booleans(),
     st.booleans(),
+    blocks,
 )
 
 
@@ -180,8 +188,8 @@ WHOLE: dict[tuple[Data, int], list[Row]] = {}
 def epoch_of(make: Make, what: Data, epoch: int) -> list[Row]:
     """All rows of an epoch in the order of their positions: what one rank reads straight."""
     if (what, epoch) not in WHOLE:
-        batches = what.opened(make, World()).read_batches(7, epoch)
-        WHOLE[what, epoch] = [one for batch in batches for one in rows(batch)]
+        (whole,) = what.opened(make, World()).read_batches(1000, epoch)
+        WHOLE[what, epoch] = rows(whole)
     return WHOLE[what, epoch]
 
 
@@ -242,8 +250,9 @@ def test_any_number_of_restarts_on_any_topology_changes_nothing(make, what, run)
 def taken(reader: TokenShards, segment: Segment, epoch: int, takes: int | None) -> list[Row]:
     if segment.announced:
         reader.set_epoch(epoch)
-    stream = reader.batches(segment.n) if segment.n else iter(reader)
-    return [one for batch in islice(stream, takes) for one in rows(batch)]
+    items = reader.batches(segment.n) if segment.n else iter(reader)
+    with patch.object(stream, "BLOCK_TOKENS", segment.block):
+        return [one for batch in islice(items, takes) for one in rows(batch)]
 
 
 @given(
@@ -253,9 +262,12 @@ def taken(reader: TokenShards, segment: Segment, epoch: int, takes: int | None) 
     st.integers(1, 9),
     st.integers(0, 3),
     st.integers(0, 99),
+    blocks,
 )
 @examples(60)
-def test_ranks_and_workers_partition_what_is_left(make, what, topology, workers, n, epoch, start):
+def test_ranks_and_workers_partition_what_is_left(
+    make, what, topology, workers, n, epoch, start, block
+):
     whole = epoch_of(make, what, epoch)
     start %= len(whole) + 1
     reader, ranks = what.opened(make), worlds(topology)
@@ -265,11 +277,9 @@ def test_ranks_and_workers_partition_what_is_left(make, what, topology, workers,
     for world in ranks:
         merged: dict[int, Row] = {}
         for worker in range(workers):
-            own = list(
-                reader.read_batches(
-                    n, epoch, start, replace(world, worker=worker, workers=workers)
-                )
-            )
+            here = replace(world, worker=worker, workers=workers)
+            with patch.object(stream, "BLOCK_TOKENS", block):
+                own = list(reader.read_batches(n, epoch, start, here))
             assert all(len(batch["id"]) == n for batch in own[:-1]), "only the last is ragged"
             found = [one for batch in own for one in rows(batch)]
             merged |= {worker + workers * at: one for at, one in enumerate(found)}

@@ -1,6 +1,6 @@
 """Real processes: training that is killed, and resumed on another number of them.
 
-pytest tests/test_processes.py -m slow; the processes run this very file: python tests/test_processes.py FOLDER
+pytest tests/test_processes.py -m slow; the processes run this very file: python tests/test_processes.py train FOLDER
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from test_laws import in_order, slots_of, write
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from siftloader import SiftingDataLoader, TokenShards, World
 
@@ -109,6 +111,26 @@ def train(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def read(folder: Path) -> None:
+    """Two epochs of a loader, where the ranks agree, or rank 1 is told something else."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    case, odd = os.environ["KIND"], dist.get_rank() == 1
+    data = folder / ("mlm-1" if case == "fingerprint" and odd else "mlm-0")
+    shards = TokenShards(data, seed=int(case == "seed" and odd), verify=False)
+    if case == "position" and odd:
+        shards.load_state_dict({**shards.state_dict(), "position": 8})
+    loader: Any = DataLoader(shards, 8, num_workers=2 if case == "workers" else 0)
+    if case == "seed":
+        loader = SiftingDataLoader(shards, 8, model=Net(), keep=1.0)
+    for epoch in range(2):
+        shards.set_epoch(epoch)
+        rows = sum(len(batch["input_ids"]) for batch in loader)
+        assert case != "workers" or rows == 240
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def save(
     folder: Path,
     loader: SiftingDataLoader,
@@ -167,7 +189,9 @@ class Run:
         return any(process.poll() is None for process in self.processes)
 
 
-def start(folder: Path, ranks: int, run: int, kind: str = "set") -> Run:
+def start(
+    folder: Path, ranks: int, run: int, kind: str = "set", what: Callable[[Path], None] = train
+) -> Run:
     """As torchrun starts them, half of them on another machine, it says; each is a group of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -177,7 +201,7 @@ def start(folder: Path, ranks: int, run: int, kind: str = "set") -> Run:
     shared |= {"RUN": f"{run:03d}", "KIND": kind}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, __file__, what.__name__, str(folder)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -303,6 +327,18 @@ def test_killed_at_any_moment_and_resumed_on_any_number_of_processes_loses_nothi
     assert len(weights_of(logs[-1])) == 1, "one model"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["seed", "fingerprint", "position"])
+def test_ranks_that_read_something_else_are_told(folder, case):
+    with pytest.raises(AssertionError, match=rf"RanksDisagree: rank [01] of 2 .*{case}"):
+        start(folder, 2, 0, case, read).finished()
+
+
+@pytest.mark.slow
+def test_ranks_with_loader_workers_read_epoch_after_epoch(folder):
+    start(folder, 2, 0, "workers", read).finished()
+
+
 def wait_for_lines(log: Path, lines: int, run: Run) -> None:
     deadline = time.monotonic() + 120
     while run.alive() and not (log.exists() and log.read_text().count("\n") >= lines):
@@ -330,7 +366,7 @@ def check_warnings(logs: list[Log]) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]))
+    {"train": train, "read": read}[sys.argv[1]](Path(sys.argv[2]))
     # About one process in a hundred that used gloo aborts while it ends (torch 2.13, "terminate called
     # without an active exception", without siftloader too): what is tested is over by now.
     os._exit(0)
