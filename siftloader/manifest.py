@@ -237,6 +237,7 @@ def _sound(line: Any) -> bool:
         and type(one) is type(two) is str
         and re.fullmatch("[0-9a-f]{128}", one + two) is not None
         and len(one) == 64
+        and name.find("-") > 0
         and "/" not in name
         and "\\" not in name
     )
@@ -245,6 +246,8 @@ def _sound(line: Any) -> bool:
 def _check_types(shard: Shard) -> None:
     if not isinstance(shard.shard, str) or "/" in shard.shard or "\\" in shard.shard:
         raise TypeError(f"shard must be a name, got {shard.shard!r}")
+    if shard.shard.find("-") < 1:
+        raise ValueError(f"shard must begin with its split, as train-000000, got {shard.shard!r}")
     for name in ("num_sequences", "bytes"):
         value = getattr(shard, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:

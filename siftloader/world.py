@@ -60,9 +60,10 @@ class World:
 def first_word(topic: str, word: str) -> str:
     """What the first rank to speak on a topic said, which may be our own word; nobody waits for anybody.
 
-    Our own word where no process group runs. One question to the store of the group, however many ranks.
+    Our own word where no process group runs, and in loader workers: a forked one holds the very connection to
+    the store that its parent uses. One question to the store of the group, however many ranks.
     """
-    store = _store()
+    store = None if _worker_info() is not None else _store()
     if store is None:
         return word
     said: bytes = store.compare_set(f"siftloader/{topic}", "", word)
@@ -99,6 +100,10 @@ def _machines(ranks: int) -> int:
 
 
 def _worker() -> tuple[int, int]:
-    data = sys.modules.get("torch.utils.data")
-    info = data.get_worker_info() if data is not None else None
+    info = _worker_info()
     return (info.id, info.num_workers) if info is not None else (0, 1)
+
+
+def _worker_info() -> Any:
+    data = sys.modules.get("torch.utils.data")
+    return None if data is None else data.get_worker_info()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import classifier
 from test_stream import SPECIAL, V, make, opened, row, rows, write  # noqa: F401
+from torch.utils.data import DataLoader
 
 from siftloader import SiftingDataLoader, TokenShards
 from siftloader.coverage import Coverage
@@ -308,6 +309,18 @@ def test_ranks_that_read_something_else_are_told(make, group, change, message, s
         begin(**change)
     group(1)
     begin()
+
+
+def test_a_loader_worker_asks_nobody(make, group, monkeypatch):  # noqa: F811
+    """Forked, it would talk over its parent's connection."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr("siftloader.world._store", lambda: store)
+    group(0)
+    list(DataLoader(opened(make()), batch_size=None, num_workers=1))
+    assert store.num_keys() == 0
+    group(1)
+    next(iter(opened(make())))
+    assert store.num_keys() == 1
 
 
 def test_one_rank_alone_reads_the_validation_split_or_a_world_of_its_own(make, group):  # noqa: F811
