@@ -129,7 +129,7 @@ class Manifest(Sequence[Shard]):
         while number < len(self):
             found.append(self._names[number].partition("-")[0])
             number = self._bound(f"{found[-1]}.")
-        return tuple(found)
+        return tuple(sorted(found))
 
     def fingerprint(self, schema: Mapping[str, Any]) -> str:
         """The identity of what the shards hold, never of where they are."""
