@@ -82,6 +82,22 @@ def test_an_error_of_the_maker_is_raised_at_its_place(kind):
     assert next(items, "over") == "over"
 
 
+def test_an_error_is_held_by_nobody_once_it_was_handled():
+    def make():
+        yield 0
+        raise Broken
+
+    gc.disable()
+    try:
+        with pytest.raises(Broken) as raised:
+            list(prefetched(make(), 2))
+        error = weakref.ref(raised.value)
+        del raised
+        assert until(lambda: error() is None, 1)
+    finally:
+        gc.enable()
+
+
 def test_closing_ends_a_thread_that_waits_for_room():
     items = prefetched(iter(range(10**9)), 2)
     next(items)
@@ -333,16 +349,28 @@ def test_a_forked_child_may_drop_it_and_is_told_not_to_read_from_it():
 
 
 SCRIPTS = {
-    "held by the script": "items = prefetched(iter(range(10**9)), 2); next(items)",
-    "held for good": "import builtins; builtins.kept = items = prefetched(count(), 2); next(items)",
+    "held by the script": "items = prefetched(closing(), 2); next(items)",
+    "held for good": "import builtins; builtins.kept = items = prefetched(closing(), 2); next(items)",
     "in a cycle": "a = [prefetched(count(), 2)]; a.append(a); next(a[0])",
     "in a loop that fails": "for _ in prefetched(count(), 2): 1 / 0",
 }
 
 
+MAKER = """
+from itertools import count
+from siftloader.ahead import prefetched
+
+def closing():
+    try:
+        yield from count()
+    finally:
+        print("closed")
+"""
+
+
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_a_script_that_ends_in_the_middle_ends_at_once_and_quietly(script):
-    code = f"from itertools import count\nfrom siftloader.ahead import prefetched\n{script}\n"
+    code = f"{MAKER}\n{script}\n"
     # Without torch, which takes seconds to import: the room needs nothing of it.
     stub = """
     import sys, types, pathlib
@@ -363,3 +391,5 @@ def test_a_script_that_ends_in_the_middle_ends_at_once_and_quietly(script):
         assert "ZeroDivisionError" in run.stderr and "Exception ignored" not in run.stderr
     else:
         assert (run.returncode, run.stderr) == (0, "")
+    # The thread ended, it was not stopped wherever it was.
+    assert run.stdout == ("closed\n" if "closing" in script else "")

@@ -293,6 +293,26 @@ def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch
     assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
 
 
+def test_persistent_workers_end_at_once_with_their_loader():
+    """A cycle holds our loader: its queues close before torch would say through them that it is over."""
+    loader = SiftingDataLoader(
+        Rows(40),
+        8,
+        num_workers=2,
+        persistent_workers=True,
+        model=classifier(),
+        score_fn=planted,
+        keep=1.0,
+    )
+    list(loader)
+    assert len(multiprocessing.active_children()) == 2
+    begin = time.monotonic()
+    del loader
+    gc.collect()
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - begin < 4
+
+
 def test_the_death_of_another_loaders_worker_is_torchs_to_tell():
     ours = iter(sifting(DataLoader(Rows(10**4), 8, num_workers=1)))
     next(ours)
