@@ -93,6 +93,8 @@ class SiftingDataLoader(DataLoader[Any]):
     * ``keep`` may change with the steps: ``{0: 0.5, 10_000: 0.25}`` is half, later a quarter of a pool.
     * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, that of a shard's sample,
       else the number of the candidate), scores [P], kept [P] bool.
+    * ``timeout`` is torch's: seconds without a batch. Over shards it needs no workers. Too late is ``Stalled``, with
+      the stacks of all threads; a worker that was killed is ``WorkerDied``, between two batches.
     * ``log_selections="x.parquet"`` writes the same to a folder of Parquet files, readable after a
       crash; ``siftloader inspect-selections x.parquet`` reads it.
 
