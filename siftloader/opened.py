@@ -22,7 +22,6 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, final
 
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 
 from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.manifest import Manifest, Shard
-from siftloader.shards import ShardSet
+from siftloader.shards import Mapped, ShardSet
 from siftloader.storage import LocalFolder
 
 
@@ -74,7 +73,7 @@ class Part:
 class Content:
     """A mapped shard: tokens [N, T], sources and labels [N] where there are any, the id of row 0.
 
-    ``rows``: where samples are damaged, the row to read for each; ``identity`` tells this file from another.
+    ``rows``: where samples are damaged, the row to read for each.
     """
 
     tokens: NDArray[Any]
@@ -83,7 +82,7 @@ class Content:
     first_id: int
     first_source: int
     path: str
-    identity: tuple[int, ...]
+    stat: os.stat_result  # when it was mapped
     rows: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
@@ -92,15 +91,6 @@ class Content:
     def sound(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows to read for those asked for."""
         return row if self.rows is None else self.rows[row]
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """A shard as it is mapped: tokens [N, T], and the file that they lie in."""
-
-    tokens: NDArray[Any]
-    path: Path
-    identity: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -152,7 +142,7 @@ class Opened:
         self._budget = budget
         self._bounds = list(accumulate((len(part.shards) for part in parts), initial=0))
         self._contents: OrderedDict[int, Content] = OrderedDict()
-        self._coming: dict[int, Future[_Judged]] = {}
+        self._coming: dict[int, Future[Mapped | None]] = {}
         self._crew: _Crew | None = None
 
     def get(self, number: int) -> Content:
@@ -160,7 +150,12 @@ class Opened:
         if number in self._contents:
             self._contents.move_to_end(number)
             return self._contents[number]
-        content = self._open(number)
+        try:
+            content = self._open(number)
+        except ShardError as error:
+            if len(self._parts) > 1:  # every set has such a shard
+                error.args = (f"{self._place(number)[0].files.name}: {error}",)
+            raise
         self._contents[number] = content
         if len(self._contents) > self._limit:
             self._contents.popitem(last=False)
@@ -179,7 +174,7 @@ class Opened:
             return
         if self._crew is None:
             self._crew = _Crew()
-        self._coming |= {number: self._crew.begin(self._judge, number) for number in new}
+        self._coming |= {number: self._crew.begin(self._judge_ahead, number) for number in new}
         for which, part in enumerate(self._parts):
             first, end = self._bounds[which : which + 2]
             coming = [part.shards[n - first] for n in self._coming if first <= n < end]
@@ -193,7 +188,11 @@ class Opened:
         """
         if not self._verify:
             return False
-        stale = [n for n in numbers if n in self._contents and self._written_to(n)]
+        stale = []
+        for number in numbers:
+            content = self._contents.get(number)
+            if content is not None and self._touched(number, content.path, content.stat):
+                stale.append(number)
         for number in stale:
             del self._contents[number]
         return bool(stale)
@@ -210,65 +209,69 @@ class Opened:
         part, own = self._parts[which], number - self._bounds[which]
         return part, own, part.shards[own]
 
-    def _judge(self, number: int) -> _Judged:
+    def _judge(self, number: int) -> Mapped:
         # Fetches and maps the shard, and hashes it unless it is known to be good.
         part, _, shard = self._place(number)
         for _ in range(ATTEMPTS):
-            path, before = self._identity(part, shard)
+            before = self._identity(part, shard)
             known = not self._verify or self._verdicts.good[number] == hash(before)
-            tokens = part.files.read(shard, verify=not known)
-            if self._identity(part, shard)[1] == before:
+            mapped = part.files.open_shard(shard, verify=not known)
+            same = _signs(mapped.stat, part.files.files.dated) == before
+            if same and self._identity(part, shard) == before:
                 if self._verify:
                     self._verdicts.good[number] = hash(before)
-                return _Judged(tokens, path, before)
+                return mapped
         raise CorruptShard(
             f"{shard.shard}: written to again and again while it was read; let nobody write to the "
             f"shards of a run",
             shard=shard.shard,
         )
 
-    def _identity(self, part: Part, shard: Shard) -> tuple[Path, tuple[int, ...]]:
+    def _judge_ahead(self, number: int) -> Mapped | None:
+        mapped = self._judge(number)
+        # A mapped shard keeps a file descriptor: not more of them than are to be open.
+        return mapped if len(self._coming) <= self._limit else None
+
+    def _identity(self, part: Part, shard: Shard) -> tuple[int, ...]:
         path = part.files.path(shard)
         try:
-            return path, _signs(path.stat(), part.files.files.dated)
+            return _signs(path.stat(), part.files.files.dated)
         except OSError as error:
             raise ShardError(
                 f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
             ) from error
 
-    def _written_to(self, number: int) -> bool:
-        # In place, under our mapping. A file that was replaced, or removed, is still mapped as it was.
-        content, dated = self._contents[number], self._place(number)[0].files.files.dated
+    def _touched(self, number: int, path: str, stat: os.stat_result) -> bool:
+        # Written to, in place. A file that was replaced, or removed, is still mapped as it was.
+        dated = self._place(number)[0].files.files.dated
         with suppress(OSError):
-            found = _signs(os.stat(content.path), dated)  # noqa: PTH116 - thousands a second
-            return found[:2] == content.identity[:2] and found != content.identity
+            now = os.stat(path)  # noqa: PTH116 - thousands a second
+            same = (now.st_ino, now.st_dev) == (stat.st_ino, stat.st_dev)
+            return same and _signs(now, dated) != _signs(stat, dated)
         return False
 
-    def _judged(self, number: int) -> _Judged:
+    def _judged(self, number: int) -> Mapped:
         # As _judge, or as a thread did it in advance.
         coming = self._coming.pop(number, None)
-        return self._judge(number) if coming is None else coming.result()
+        mapped = None if coming is None else coming.result()
+        if mapped is None or self._touched(number, str(mapped.path), mapped.stat):
+            return self._judge(number)
+        return mapped
 
     def _content(
-        self, number: int, judged: _Judged, rows: NDArray[np.int64] | None = None
+        self, number: int, mapped: Mapped, rows: NDArray[np.int64] | None = None
     ) -> Content:
         part, own, shard = self._place(number)
         return Content(
-            judged.tokens,
+            mapped.tokens,
             part.files.read_sources(shard) if self._sources else None,
-            part.files.read_labels(shard, verify=False) if part.files.layout.labels else None,
+            mapped.labels,
             part.first_id + part.shards.first_id(own),
             part.first_source,
-            str(judged.path),
-            judged.identity,
+            str(mapped.path),
+            mapped.stat,
             rows,
         )
-
-    def _trusted(self, number: int) -> _Judged:
-        # Damaged in rows that are known, so its hash says nothing.
-        part, _, shard = self._place(number)
-        path, identity = self._identity(part, shard)
-        return _Judged(part.files.read(shard, verify=False), path, identity)
 
     def _open(self, number: int, lost: tuple[int, ...] = ()) -> Content:
         # lost: shards in whose place this one comes
@@ -284,7 +287,9 @@ class Opened:
                 damage = self._pass_over(number, error)
                 self._verdicts.damaged[number] = damage
         if damage.rows is not None:
-            return self._content(number, self._trusted(number), damage.rows)
+            # Damaged in rows that are known, so its hash says nothing.
+            part, _, shard = self._place(number)
+            return self._content(number, part.files.open_shard(shard, verify=False), damage.rows)
         part, own, shard = self._place(number)
         size = len(part.shards)
         after = (number - own + (own + step) % size for step in range(1, size))
@@ -310,7 +315,7 @@ class Opened:
     def _identity_or_none(self, number: int) -> tuple[int, ...] | None:
         part, _, shard = self._place(number)
         try:
-            return self._identity(part, shard)[1]
+            return self._identity(part, shard)
         except FetchError:
             raise
         except ShardError:
@@ -321,7 +326,8 @@ class Opened:
         assert self._budget is not None
         identity = self._identity_or_none(number)
         bad = part.files.damaged(shard)
-        count = int(bad.sum())
+        if not (count := int(bad.sum())):
+            raise error  # not of the samples, so nothing that could be passed over
         spent = count + sum(each.samples for each in self._verdicts.damaged.values())
         if spent > self._budget.samples:
             raise CorruptShard(
@@ -347,15 +353,15 @@ class _Crew:
     """Threads that judge one shard after the other; they hold up neither a reader's end nor a process's."""
 
     def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Future[_Judged], Callable[[int], _Judged], int] | None] = (
-            SimpleQueue()
-        )
+        self._tasks: SimpleQueue[
+            tuple[Future[Mapped | None], Callable[[int], Mapped | None], int] | None
+        ] = SimpleQueue()
         for _ in range(THREADS):
             threading.Thread(target=self._work, name="siftloader-verify", daemon=True).start()
 
-    def begin(self, judge: Callable[[int], _Judged], number: int) -> Future[_Judged]:
+    def begin(self, judge: Callable[[int], Mapped | None], number: int) -> Future[Mapped | None]:
         """Judge this shard when those before it are done."""
-        future: Future[_Judged] = Future()
+        future: Future[Mapped | None] = Future()
         self._tasks.put((future, judge, number))
         return future
 

@@ -21,11 +21,13 @@ Letters: N samples of a shard, n of a chunk, T tokens of a sample, V vocabulary.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import re
+import stat
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -702,18 +704,25 @@ class ShardSet:
         With ``verify`` the sha256 of the whole file is compared first: CorruptShard on any flipped bit,
         naming sample and byte.
         """
-        return np.ndarray(
-            (shard.num_sequences, self.layout.seq_len),
-            np.dtype(self.layout.dtype),
-            buffer=self._mapped(shard, verify),
-            offset=self.layout.offset,
-            strides=(self.layout.stride, np.dtype(self.layout.dtype).itemsize),
-        )
+        return self.open_shard(shard, verify).tokens
+
+    def read_labels(self, shard: Shard, verify: bool = True) -> NDArray[np.uint8]:
+        """The labels of a shard, uint8 [N]: 0 where the second segment follows the first, else 1.
+
+        ShardError where the objective has none; ``verify`` as for ``read``.
+        """
+        labels = self.open_shard(shard, verify).labels
+        if labels is None:
+            raise ShardError(
+                f"{self.name}: objective {self.objective!r} has no labels; prepare the shards with "
+                f'"mlm-nsp" for them'
+            )
+        return labels
 
     def damaged(self, shard: Shard) -> NDArray[np.bool_]:
         """Which samples of a shard cannot be trusted, bool [N]: all of them where it cannot be told."""
         try:
-            raw = self._mapped(shard, verify=False)
+            raw, _, _ = self._map(shard, verify=False)
         except ShardError:
             return np.ones(shard.num_sequences, bool)
         found = damaged_samples(shard.shard, raw, shard.num_sequences, self.layout)
@@ -721,63 +730,69 @@ class ShardSet:
         other = not found.any() and sha256(raw) != shard.sha256
         return np.ones_like(found) if other else found
 
-    def read_labels(self, shard: Shard, verify: bool = True) -> NDArray[np.uint8]:
-        """The labels of a shard, uint8 [N]: 0 where the second segment follows the first, else 1.
-
-        ShardError where the objective has none; ``verify`` as for ``read``.
-        """
-        if not self.layout.labels:
-            raise ShardError(
-                f"{self.name}: objective {self.objective!r} has no labels; prepare the shards with "
-                f'"mlm-nsp" for them'
-            )
-        raw = self._mapped(shard, verify)
-        return raw[self.layout.label : -len(END) : self.layout.stride] - np.uint8(ZERO)
-
-    def _mapped(self, shard: Shard, verify: bool) -> NDArray[np.uint8]:
+    def open_shard(self, shard: Shard, verify: bool = True) -> Mapped:
+        """The shard as it is mapped, with the file it lies in; ``verify`` and errors as for ``read``."""
         try:
-            raw = self._map(shard)
-            if verify:
-                self._check(shard, raw)
+            raw, path, stat = self._map(shard, verify)
         except CorruptShard:
-            if isinstance(self.files, LocalFolder):
+            if isinstance(self.files, LocalFolder) or not verify:
                 raise
             # The copy took damage since it was verified: the original may be whole.
             self.files.forget(f"{shard.shard}.tar", sha256=shard.sha256)
-            raw = self._map(shard)
-            self._check(shard, raw)
-        return raw
+            raw, path, stat = self._map(shard, verify)
+        dtype = np.dtype(self.layout.dtype)
+        tokens: NDArray[Any] = np.ndarray(
+            (shard.num_sequences, self.layout.seq_len),
+            dtype,
+            buffer=raw,
+            offset=self.layout.offset,
+            strides=(self.layout.stride, dtype.itemsize),
+        )
+        labels = None
+        if self.layout.labels:
+            labels = raw[self.layout.label : -len(END) : self.layout.stride] - np.uint8(ZERO)
+        return Mapped(tokens, labels, path, stat)
 
-    def _map(self, shard: Shard) -> NDArray[np.uint8]:
+    def _map(self, shard: Shard, verify: bool) -> tuple[NDArray[np.uint8], Path, os.stat_result]:
         for left in reversed(range(ATTEMPTS)):
             path = self.path(shard)
             try:
-                size = path.stat().st_size
-                if size != shard.bytes:
-                    raise self._resized(shard, size)
-                return np.memmap(path, np.uint8, mode="r")
+                # Without waiting, should a pipe stand in the place of the file.
+                with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+                    found = os.fstat(file.fileno())
+                    if not stat.S_ISREG(found.st_mode):
+                        raise OSError(errno.EINVAL, "not a regular file")
+                    if found.st_size != shard.bytes:
+                        raise self._resized(shard, found.st_size)
+                    # Read, not mapped, while it is hashed: a disk that fails is an error then, no signal.
+                    fits = not verify or _hashed(file) == shard.sha256
+                    raw = np.memmap(file, np.uint8, mode="r")
             except FileNotFoundError as error:
                 # A copy may be evicted between its being found and its being opened.
                 if isinstance(self.files, LocalFolder) or not left:
                     raise self._unreadable(shard, path, error) from error
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise self._unreadable(shard, path, error) from error
+            else:
+                if not fits:
+                    self._blame(shard, raw)
+                return raw, path, found
         raise AssertionError  # the last of them raises
 
-    def _unreadable(self, shard: Shard, path: Path, error: OSError) -> ShardError:
-        return ShardError(
-            f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
-        )
-
-    def _check(self, shard: Shard, raw: NDArray[np.uint8]) -> None:
-        if sha256(raw) == shard.sha256:
-            return
+    def _blame(self, shard: Shard, raw: NDArray[np.uint8]) -> None:
         check_samples(shard.shard, raw, shard.num_sequences, self.layout)  # names the sample
         raise CorruptShard(
             f"{shard.shard}: a sound shard, but not the one of the manifest (sha256 differs): its "
             f"samples are others; {AGAIN}",
             shard=shard.shard,
         )
+
+    def _unreadable(self, shard: Shard, path: Path, error: Exception) -> ShardError:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "raise the limit (ulimit -n), or use a smaller window or fewer lanes"
+        else:
+            remedy = f"is {path} in place?"
+        return ShardError(f"{shard.shard}: cannot be read ({error}); {remedy}", shard=shard.shard)
 
     def _resized(self, shard: Shard, size: int) -> CorruptShard:
         found = f"{shard.shard}: {size} bytes on disk, {shard.bytes} in the manifest"
@@ -804,6 +819,27 @@ class ShardSet:
         """How often each id occurs in the train split, int64 [V]."""
         data = _read_hashed(self.files, UNIGRAMS, self.unigrams_sha256)
         return np.asarray(np.load(io.BytesIO(data), allow_pickle=False), np.int64)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A shard as it is mapped: tokens [N, T], labels [N] where it has any, and the file they lie in."""
+
+    tokens: NDArray[Any]
+    labels: NDArray[np.uint8] | None
+    path: Path
+    stat: os.stat_result
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _hashed(file: io.FileIO) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
+    return digest.hexdigest()
 
 
 def verify(folder: str | os.PathLike[str]) -> Iterator[Shard]:

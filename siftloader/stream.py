@@ -47,7 +47,7 @@ BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortis
 LOCATED = 8  # blocks whose places are found at once
 SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
 SET_BITS = 40  # of an id: the sample within its set; the bits above them are the number of the set
-MOST_OPEN = 512  # shards a reader keeps mapped: each of them holds a file descriptor
+MOST_OPEN = 512  # shards a reader keeps mapped, if the process may have four times as many files
 MOST_EPOCHS = 1 << 40
 NOTHING = np.zeros(0, np.int64)
 ENUMERATED = 1 << 20  # positions located at once where a coverage is worked out
@@ -123,6 +123,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     ) -> None:
         if on_error != "raise" and not isinstance(on_error, Budget):
             raise ValueError(f'on_error must be "raise" or a Budget, got {on_error!r}')
+        if on_error != "raise" and not verify:
+            raise ValueError("a Budget needs verify=True: unverified, damage is not seen")
         weights = folder if isinstance(folder, Mapping) else None
         folders = [folder] if not isinstance(folder, Mapping) else list(folder)
         if not folders:
@@ -175,6 +177,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._reader = 0  # counts iterations: only the latest may move the position
         self._loads = 0  # counts states loaded: what ran before is told
         self._compared = False  # with the other ranks
+        self._number: int | None = (
+            None  # among the streams of this process, in the order they begin
+        )
         self._delivered = Coverage()  # in the epoch under way
         self._before: tuple[int, int] | None = (
             None  # epoch and position up to which others delivered
@@ -331,7 +336,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         opened = Opened(
             self._parts,
             self._verdicts,
-            limit=min(MOST_OPEN, (self.window + 1) * lanes * len(self._parts)),
+            limit=min(_most_open(), (self.window + 1) * lanes * len(self._parts)),
             verify=self.verify,
             sources=self.with_source,
             budget=None if self.on_error == "raise" else self.on_error,
@@ -490,10 +495,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         """
         if self._compared or not self._shuffle or self.world is not None:
             return
-        self._compared = True
+        if self._number is None:
+            self._number = next(_STREAMS)
         world = World.detect()
         own = {**self.identity(), "machines": world.machines, "epoch": epoch, "position": position}
-        first = json.loads(first_word(f"streams/{next(_STREAMS)}", json.dumps(own)))
+        first = json.loads(first_word(f"streams/{self._number}", json.dumps(own)))
         different = [name for name in own if own[name] != first.get(name)]
         if different:
             what = ", ".join(
@@ -504,6 +510,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"{what}; give all ranks the same data, options and state, and let them open their "
                 f"streams in the same order (or pass world=World(rank, ranks), which asks nobody)"
             )
+        self._compared = True
 
     def coverage(self) -> Coverage:
         """Which samples this reader was given in the epoch under way, or in the one that ended last.
@@ -673,6 +680,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def _check_alike(self) -> None:
         # What the sets of a mix must have in common.
         first = self.shard_sets[0]
+        if len({each.fingerprint for each in self.shard_sets}) < len(self.shard_sets):
+            raise ValueError("the same set of shards twice in a mix; give it one weight")
         for other in self.shard_sets[1:]:
             for what, one, two in (
                 ("layout", first.layout, other.layout),
@@ -858,6 +867,16 @@ def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     columns = [value.unbind(0) for value in batch.values()]
     for values in zip(*columns, strict=True):
         yield {name: value.clone() for name, value in zip(batch, values, strict=True)}
+
+
+def _most_open() -> int:
+    # Shards that a reader keeps mapped, each with a descriptor: a quarter of what the process may have.
+    try:
+        import resource
+    except ImportError:  # no such limit here
+        return MOST_OPEN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MOST_OPEN if soft == resource.RLIM_INFINITY else max(2, min(MOST_OPEN, soft // 4))
 
 
 def _integer(name: str, value: Any) -> int:

@@ -87,13 +87,13 @@ def test_a_replaced_or_removed_file_is_read_to_the_end_as_it_was_verified(folder
 def test_what_is_announced_is_verified_in_threads_and_told_where_it_is_used(folder, monkeypatch):
     shards = opened(folder)
     threads: list[str] = []
-    read = ShardSet.read
+    open_shard = ShardSet.open_shard
 
     def spy(self, shard, verify=True):
         threads.extend([threading.current_thread().name] * verify)
-        return read(self, shard, verify)
+        return open_shard(self, shard, verify)
 
-    monkeypatch.setattr(ShardSet, "read", spy)
+    monkeypatch.setattr(ShardSet, "open_shard", spy)
     damage(folder, "train-000002", 0)
     reader = Opened(shards._parts, shards._verdicts, limit=9)
     reader.announce([0, 1, 2, 3])

@@ -728,13 +728,13 @@ def test_a_shard_is_verified_once_and_again_when_touched(make, tmp_path, monkeyp
     folder = tmp_path / "shards"
     shutil.copytree(make(), folder)
     verified: list[str] = []
-    read = ShardSet.read
+    open_shard = ShardSet.open_shard
 
     def spy(self, shard, verify=True):
         verified.extend([shard.shard] * verify)
-        return read(self, shard, verify)
+        return open_shard(self, shard, verify)
 
-    monkeypatch.setattr(ShardSet, "read", spy)
+    monkeypatch.setattr(ShardSet, "open_shard", spy)
     shards = TokenShards(folder)
     for _ in range(3):
         list(shards)
