@@ -314,7 +314,7 @@ class Watched(Generic[Item]):
             try:
                 before(number, frame)
             except RuntimeError:
-                if not _cleans_up(frame) if self._waits else not self._dead():
+                if not _opens(frame) if self._waits else not self._dead():
                     raise
 
         self._before, self._handler = before, died
@@ -376,10 +376,12 @@ def _is_of_the_data(error: BaseException) -> bool:
     return first.startswith("Caught ") and "in DataLoader worker process" in first
 
 
-def _cleans_up(frame: Any) -> bool:
-    # Torch probes for file descriptors when a pipe broke, and raises after that; a file is half closed there.
+def _opens(frame: Any) -> bool:
+    # In the middle of opening files or sockets, which would stay open. None of it waits for long: either it
+    # fails by itself, for the worker is gone, or the death is seen before the next item.
+    opening = ("tempfile", "contextlib", "multiprocessing.resource_sharer")
     while frame is not None and frame.f_globals.get("__name__") != __name__:
-        if frame.f_globals.get("__name__") in ("tempfile", "contextlib"):
+        if frame.f_globals.get("__name__") in opening:
             return True
         frame = frame.f_back
     return False
