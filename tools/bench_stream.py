@@ -19,7 +19,11 @@ together: their rates while both run, added up). Passes are interleaved; the med
   the ids alone, stacked and cast, and a pass ends after --limit seconds.
 * "masked": for all the same call, ``siftloader.masking.Mlm``, on a batch at a time.
 
-Memory: PSS of the processes beyond what they had before the pass (shared pages count once), sampled every
+All arms alike are told (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_) to keep the memory that they freed. By
+default glibc may hand every batch back to the kernel and have it zeroed anew, or not, by what was freed before; that
+decides about a factor of up to 8, for a memory map as for us.
+
+Memory: PSS of the processes beyond what they had before their first pass (shared pages count once), sampled every
 20 ms in passes of their own; mapped files are in it, "anonymous" is the part that cannot be dropped.
 "x tar": over the faster of webdataset and datasets; "x map": over the memory map with the same fields; "CPU us": of
 all threads, for a sample: on a busy machine the steadiest figure.
@@ -86,7 +90,10 @@ ROWS = {  # (arm, kind of pass) -> what the table says
     ("map", "masked"): "memory map, masked",
     **{(arm, "masked"): f"{arm}, masked" for arm in RIVALS},
 }
+KEPT = str(1 << 30)
 QUIET = {
+    "MALLOC_MMAP_THRESHOLD_": KEPT,
+    "MALLOC_TRIM_THRESHOLD_": KEPT,
     "HF_HUB_OFFLINE": "1",
     "LITDATA_DISABLE_VERSION_CHECK": "1",
     "OMP_NUM_THREADS": "1",
@@ -510,7 +517,7 @@ class Row:
     processes: int
     rates: list[float] = field(default_factory=list)  # samples a second, a number a pass
     cpu: list[float] = field(default_factory=list)  # seconds a sample, of all threads
-    memory: int = 0  # bytes beyond those before the pass
+    memory: int = 0  # bytes beyond those before the first pass of its process
     anonymous: int = 0
     failed: str = ""
 
@@ -526,6 +533,7 @@ class Workers:
         self.arm = arm
         self.log = job.with_name(f"{arm}-{ranks}.log")
         self.processes = []
+        self.before = (0, 0)  # memory, before the first pass
         world = world_of(ranks)
         with self.log.open("wb") as log:
             for rank in range(ranks):
@@ -669,7 +677,7 @@ def measure(
     try:
         for arm in arms:
             first = next(row for row in table.values() if row.arm == arm)
-            attempt(first, lambda workers: expect(workers.answers(), "ready"))
+            attempt(first, ready)
         say("looking at the rows")
         for row in table.values():
             attempt(row, partial(look, row, job, options))
@@ -685,9 +693,10 @@ def measure(
             workers.end()
 
 
-def expect(answers: list[dict[str, Any]], name: str) -> None:
-    if not all(name in answer for answer in answers):
-        raise RuntimeError(f"no {name!r} in {answers}")
+def ready(workers: Workers) -> None:
+    if not all("ready" in answer for answer in workers.answers()):
+        raise RuntimeError("an answer to nothing")
+    workers.before = workers.memory()
 
 
 def look(row: Row, job: Path, options: argparse.Namespace, workers: Workers) -> None:
@@ -714,8 +723,7 @@ def limit_of(row: Row, options: argparse.Namespace) -> float:
 
 def weigh(row: Row, options: argparse.Namespace, workers: Workers) -> None:
     over = threading.Event()
-    before = workers.memory()
-    peak = [*before]
+    peak = [*workers.before]
 
     def watch() -> None:
         while not over.wait(0.02):
@@ -728,7 +736,7 @@ def weigh(row: Row, options: argparse.Namespace, workers: Workers) -> None:
     finally:
         over.set()
         watching.join()
-    row.memory, row.anonymous = peak[0] - before[0], peak[1] - before[1]
+    row.memory, row.anonymous = peak[0] - workers.before[0], peak[1] - workers.before[1]
 
 
 def clock(row: Row, options: argparse.Namespace, workers: Workers) -> None:
@@ -776,8 +784,7 @@ def measure_many(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise RuntimeError(tried.stderr)
     small, large = json.loads(tried.stdout)
     by_shard = {
-        f"{name} by shard": (large[name] - small[name]) / (many - few)
-        for name in ("held", "peak", "resident")
+        f"{name} by shard": (large[name] - small[name]) / (many - few) for name in ("held", "peak")
     }
     return {"shards": many, **by_shard, **large}
 
@@ -801,14 +808,13 @@ def cost_of_opening(folder: Path) -> dict[str, float]:
     from siftloader.stream import TokenShards
 
     gc.collect()
-    resident, start = resident_now(), time.perf_counter()
+    start = time.perf_counter()
     shards = TokenShards(folder, masking=None, verify=False)
     opened = time.perf_counter()
     position = min(1_000_000_000, len(shards) * 3 // 4)
     shards.load_state_dict({**shards.state_dict(), "position": position})
     to_the_first_shard(shards)
     resumed = time.perf_counter()
-    resident = resident_now() - resident
     del shards
     gc.collect()
     tracemalloc.start()
@@ -818,7 +824,7 @@ def cost_of_opening(folder: Path) -> dict[str, float]:
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     seconds = {"open": opened - start, "resume": resumed - opened}
-    return {**seconds, "position": position, "held": held, "peak": peak, "resident": resident}
+    return {**seconds, "position": position, "held": held, "peak": peak}
 
 
 def to_the_first_shard(shards: Any) -> None:
@@ -830,10 +836,6 @@ def to_the_first_shard(shards: Any) -> None:
     except ShardError:
         return
     raise RuntimeError("a shard was read that is not there")
-
-
-def resident_now() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 CHILDREN: dict[str, Callable[[argparse.Namespace, dict[str, Any]], None]] = {
@@ -913,8 +915,8 @@ def report_many(many: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{many['shards']:,} shards, opened in {many['open']:.2f} s; beyond a hundredth of them, "
-            f"bytes a shard: {many['held by shard']:.0f} held, {many['peak by shard']:.0f} at the "
-            f"peak, {many['resident by shard']:.0f} resident",
+            f"bytes a shard (tracemalloc): {many['held by shard']:.0f} held, "
+            f"{many['peak by shard']:.0f} at the peak",
             bar("bytes held for each shard", many["held by shard"], 0, 100),
             bar(
                 f"seconds from a state at sample {many['position']:,} to the first shard",
