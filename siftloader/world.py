@@ -70,6 +70,15 @@ def first_word(topic: str, word: str) -> str:
     return said.decode()
 
 
+def iteration() -> int:
+    """A number that the workers of one iteration of a loader share, and no others; 0 outside of workers."""
+    info = _worker_info()
+    if info is None:
+        return 0
+    # torch draws a seed for every iteration. It may come again for a loader of another size, if seeded alike.
+    return int((info.seed - info.id) ^ info.num_workers << 1) & (1 << 62) - 1 | 1
+
+
 def _store() -> Any:
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not (distributed.is_available() and distributed.is_initialized()):
@@ -106,4 +115,4 @@ def _worker() -> tuple[int, int]:
 
 def _worker_info() -> Any:
     data = sys.modules.get("torch.utils.data")
-    return None if data is None else data.get_worker_info()
+    return data.get_worker_info() if data is not None else None

@@ -36,20 +36,9 @@ from siftloader.errors import (
     StateError,
 )
 from siftloader.masking import IGNORED, Mlm
-from siftloader.tars import (
-    Plan,
-    TarStream,
-    _deal,
-    _trimmed,
-    batched,
-    checked_tars,
-    decoded,
-    masked,
-    packed,
-    record_tars,
-    shuffled,
-    webdataset,
-)
+from siftloader.tar_batches import TextRows, batched, decoded, masked, packed
+from siftloader.tar_samples import Tar, checked_tars, record_tars
+from siftloader.tars import Plan, TarStream, _deal, _trimmed, webdataset
 from siftloader.world import World
 
 
@@ -155,7 +144,7 @@ def test_every_reader_has_its_own_however_few_tars_there_are(
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             parts.append(numbers(webdataset(urls, batch_size=2, world=world)))
-        alone = tars >= ranks * workers or world.rank or (world.worker and tars >= ranks)
+        alone = tars >= ranks * workers or world.rank or world.worker
         assert [f"{ranks * workers} readers" in str(each.message) for each in said] == [
             True for _ in range(not alone)
         ]
@@ -248,14 +237,12 @@ def test_tars_without_samples_end_with_words(tmp_path: Path) -> None:
         list(webdataset(numbered(tmp_path, [0, 0]), batch_size=4, batches_per_epoch=3))
 
 
-def test_the_buffer_is_seeded_and_loses_nothing() -> None:
-    first = list(shuffled(range(50), 10, "a"))
-    assert sorted(first) == list(range(50)) and first != list(range(50))
-    assert first == list(shuffled(range(50), 10, "a")) != list(shuffled(range(50), 10, "b"))
-    assert list(shuffled(range(5), 0)) == [0, 1, 2, 3, 4]
-    order = list(shuffled(range(1000), 100, "a"))
+def test_the_buffer_is_full_before_it_is_drawn_from(tmp_path: Path) -> None:
+    order = read(numbered(tmp_path, [1000]), World(), batch_size=100, shuffle=100)
+    assert sorted(order) == list(range(1000))
     follow = sum(after == before + 1 for before, after in itertools.pairwise(order))
     assert follow < 20 and 50 < np.mean(np.abs(np.array(order) - np.arange(1000))) < 150
+    assert np.mean(order[:100]) > 70  # stock webdataset begins when a part of it is there
 
 
 # ---------------------------------------------------------------------------- loaders and epochs
@@ -400,16 +387,16 @@ def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:
         ({"world": World(0, 2), "batches_per_epoch": 9}, "batches_per_epoch None found"),
         (
             {"world": World(0, 1, 1, 2)},
-            "worker 0 found, 1 expected.*same|workers 1 found|worker 0",
+            "worker 0 found, 1 expected|workers 1 found",
         ),
     ]:
         other = webdataset(urls, **{"batch_size": 4, **options})
         with pytest.raises(StateError, match=message):
             other.load_state_dict(state)
-    with pytest.raises(StateError, match="other names or sizes"):
+    with pytest.raises(StateError, match=r"tars .* found.*names and sizes"):
         webdataset(urls[:3], batch_size=4).load_state_dict(state)
     record_tars(urls)  # and now they are dealt by size
-    with pytest.raises(StateError, match="other names or sizes"):
+    with pytest.raises(StateError, match=r"tars .* found.*names and sizes"):
         webdataset(urls, batch_size=4).load_state_dict(state)
     (tmp_path / "manifest.jsonl").unlink()
     with pytest.raises(StateError, match="lacks"):
@@ -569,8 +556,8 @@ def test_another_number_of_samples_than_recorded_is_an_error(tmp_path: Path) -> 
     (tmp_path / "sizes.json").write_text('{"t-000.tar": 10, "t-001.tar": 11}')
     with pytest.raises(CorruptShard, match=r"t-001.tar: 10 samples found, sizes.json says 11"):
         list(webdataset(urls, batch_size=4))
-    with pytest.raises(CorruptShard, match="10 samples found, sizes= says 8"):
-        list(checked_tars(urls, {urls[1]: 8}))
+    with pytest.raises(CorruptShard, match="10 samples found, its record says 8"):
+        list(checked_tars([Tar(urls[1], 8)]))
     with pytest.raises(CorruptShard, match="10 samples found, sizes= says 9"):
         list(webdataset(urls, batch_size=4, sizes={"t-000.tar": 9, "t-001": 10}))
 
@@ -590,18 +577,13 @@ def test_sizes_are_found_in_every_usual_file(tmp_path: Path) -> None:
     ]:
         (tmp_path / name).write_text(text)
         assert webdataset(urls, batch_size=2, world=World(1, 2)).plan() == Plan(5, 20, 2, 0)
-        assert webdataset(urls, batch_size=2, sizes=tmp_path / name).plan().samples == 22
         (tmp_path / name).unlink()
-    (tmp_path / "sizes.json").write_text('{"t-000.tar": 10}')
-    (tmp_path / "manifest.jsonl").write_text('{"shard": "t-000", "num_sequences": 11}\n')
-    with pytest.raises(ShardError, match=r"sizes.json says that t-000 has 10 samples, manifest"):
-        webdataset(urls, batch_size=2)
     (tmp_path / "manifest.jsonl").write_text('{"shard": "t-0')
     with pytest.raises(ShardError, match=r"manifest.jsonl: cannot be read"):
         webdataset(urls, batch_size=2)
     (tmp_path / "manifest.jsonl").unlink()
     (tmp_path / "sizes.json").write_text('{"t-000.tar": "10"}')
-    with pytest.raises(ShardError, match="'10' samples"):
+    with pytest.raises(ShardError, match=r"sizes.json: cannot be read"):
         webdataset(urls, batch_size=2)
 
 
@@ -713,7 +695,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr("siftloader.tars.PAUSE", 0.01)
+    monkeypatch.setattr("siftloader.tar_samples.PAUSE", 0.01)
     Server.asked.clear()
     Server.data = Path(numbered(tmp_path / "served", [20])[0]).read_bytes()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
@@ -795,20 +777,17 @@ def test_compressed_tars_are_read_and_their_ends_checked(tmp_path: Path) -> None
         ({"urls": "${SIFT_NONE}.tar"}, ValueError, "WDS_NAME"),
         ({"urls": ["t-000.tar", "t-000.tar"]}, ValueError, "given twice"),
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
-        ({"batch_size": 2.0}, TypeError, "whole number"),
+        ({"batch_size": 2.0}, TypeError, "as an integer"),
         ({"shuffle": -1}, ValueError, "shuffle must be at least 0"),
         ({"batches_per_epoch": 0}, ValueError, "batches_per_epoch must be at least 1"),
         ({"objective": "bert"}, ValueError, 'must be "mlm" or "clm"'),
-        ({"tokenizer": "x"}, ValueError, "needs objective"),
-        ({"tokenizer": "x", "objective": "clm"}, ValueError, "needs seq_len"),
+        ({"tokenizer": "x", "seq_len": 8}, ValueError, "needs seq_len= and objective"),
+        ({"tokenizer": "x", "objective": "clm"}, ValueError, "needs seq_len= and objective"),
         ({"tokenizer": 5, "objective": "clm", "seq_len": 8}, TypeError, "a fast tokenizer, got int"),
         ({"tokenizer": "./no.json", "objective": "clm", "seq_len": 8}, SiftError, "no such tokenizer"),
         ({"seq_len": 8}, ValueError, "needs a tokenizer"),
         ({"objective": "mlm"}, ValueError, "what to mask with"),
         ({"masking": 0.15}, ValueError, 'needs objective="mlm"'),
-        ({"masking": "yes"}, TypeError, "a probability or an Mlm"),
-        ({"stages": [5]}, TypeError, "stages are functions"),
-        ({"decoders": {".x": 5}}, TypeError, "function of bytes"),
         ({"sizes": {"u-000.tar": 5}}, ValueError, "none of the 3 tars"),
     ],
 )  # fmt: skip
@@ -1115,7 +1094,7 @@ def test_tokenizers_come_as_objects_too(tmp_path: Path) -> None:
         batches = list(webdataset(urls, tokenizer=tokenizer, batch_size=4, seq_len=16, objective="clm", shuffle=20))  # fmt: skip
         assert repr(batches) == repr(by_path)
     assert fast.truncation["max_length"] == 3
-    stages = packed(decoded(checked_tars(urls)), file, 16, "clm")
+    stages = packed(decoded(checked_tars(urls)), TextRows.of(file, 16, "clm"))
     (batch, *_) = masked(batched(stages, 4))
     assert batch["labels"].shape == (4, 16)
 
