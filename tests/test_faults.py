@@ -325,6 +325,36 @@ def test_a_file_system_that_fails_is_an_error_that_names_the_shard(copy, monkeyp
     assert caught.value.shard.startswith("train-")
 
 
+class Failing(io.FileIO):
+    """A file whose disk fails on its second half."""
+
+    def readinto(self, buffer: Any) -> int:
+        half = os.fstat(self.fileno()).st_size // 2
+        if self.tell() >= half:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().readinto(memoryview(buffer)[:half])
+
+
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_disk_that_fails_while_a_shard_is_verified_is_an_error(copy, monkeypatch, lenient):
+    """Verified by reading: a page of a mapped file that cannot be had would end the process by SIGBUS."""
+    real = open
+
+    def broken(file: Any, *arguments: Any, **options: Any) -> Any:
+        if str(file).endswith("train-000001.tar"):
+            return Failing(file)
+        return real(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", broken)
+        with pytest.raises(
+            ShardError, match=r"train-000001: cannot be read .*Input/output"
+        ) as caught:
+            everything(copy, **({"on_error": Budget(3)} if lenient else {}))
+    assert caught.value.shard == "train-000001"
+    assert len(everything(copy)) == 6
+
+
 def test_a_mount_that_vanishes_is_named_and_the_stream_goes_on_when_it_is_back(
     sound, copy, monkeypatch
 ):

@@ -127,7 +127,10 @@ def small_blocks(monkeypatch):
 def test_no_fault_that_happens_while_a_stream_reads_lets_a_wrong_sample_through(
     sets, in_place, small_blocks
 ):
-    assert survive_meanwhile(sets, in_place, 3 * len(KINDS), seed=8)["found"] > 20
+    found = survive_meanwhile(sets, in_place, 3 * len(KINDS), seed=8)["found"]
+    assert found > (
+        20 if in_place else 3
+    )  # a file that was replaced is read as it was, once mapped
 
 
 @pytest.mark.slow
