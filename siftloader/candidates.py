@@ -37,6 +37,7 @@ from siftloader.indices import (
     without_first,
 )
 from siftloader.stream import STATE_VERSION as VERSION, TokenShards
+from siftloader.tars import TarStream
 from siftloader.world import World
 
 
@@ -157,6 +158,7 @@ class LoaderCandidates:
 
     def __init__(self, loader: Iterable[Batch], sharded: bool = False) -> None:
         self.loader, self._sharded = loader, sharded
+        self._told: int | None = None  # the last epoch that was announced
         # Batches that torch collates are new ones; anything else may hand out one buffer again and again.
         self._fresh = isinstance(loader, DataLoader) and (
             loader.num_workers > 0 or loader.collate_fn is default_collate
@@ -193,6 +195,7 @@ class LoaderCandidates:
             "offset": 0,
             **self._snapshot(),
             **self._order(),
+            **self._own_epoch(),
             **self._identity(),
         }
 
@@ -202,7 +205,7 @@ class LoaderCandidates:
         The inner ``iter`` is taken now, not at the first ``next``.
         """
         self._refuse_unsharded()
-        fixed = {**self._order(), **self._identity()}
+        fixed = {**self._order(), **self._own_epoch(), **self._identity()}
         if not cursor:
             source = self._begun()
             start = {"batches": 0, "offset": 0, **self._snapshot(), **fixed}
@@ -216,7 +219,11 @@ class LoaderCandidates:
             if number or offset:
                 torch.set_rng_state(here)  # the unbroken run drew its share when the epoch began
             return cursor, self._pieces(source, number, offset, fixed)
-        fixed = {name: cursor[name] for name in fixed if name in cursor}
+        own = cursor.get("own_epoch")
+        if own is not None and "own_epoch" in fixed and cursor.get("told_epoch") == self._told:
+            dataset: Any = getattr(self.loader, "dataset", None)
+            dataset.set_epoch(own)
+        fixed = {name: cursor[name] for name in fixed if name in cursor} | self._own_epoch()
         return cursor, self._pieces(self._skipping(number, fixed), number, offset, fixed)
 
     def check(self, cursor: Cursor, override: Collection[str] = ()) -> None:
@@ -232,7 +239,7 @@ class LoaderCandidates:
                 "the state was saved over TokenShards, this loader draws from "
                 f"{type(self.loader).__name__}; build the loader it was saved with"
             )
-        for name in ("batches", "offset"):
+        for name in ("batches", "offset", *({"own_epoch"} & cursor.keys())):
             value = cursor.get(name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62:
                 raise StateError(
@@ -255,6 +262,7 @@ class LoaderCandidates:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the inner loader and whatever it draws from, each once."""
+        self._told = epoch
         batch_sampler = getattr(self.loader, "batch_sampler", None)
         holders: tuple[Any, ...] = (
             self.loader,
@@ -316,6 +324,17 @@ class LoaderCandidates:
             recorded_order(loader) if isinstance(loader, DataLoader) and is_indexed(loader) else {}
         )
 
+    def _own_epoch(self) -> Cursor:
+        # Of a data set that counts its epochs by itself, which one comes: a new process would begin at 0.
+        # Who announces another one after a restart is believed instead.
+        dataset: Any = getattr(self.loader, "dataset", None)
+        if not isinstance(dataset, IterableDataset) or not hasattr(dataset, "set_epoch"):
+            return {}
+        epoch = getattr(dataset, "epoch", None)
+        if not isinstance(epoch, int) or self._stateful() is not None:
+            return {}
+        return {"own_epoch": epoch, "told_epoch": self._told}
+
     def _skipping(self, batches: int, order: Cursor) -> Watched[Batch]:
         loader = self.loader
         if isinstance(loader, DataLoader) and is_indexed(loader):
@@ -347,7 +366,7 @@ class LoaderCandidates:
         samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
         if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
             return
-        if isinstance(getattr(loader, "dataset", None), TokenShards):
+        if isinstance(getattr(loader, "dataset", None), (TokenShards, TarStream)):
             return
         if type(loader).__module__.partition(".")[0] == "accelerate":
             return

@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset as wds
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from siftloader.errors import (
@@ -1114,16 +1114,17 @@ def test_a_gpt_trains_straight_from_text_in_tars(
 
 
 @pytest.mark.filterwarnings("ignore:resuming by drawing")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(
+    tmp_path: Path, workers: int, announced: bool
+) -> None:
     from siftloader import SiftingDataLoader
     from siftloader.scores import Random
 
     rng = np.random.default_rng(0)
-    urls = [
-        str(write(tmp_path / f"t-{tar}.tar", [(f"{i}", {"npy": npy(rng.integers(0, 9, 4))}) for i in range(12)]))
-        for tar in range(3)
-    ]  # fmt: skip
+    rows = [(f"{i}", {"npy": npy(rng.integers(0, 9, 4))}) for i in range(24)]
+    urls = [str(write(tmp_path / f"t-{at}.tar", rows[at : at + 12])) for at in (0, 12)]
     model = torch.nn.Embedding(9, 2)
 
     def make() -> SiftingDataLoader:
@@ -1131,17 +1132,71 @@ def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(tmp_path: Path, wor
         return SiftingDataLoader.wrap(inner, model=model, criterion=Random(), warmup_steps=0)
 
     def epoch_of(loader: SiftingDataLoader, epoch: int) -> Iterator[str]:
-        if workers:  # nobody asks them how far they are
+        if announced:
             loader.set_epoch(epoch)
         return map(repr, loader)
 
     running = make()
-    first, second = (list(epoch_of(running, epoch)) for epoch in range(2))
-    assert len(first) == 5 and first != second
+    expected = [list(epoch_of(running, epoch)) for epoch in range(3)]
+    assert len(set(map(repr, expected))) == 3
     again = make()
     list(epoch_of(again, 0))
+    between = json.loads(json.dumps(again.state_dict()))
     seen = list(itertools.islice(epoch_of(again, 1), 2))
-    state = json.loads(json.dumps(again.state_dict()))
-    resumed = make()
-    resumed.load_state_dict(state)
-    assert seen + list(map(repr, resumed)) == second
+    within = json.loads(json.dumps(again.state_dict()))
+    for state, rest in ((within, expected[1][len(seen) :]), (between, expected[1])):
+        resumed = make()
+        resumed.load_state_dict(state)
+        assert list(epoch_of(resumed, 1)) == rest
+        assert list(epoch_of(resumed, 2)) == expected[2]
+
+
+class Told(IterableDataset[Any]):
+    """Rows of an epoch that a data set counts by itself, or that is announced and else stays."""
+
+    def __init__(self, counts: bool) -> None:
+        self.counts, self.epoch = counts, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self.epoch
+        self.epoch += self.counts
+        for row in range(16):
+            yield {"x": torch.tensor(100 * epoch + row)}
+
+
+@pytest.mark.filterwarnings("ignore:resuming by drawing")
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("announced", [False, True])
+def test_a_data_set_with_epochs_of_its_own_resumes_in_the_right_one(
+    counts: bool, announced: bool
+) -> None:
+    from siftloader import SiftingDataLoader
+    from siftloader.scores import Random
+    from siftloader.testing import assert_resumes_exactly
+
+    def make() -> SiftingDataLoader:
+        inner = DataLoader(Told(counts), batch_size=4)
+        model = torch.nn.Embedding(9, 2)
+        return SiftingDataLoader.wrap(inner, model=model, criterion=Random(), warmup_steps=0)
+
+    assert_resumes_exactly(make, epochs=3, positions=None, set_epoch=announced)
+
+
+def test_ranks_are_told_apart_by_the_stream_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from siftloader import SiftingDataLoader
+    from siftloader.scores import Random
+
+    path = write(tmp_path / "t.tar", [(f"{i}", {"npy": npy([i])}) for i in range(8)])
+    record_tars(path)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    inner = DataLoader(webdataset(path, batch_size=2, shuffle=0), batch_size=None)
+    model = torch.nn.Embedding(9, 2)
+    loader = SiftingDataLoader.wrap(inner, model=model, criterion=Random(), warmup_steps=100)
+    with pytest.warns(UserWarning, match="inside the warm-up"):
+        assert [batch["input_ids"].flatten().tolist() for batch in loader] == [[1, 3], [5, 7]]
