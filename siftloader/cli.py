@@ -13,15 +13,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from siftloader.bigrams import BIGRAMS, LIMIT, write_bigrams
 from siftloader.corpus import BOUNDARIES
-from siftloader.errors import CorpusError, SiftError
+from siftloader.errors import CorpusError, CorruptShard, FetchError, ShardError, SiftError
 from siftloader.inspection import (
     as_json,
     check_plot,
@@ -44,9 +46,21 @@ from siftloader.selection_report import (
     sources_of,
     tokens_of,
 )
-from siftloader.shards import Shard, ShardSet, verify
-from siftloader.storage import LocalFolder
+from siftloader.shards import (
+    MANIFEST,
+    UNIGRAMS,
+    Shard,
+    ShardSet,
+    check_ids,
+    check_samples,
+    check_sources,
+)
+from siftloader.storage import LocalFolder, redacted
 from siftloader.tokens import NEEDED, describe_tokenizer, load_tokenizer
+
+
+LOST = 10  # shards in a row that do not arrive: it is the way then, not the shards
+COUNTED = 1 << 20  # token ids counted at once: bounded memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (SiftError, OSError) as error:
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("interrupted; the same command continues", 130)
+        continues = "; the same command continues" if arguments.run is _shard else ""
+        return _complain(f"interrupted{continues}", 130)
     return command
 
 
@@ -377,67 +392,159 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser = commands.add_parser(
         "verify",
         help="read every byte and compare it with the manifest",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description=(
-            "Check every shard: size, headers, sha256, sources, token ids inside the vocabulary, "
-            "and the counts of the train split. The first fault is named and the status is 1."
+            "Check every shard: size, headers, sha256, sources, token ids inside the vocabulary, and the\n"
+            "counts of the train split. Each bad shard is named as it is found, with its first bad sample\n"
+            "and byte and how many of its samples are damaged; the others are read all the same.\n\n"
+            "What is behind a URL is read through the cache of this machine: copies that are there are\n"
+            "checked, all else is fetched. To check the other end, give an empty --cache."
         ),
-        epilog="example: siftloader verify shards/demo",
+        epilog=(
+            "example: siftloader verify shards/demo\n"
+            "example: siftloader verify s3://bucket/shards --cache /scratch/empty --cache-bytes 50GB\n\n"
+            "Exit status: 0 all as it was written, 1 something is not, 2 the command is not, 130\n"
+            "interrupted."
+        ),
     )
-    parser.add_argument("folder", help="a finished folder of shards")
+    _add_folder(parser)
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: folder, ok, shards, samples, bytes, fingerprint, and error (shard, "
-        "sample, byte, message) or null",
+        help="print one JSON object: folder, ok, shards, samples and bytes found good, fingerprint, and "
+        "errors, a list of objects: shard, sample, byte, damaged (how many samples of it) and message",
     )
     parser.set_defaults(run=_verify)
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    good: list[Shard] = []
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a finished folder of shards, or the URL of one")
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="keeps copies of what is behind a URL (default: $SIFTLOADER_CACHE, else ~/.cache/siftloader)",
+    )
+    parser.add_argument(
+        "--cache-bytes",
+        type=_bytes,
+        metavar="SIZE",
+        help="how much room they may take: 500MB, 50GB (default: all but a reserve of the disk)",
+    )
+
+
+def _opened(arguments: argparse.Namespace) -> ShardSet:
+    return ShardSet.open(arguments.folder, arguments.cache, arguments.cache_bytes)
+
+
+@dataclass
+class _Verdict:
+    """What was found in a folder so far."""
+
+    folder: str
+    shards: int = 0  # good ones, as are samples and bytes
+    samples: int = 0
+    bytes: int = 0
     fingerprint: str | None = None
+    errors: list[dict[str, Any]] = field(default_factory=list)
+
+    def praise(self, shard: Shard) -> None:
+        """Count a good shard."""
+        self.shards += 1
+        self.samples += shard.num_sequences
+        self.bytes += shard.bytes
+
+    def blame(self, error: Exception, damaged: int | None = None) -> str:
+        """Note a fault, and say it in a line."""
+        more = f"; {damaged:,} samples of it are damaged" if damaged else ""
+        self.errors.append({**_fault(error), "damaged": damaged})
+        return f"{error}{more}"
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    verdict = _Verdict(redacted(arguments.folder))
+    tell: Callable[[str], object] = (
+        (lambda line: None) if arguments.json else (lambda line: _complain(line, 1))
+    )
     try:
-        dataset = ShardSet.open(arguments.folder)
-        fingerprint = dataset.fingerprint
-        with tqdm(
-            total=sum(shard.bytes for shard in dataset.manifest),
-            desc="verifying",
-            unit="B",
-            unit_scale=True,
-            disable=sys.stderr is None or not sys.stderr.isatty(),
-            leave=False,
-        ) as bar:
-            for shard in verify(arguments.folder):
-                good.append(shard)
-                bar.update(shard.bytes)
+        dataset = _opened(arguments)
+        verdict.fingerprint = dataset.fingerprint
+        _verify_all(dataset, verdict, tell)
     except (SiftError, OSError) as error:
-        if not arguments.json:
-            raise
-        _print_verdict(arguments.folder, good, fingerprint, error)
-        return 1
+        tell(verdict.blame(error))
+    folder = shown(verdict.folder)
     if arguments.json:
-        _print_verdict(arguments.folder, good, fingerprint, None)
-        return 0
-    samples = sum(shard.num_sequences for shard in good)
-    folder = shown(arguments.folder)
-    print(f"{folder}: {len(good)} shards, {samples:,} samples, all as they were written")
-    return 0
+        print(json.dumps({"ok": not verdict.errors, **asdict(verdict)}))
+    elif not verdict.errors:
+        found = f"{verdict.shards} shards, {verdict.samples:,} samples"
+        print(f"{folder}: {found}, all as they were written")
+    elif verdict.fingerprint is not None:
+        tell(
+            f"{folder}: {len(verdict.errors):,} faults; {verdict.shards:,} of {len(dataset.manifest):,} "
+            f"shards, {verdict.samples:,} samples, are as they were written"
+        )
+    return 1 if verdict.errors else 0
 
 
-def _print_verdict(
-    folder: str, good: Sequence[Shard], fingerprint: str | None, error: Exception | None
-) -> None:
-    # shards, samples, bytes: those found good
-    verdict = {
-        "folder": folder,
-        "ok": error is None,
-        "shards": len(good),
-        "samples": sum(shard.num_sequences for shard in good),
-        "bytes": sum(shard.bytes for shard in good),
-        "fingerprint": fingerprint,
-        "error": None if error is None else _fault(error),
-    }
-    print(json.dumps(verdict))
+def _verify_all(dataset: ShardSet, verdict: _Verdict, tell: Callable[[str], object]) -> None:
+    # As shards.verify does, but a fault does not end it: to read a large set once more takes hours.
+    for stranger in _strangers(dataset):
+        tell(verdict.blame(stranger))
+    counted = np.zeros(dataset.tokenizer.vocab_size, np.int64)
+    complete, lost = True, 0
+    with tqdm(
+        total=sum(shard.bytes for shard in dataset.manifest),
+        desc="verifying",
+        unit="B",
+        unit_scale=True,
+        disable=sys.stderr is None or not sys.stderr.isatty(),
+        leave=False,
+    ) as bar:
+        for number, shard in enumerate(dataset.manifest, 1):
+            try:
+                _check(dataset, shard, counted)
+                verdict.praise(shard)
+                lost = 0
+            except (ShardError, OSError) as error:
+                complete = complete and shard.split != "train"
+                lost = lost + 1 if isinstance(error, FetchError) else 0
+                bad = dataset.damaged(shard).sum() if isinstance(error, CorruptShard) else 0
+                bar.clear()
+                tell(verdict.blame(error, int(bad) or None))
+            if lost == LOST and number < len(dataset.manifest):
+                raise FetchError(
+                    f"{dataset.name}: {lost} shards in a row did not arrive, so the "
+                    f"{len(dataset.manifest) - number:,} after them were not asked for; look after the "
+                    f"server and the network, then run again"
+                )
+            bar.update(shard.bytes)
+    if complete and not np.array_equal(dataset.unigrams, counted):
+        raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
+
+
+def _strangers(dataset: ShardSet) -> list[ShardError]:
+    # Tars that no manifest names: other tools would read them.
+    if not isinstance(dataset.files, LocalFolder):
+        return []
+    expected = {f"{shard.shard}.tar" for shard in dataset.manifest}
+    found = {tar.name for tar in dataset.folder.glob("*.tar")}
+    return [
+        ShardError(f"{dataset.name}: {name} is not in {MANIFEST}; move it out of the folder")
+        for name in sorted(found - expected)
+    ]
+
+
+def _check(dataset: ShardSet, shard: Shard, counted: NDArray[np.int64]) -> None:
+    # Raises where a shard is not as it was written; adds up how often each id occurs in the train split.
+    ids = dataset.read(shard)
+    raw = np.memmap(dataset.path(shard), np.uint8, mode="r")
+    check_samples(shard.shard, raw, shard.num_sequences, dataset.layout)
+    step = max(1, COUNTED // dataset.layout.seq_len)
+    for first in range(0, len(ids), step):
+        rows = ids[first : first + step]
+        check_ids(dataset, shard, rows, first)
+        if shard.split == "train":
+            counted += np.bincount(rows.ravel(), minlength=len(counted))
+    check_sources(dataset, shard, dataset.read_sources(shard))
 
 
 def _fault(error: Exception) -> dict[str, Any]:
@@ -459,7 +566,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             "--tokenizer shards/demo/tokenizer.json --plot shards.png"
         ),
     )
-    parser.add_argument("folder", help="a finished folder of shards")
+    _add_folder(parser)
     parser.add_argument(
         "--samples",
         type=int,
@@ -495,7 +602,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     except (SiftError, OSError) as error:
         if not arguments.json:
             raise
-        print(json.dumps({"folder": arguments.folder, "error": _fault(error)}))
+        print(json.dumps({"folder": redacted(arguments.folder), "error": _fault(error)}))
         return 1
     print(said)
     return 0
@@ -504,7 +611,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 def _look(arguments: argparse.Namespace) -> str:
     if arguments.plot:
         check_plot(arguments.plot)
-    dataset = ShardSet.open(arguments.folder)
+    dataset = _opened(arguments)
     name = arguments.tokenizer or _tokenizer_beside(dataset)
     decode, notes = None, []
     if name is not None:

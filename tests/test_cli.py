@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from servers import serving
 
 from siftloader.cli import main
 from siftloader.shards import Layout, ShardSet, Source, write_dataset, write_shard
@@ -97,15 +98,6 @@ def test_what_went_wrong_is_one_line_and_a_status(text, tmp_path, capsys, more, 
     assert message in complaint
 
 
-def test_an_interruption_is_one_line_too(text, tmp_path, capsys, monkeypatch):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("siftloader.prepare.cut_blocks", interrupted)
-    assert main(shard(text, tmp_path / "out")) == 130
-    assert capsys.readouterr() == ("", "siftloader: interrupted; the same command continues\n")
-
-
 def test_without_any_standard_error_it_works_as_well(text, tmp_path):
     """As under pythonw, or with `2>&-`."""
     command = " ".join([sys.executable, "-m", "siftloader.cli", *shard(text, tmp_path / "out")])
@@ -139,16 +131,140 @@ def test_help_teaches_with_an_example(command, capsys):
     assert f"example: siftloader {command} " in capsys.readouterr().out
 
 
-def test_verify_names_the_first_bad_shard_and_sample(tmp_path, capsys):
-    folder = tmp_path / "copy"
-    shutil.copytree(DEMO, folder)
-    path = folder / "train-000002.tar"
+@pytest.fixture
+def copy(tmp_path):
+    """The demo's shards, which a test may damage."""
+    return Path(shutil.copytree(DEMO, tmp_path / "copy"))
+
+
+def flip(path: Path, *places: int) -> None:
     data = bytearray(path.read_bytes())
-    data[1024 * 17 + 3] ^= 1  # in the name of member 17
+    for at in places:
+        data[at] ^= 1
     path.write_bytes(data)
-    assert main(["verify", str(folder)]) == 1
-    message = capsys.readouterr().err
-    assert f"train-000002: sample 17, byte {1024 * 17 + 3} of train-000002.tar (header)" in message
+
+
+def test_verify_goes_on_and_names_every_bad_shard(copy, capsys):
+    """A large set takes hours: whoever copies it anew wants the whole list."""
+    name = 1024 * 17 + 3  # in the name of member 17
+    flip(copy / "train-000000.tar", name, 1024 * 19 + 700, 1024 * 40 + 700)
+    (copy / "train-000001.tar").unlink()
+    flip(copy / "val-000000.sources.npy", -1)
+    assert main(["verify", str(copy)]) == 1
+    printed, complaints = capsys.readouterr()
+    assert printed == ""
+    first, second, third, last = complaints.splitlines()
+    assert first.startswith("siftloader: train-000000: sample 17, byte ")
+    assert f"byte {name} of train-000000.tar (header)" in first
+    assert first.endswith("; 3 samples of it are damaged")
+    assert second.startswith("siftloader: train-000001: cannot be read")
+    assert third.startswith("siftloader: val-000000.sources.npy: sha256 differs")
+    good = [s for s in ShardSet.open(copy).manifest if s.shard in ("train-000002", "train-000003")]
+    assert last == (
+        f"siftloader: {copy}: 3 faults; 2 of 5 shards, {sum(s.num_sequences for s in good):,} samples, "
+        "are as they were written"
+    )
+
+
+def test_verify_names_every_tar_that_is_no_shard(ready, capsys):
+    for name in ("train-000001.tar", "val-000001.tar"):
+        shutil.copy(ready / "train-000000.tar", ready / name)
+    assert main(["verify", str(ready)]) == 1
+    complaints = capsys.readouterr().err.splitlines()
+    assert "train-000001.tar is not in" in complaints[0]
+    assert "val-000001.tar is not in" in complaints[1]
+    assert complaints[2].endswith("2 faults; 2 of 2 shards, 2 samples, are as they were written")
+
+
+def test_verify_compares_the_counts_where_all_shards_are_good(ready, capsys):
+    """With a bad shard among them they cannot agree, and nothing new would be said."""
+    ids = np.array([[2, 9, 9, 9, 9, 9, 3]])
+    again = write_shard(ready, "train-000000", ids, np.zeros(1, np.uint8), Layout(7))
+    held_out = next(shard for shard in ShardSet.open(ready).manifest if shard.split == "val")
+    dataset = ShardSet.open(ready)
+    write_dataset(
+        ready,
+        [again, held_out],
+        layout=Layout(7),
+        objective="mlm",
+        tokenizer=dataset.tokenizer,
+        sources=dataset.sources,
+        unigrams=dataset.unigrams,
+        seed=0,
+    )
+    assert main(["verify", str(ready)]) == 1
+    assert "unigrams.npy: not the counts of the train split" in capsys.readouterr().err
+    flip(ready / "train-000000.tar", 700)
+    assert main(["verify", str(ready)]) == 1
+    assert "unigrams.npy" not in capsys.readouterr().err
+
+
+def test_a_set_behind_a_url_is_verified_and_inspected(ready, tmp_path, capsys):
+    pytest.importorskip("aiohttp")
+    files = {path.name: path.read_bytes() for path in ready.iterdir()}
+    cache = ["--cache", str(tmp_path / "cache"), "--cache-bytes", "1MB"]
+    with serving(files) as web:
+        url = web.url.replace("http://", "http://me:secret@")
+        assert main(["verify", f"{url}?key=secret", *cache]) == 0
+        assert main(["verify", f"{url}?key=secret", *cache, "--json"]) == 0
+        assert main(["inspect", f"{url}?key=secret", *cache]) == 0
+        asked = dict(web.asked)
+        assert main(["verify", f"{url}/gone?key=secret", *cache]) == 0, (
+            "the server knows one folder"
+        )
+        web.files.pop("manifest.jsonl")
+        assert main(["verify", f"{url}?key=secret", *cache]) == 1
+    assert asked["train-000000.tar"] == 1, "the copy serves the rest"
+    printed, complaints = capsys.readouterr()
+    assert f"{web.url.replace('http://', 'http://***@')}?***: 2 shards, 2 samples, all" in printed
+    assert "train: 1 shards, 1 samples" in printed
+    assert "manifest.jsonl?***: not there" in complaints
+    assert "secret" not in printed + complaints
+    copies = sorted(path.suffix for path in (tmp_path / "cache").glob("??/*"))
+    assert copies.count(".tar") == 2
+
+
+def test_verify_gives_up_where_nothing_arrives_any_more(copy, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("siftloader.cli.LOST", 2)
+    files = {path.name: path.read_bytes() for path in copy.iterdir() if path.suffix != ".tar"}
+    with serving(files) as web:
+        assert main(["verify", web.url, "--cache", str(tmp_path / "cache")]) == 1
+    complaints = capsys.readouterr().err.splitlines()
+    assert "train-000000.tar: not there" in complaints[0]
+    assert "train-000001.tar: not there" in complaints[1]
+    assert (
+        "2 shards in a row did not arrive, so the 3 after them were not asked for" in complaints[2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pipe:cat x", "would run a program"),
+        ("htp://host/x", "cannot be opened"),
+        ("http:/host/x", "no such folder"),
+    ],
+)
+def test_a_wrong_url_is_one_line(url, message, capsys):
+    assert main(["verify", url]) in (1, 2)
+    complaint = capsys.readouterr().err
+    assert message in complaint and complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [("shard", "interrupted; the same command continues"), ("verify", "interrupted")],
+)
+def test_only_what_continues_says_so(command, told, text, ready, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("siftloader.prepare.cut_blocks", interrupted)
+    monkeypatch.setattr("siftloader.cli.check_samples", interrupted)
+    arguments = shard(text, tmp_path / "out") if command == "shard" else ["verify", str(ready)]
+    assert main(arguments) == 130
+    assert capsys.readouterr() == ("", f"siftloader: {told}\n")
 
 
 @pytest.fixture
@@ -190,7 +306,7 @@ def test_verify_as_json_says_all_is_well(ready, capsys):
         "samples": 2,
         "bytes": 2 * 2048,
         "fingerprint": ShardSet.open(ready).fingerprint,
-        "error": None,
+        "errors": [],
     }
 
 
@@ -209,13 +325,16 @@ def test_verify_as_json_names_the_byte(ready, capsys):
         1,
         2048,
     )
-    message = verdict["error"].pop("message")
-    assert verdict["error"] == {"shard": "val-000000", "sample": 0, "byte": 642}
+    [error] = verdict["errors"]
+    message = error.pop("message")
+    assert error == {"shard": "val-000000", "sample": 0, "byte": 642, "damaged": 1}
     assert message.startswith(
         "val-000000: sample 0, byte 642 of val-000000.tar (token 1): found 0x"
     )
     assert main(["verify", str(ready)]) == 1
-    assert capsys.readouterr() == ("", f"siftloader: {message}\n")
+    assert capsys.readouterr().err.startswith(
+        f"siftloader: {message}; 1 samples of it are damaged\n"
+    )
 
 
 @pytest.mark.parametrize("what", ["no folder", "no manifest", "no shard"])
@@ -226,10 +345,11 @@ def test_verify_as_json_of_what_is_missing(ready, capsys, what):
         (ready / lost[what]).unlink()
     assert main(["verify", str(folder), "--json"]) == 1
     verdict = json.loads(capsys.readouterr().out)
-    assert not verdict["ok"] and verdict["shards"] == 0
+    assert not verdict["ok"] and verdict["shards"] == (1 if what == "no shard" else 0)
     assert (verdict["fingerprint"] is None) == (what != "no shard")
-    assert verdict["error"]["shard"] == ("train-000000" if what == "no shard" else None)
-    assert verdict["error"]["message"]
+    [error] = verdict["errors"]
+    assert error["shard"] == ("train-000000" if what == "no shard" else None)
+    assert error["message"]
 
 
 def test_verify_shows_its_progress_to_a_terminal(ready, capsys, monkeypatch):
