@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from siftloader.ahead import Watched, prefetched
+from siftloader.ahead import prefetched
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.errors import BatchError, StateError
 from siftloader.indices import (
@@ -38,6 +38,7 @@ from siftloader.indices import (
 )
 from siftloader.stream import STATE_VERSION as VERSION, TokenShards
 from siftloader.tars import TarStream
+from siftloader.watched import Watched
 from siftloader.world import World
 
 
