@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike
 
 from siftloader.order import mix64
 
@@ -27,8 +27,9 @@ class Coverage:
     digest: int = 0
 
     @classmethod
-    def of(cls, ids: NDArray[np.int64]) -> Coverage:
-        """The coverage of samples with these global ids, int64 [n]."""
+    def of(cls, ids: ArrayLike) -> Coverage:
+        """The coverage of samples with these global ids, int64 [n]: an array, or a tensor on the host."""
+        ids = np.asarray(ids, np.int64)
         # Scrambled twice with a constant between: the sum of small numbers must not show through.
         words = mix64(mix64(ids.astype(np.uint64) + np.uint64(1)) ^ np.uint64(0x9E3779B97F4A7C15))
         return cls(len(ids), int(words.sum(dtype=np.uint64)))

@@ -31,7 +31,8 @@ class Mixture:
     """Whose turn it is; equal arguments give an equal answer on any machine.
 
     ``sizes`` are samples of each set, ``weights`` in what proportion they are drawn, ``length`` how many
-    samples the stream calls an epoch, ``lanes`` as for ``Order``: each lane is a mixture of its own.
+    samples the stream calls an epoch, ``lanes`` as for ``Order``: the turns of each are dealt by themselves, and
+    turn ``t`` of a set in lane ``l`` is place ``t * lanes + l`` of that set's epochs one after the other.
     """
 
     sizes: tuple[int, ...]
@@ -45,13 +46,12 @@ class Mixture:
             raise ValueError(
                 f"a mix needs one weight per set, got {len(self.weights)} for {len(self.sizes)} sets"
             )
-        if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
-            raise ValueError(f"weights must be positive numbers, got {list(self.weights)}")
-        if min(self.sizes) < self.lanes:
+        if not (min(self.weights) > 0 and math.isfinite(sum(self.weights))):
             raise ValueError(
-                f"every set needs a sample for each of {self.lanes} lanes, the smallest has "
-                f"{min(self.sizes)}; use fewer lanes"
+                f"weights must be positive numbers with a finite sum, got {list(self.weights)}"
             )
+        if min(self.sizes) < 1:
+            raise ValueError(f"every set needs a sample, got {list(self.sizes)}")
         if self.length is not None and self.length < 1:
             raise ValueError(f"an epoch needs at least 1 sample, got {self.length}")
         if min(self._quotas) == 0:
@@ -72,18 +72,14 @@ class Mixture:
         self, positions: NDArray[np.int64], epoch: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Set, repeat and position in that repeat, int64 [n] each, of positions of an epoch."""
-        turn, lane = np.divmod(positions, self.lanes)
-        turn += epoch * self._lane_sizes(len(self))[lane]  # of the lane, since the very beginning
+        # Since the very beginning: were lanes dealt anew in every epoch, the first of them would come more often.
+        turn, lane = np.divmod(epoch * len(self) + positions, self.lanes)
         which = np.zeros_like(turn)
         if len(self.sizes) > 1:
             which, turn = self._dealt(turn, lane)
-        sizes = np.stack([self._lane_sizes(size) for size in self.sizes])[which, lane]
-        repeat, place = np.divmod(turn, sizes)
-        return which, repeat, place * self.lanes + lane
-
-    def _lane_sizes(self, size: int) -> NDArray[np.int64]:
-        # int64 [lanes]: how many of that many samples each lane has
-        return -((np.arange(self.lanes) - size) // self.lanes)
+        sizes = np.array(self.sizes, np.int64)
+        repeat, place = np.divmod(turn * self.lanes + lane, sizes[which])
+        return which, repeat, place
 
     def _dealt(
         self, turn: NDArray[np.int64], lane: NDArray[np.int64]

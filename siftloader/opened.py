@@ -68,6 +68,12 @@ class Part:
     first_id: int  # of the data set, in the mix
     first_source: int
 
+    def first_ids(self) -> NDArray[np.int64]:
+        """The global id of the first sample of each shard, int64 [S]."""
+        counts = self.shards.counts
+        before = np.cumsum(counts, dtype=np.int64) - counts
+        return self.first_id + self.shards.first_id(0) + before
+
 
 @dataclass(frozen=True)
 class Content:
@@ -144,6 +150,7 @@ class Opened:
         self._contents: OrderedDict[int, Content] = OrderedDict()
         self._coming: dict[int, Future[Mapped | None]] = {}
         self._crew: _Crew | None = None
+        self._process = os.getpid()
 
     def get(self, number: int) -> Content:
         """The content of a shard, verified; ShardError where it cannot be had or is damaged."""
@@ -161,8 +168,15 @@ class Opened:
             self._contents.popitem(last=False)
         return content
 
-    def announce(self, numbers: Iterable[int]) -> None:
-        """Fetch and hash these soon, in this order, in threads: what they find ``get`` will tell."""
+    def announce(self, numbers: Iterable[int], past: Iterable[int] = ()) -> None:
+        """Fetch and hash these soon, in this order, in threads: what they find ``get`` will tell.
+
+        ``past``: announced before, and no longer wanted.
+        """
+        self._after_fork()
+        for number in past:
+            if (future := self._coming.pop(number, None)) is not None:
+                future.cancel()
         new = []
         for number in numbers:
             here = isinstance(self._place(number)[0].files.files, LocalFolder)
@@ -200,9 +214,16 @@ class Opened:
     def close(self) -> None:
         """Let go of all files; threads end with what they are at."""
         self._contents.clear()
+        self._coming.clear()
         if self._crew is not None:
             self._crew.dismiss()
             self._crew = None
+
+    def _after_fork(self) -> None:
+        # The threads stayed with the parent: whoever waits for one of them here waits for ever.
+        if os.getpid() != self._process:
+            self._process, self._crew = os.getpid(), None
+            self._coming.clear()
 
     def _place(self, number: int) -> tuple[Part, int, Shard]:
         which = bisect_right(self._bounds, number) - 1
@@ -252,8 +273,11 @@ class Opened:
 
     def _judged(self, number: int) -> Mapped:
         # As _judge, or as a thread did it in advance.
+        self._after_fork()
         coming = self._coming.pop(number, None)
-        mapped = None if coming is None else coming.result()
+        mapped = None
+        with suppress(FetchError):  # that was then: the network may be back
+            mapped = None if coming is None else coming.result()
         if mapped is None or self._touched(number, str(mapped.path), mapped.stat):
             return self._judge(number)
         return mapped
@@ -308,7 +332,7 @@ class Opened:
         # Of this very file: a shard that was mended, or took more damage, is judged anew.
         damage = self._verdicts.damaged.get(number)
         if damage is not None and damage.identity != self._identity_or_none(number):
-            del self._verdicts.damaged[number]
+            self._verdicts.damaged.pop(number, None)  # or another reader did
             return None
         return damage
 
@@ -328,7 +352,7 @@ class Opened:
         bad = part.files.damaged(shard)
         if not (count := int(bad.sum())):
             raise error  # not of the samples, so nothing that could be passed over
-        spent = count + sum(each.samples for each in self._verdicts.damaged.values())
+        spent = count + sum(each.samples for each in [*self._verdicts.damaged.values()])
         if spent > self._budget.samples:
             raise CorruptShard(
                 f"{error} ({count} samples of {shard.shard} are damaged, {spent} of all shards opened: "
@@ -376,6 +400,8 @@ class _Crew:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             future, judge, number = task
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(judge(number))
             except BaseException as error:

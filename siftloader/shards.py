@@ -898,16 +898,26 @@ def check_ids(dataset: ShardSet, shard: Shard, rows: NDArray[Any], first: int) -
 
 
 def _read_hashed(files: Folder, name: str, expected: str, shard: str | None = None) -> bytes:
-    path = files.path(name, sha256=expected)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ShardError(
-            f"{name}: cannot be read ({error}); is {path} in place?", shard=shard
-        ) from error
-    if sha256(data) != expected:
-        raise CorruptShard(f"{name}: sha256 differs from the recorded one; {AGAIN}", shard=shard)
-    return data
+    tries = 1 if isinstance(files, LocalFolder) else ATTEMPTS
+    for left in reversed(range(tries)):
+        path = files.path(name, sha256=expected)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            if not left:  # a copy may be evicted between its being found and its being read
+                raise _missing(name, path, error, shard) from error
+            continue
+        except OSError as error:
+            raise _missing(name, path, error, shard) from error
+        if sha256(data) == expected:
+            return data
+        # A copy may have taken damage since it was verified: the original may be whole.
+        files.forget(name, sha256=expected)
+    raise CorruptShard(f"{name}: sha256 differs from the recorded one; {AGAIN}", shard=shard)
+
+
+def _missing(name: str, path: Path, error: OSError, shard: str | None) -> ShardError:
+    return ShardError(f"{name}: cannot be read ({error}); is {path} in place?", shard=shard)
 
 
 def _read_manifest(files: Folder) -> bytes:

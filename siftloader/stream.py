@@ -163,13 +163,15 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             )
         self._parts = tuple(_parts(self.shard_sets, split))
         sizes = [int(part.shards.counts.sum(dtype=np.int64)) for part in self._parts]
-        self._sizes = sizes
+        self._samples = sum(sizes)
         self._mixture: Mixture | None = None
         if weights is not None or length is not None:
             self._mixture = Mixture(
                 tuple(sizes), tuple(self.weights or [1.0]), length, self.seed, self.lanes
             )
-        self.total = sum(sizes) if self._mixture is None else len(self._mixture)  # over all ranks
+        self.total = (
+            self._samples if self._mixture is None else len(self._mixture)
+        )  # over all ranks
         self._verdicts = Verdicts.of(self._parts)
         self._epoch = 0
         self._position = 0
@@ -199,6 +201,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         others did; ``epoch_samples`` is as many as all of them have, where it is not given. ``options``
         are the class's; ids say the set: ``id >> 40``.
         """
+        if not isinstance(weights, Mapping):
+            raise TypeError(
+                f"mix takes {{folder: weight}}, got {type(weights).__name__}; give every set its weight"
+            )
         return cls(weights, **options)
 
     @property
@@ -298,8 +304,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
         for batch in shards.batches(256): ...    # int64 [256, T]
         """
-        _check_rows(n)
-        return self._counted(n, per_row=False)
+        return self._counted(_rows_of_batch(n), per_row=False)
 
     def read_batches(
         self, n: int, epoch: int, position: int = 0, world: World | None = None
@@ -313,9 +318,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def _checked_read(
         self, n: int, epoch: int, position: int, world: World | None
     ) -> Iterator[_Read]:
-        _check_rows(n)
-        if epoch < 0:
-            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        n, epoch = _rows_of_batch(n), _epoch(epoch)
         if not 0 <= position <= self.total:
             raise ValueError(f"position must lie in 0..{self.total}, got {position}")
         return self._read(n, epoch, position, self._world(world))
@@ -349,7 +352,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 located = self._locate(first + step * turns, epoch, orders)
                 for at in range(0, len(turns), size):
                     where = located.part(at, at + size)
-                    opened.announce(windows.upcoming(where, orders, self._bases))
+                    opened.announce(*windows.upcoming(where, orders, self._bases))
                     yield self._take(where, opened)
         finally:
             opened.close()
@@ -445,6 +448,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         if given is None:
             return found
         if given.workers > 1:
+            if found.workers > 1:
+                raise ValueError(
+                    f"world has a worker of its own ({given.worker} of {given.workers}), so all "
+                    f"{found.workers} of this loader would read the same; pass World(rank, ranks)"
+                )
             return given
         return World(given.rank, given.ranks, found.worker, found.workers, given.machines)
 
@@ -532,17 +540,13 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
         shards.expected_coverage(3, samples=shards.total // ranks * ranks)    # without the tail that is left out
         """
+        if samples is not None and not 0 <= samples <= self.total:
+            raise ValueError(f"samples must lie in 0..{self.total}, got {samples}")
         return self._enumerated(epoch, range(self.total if samples is None else samples))
 
     def _enumerated(self, epoch: int, positions: range) -> Coverage:
         found, orders = Coverage(), self._orders()
-        firsts = np.concatenate(
-            [
-                part.first_id
-                + np.array([part.shards.first_id(i) for i in range(len(part.shards))])
-                for part in self._parts
-            ]
-        )
+        firsts = np.concatenate([part.first_ids() for part in self._parts])
         for start in range(0, len(positions), ENUMERATED):
             some = positions[start : start + ENUMERATED]
             at = np.arange(some.start, some.stop, some.step, dtype=np.int64)
@@ -556,10 +560,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         A restored state that stands in this very epoch keeps its position, so that loops which
         announce every epoch resume too.
         """
-        if epoch < 0:
-            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        epoch = _epoch(epoch)
         if not (self._pending and epoch == self._epoch):
-            self._epoch, self._position, self._pending = int(epoch), 0, True
+            self._epoch, self._position, self._pending = epoch, 0, True
         self._reader += 1
 
     def upcoming(self) -> tuple[int, int]:
@@ -621,26 +624,42 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"{STATE_VERSION}; upgrade siftloader, or start a new epoch without the state"
             )
         if version == 1:
-            state = {**FIRST_VERSION, "samples": self.total, **state}
+            state = {**FIRST_VERSION, "samples": self._samples, **state}
         missing = sorted(own.keys() - state.keys())
         if missing:
             raise StateError(
                 f"the state lacks {missing}; it needs {list(own)}, as state_dict() gives"
             )
         self.check_identity(state, override)
-        for name, limit in (("epoch", MOST_EPOCHS), ("position", self.total)):
+        for name, limit in (("epoch", MOST_EPOCHS), ("position", state["samples"])):
             if not _whole(state[name]) or state[name] > limit:
                 raise StateError(
                     f"{name} {state[name]!r} found, a whole number from 0 to {limit} expected; the "
                     f"state is damaged"
                 )
+        if state["position"] > self.total:
+            raise StateError(
+                f"position {state['position']} found, but an epoch has {self.total} samples here; begin "
+                f"the next one: set_epoch({state['epoch'] + 1}), without the state"
+            )
         return dict(state)
 
     def check_identity(self, found: Mapping[str, Any], override: Collection[str] = ()) -> None:
         """Raise StateError unless a state with this identity continues here, but for what ``override`` names."""
-        expected = self.identity()
-        if unknown := set(override) - expected.keys():
+        expected, found = self.identity(), dict(found)
+        override = {override} if isinstance(override, str) else {*override}
+        if unknown := override - expected.keys():
             raise ValueError(f"override names some of {list(expected)}, got {sorted(unknown)}")
+        if isinstance(found.get("weights"), tuple):  # as some checkpoints give a list back
+            found["weights"] = [*found["weights"]]
+        different = [
+            name
+            for name, value in expected.items()
+            if name not in override
+            and not (type(found.get(name)) is type(value) and found[name] == value)
+        ]
+        if not different:
+            return
         where = " and ".join(each.name for each in self.shard_sets)
         remedies = {
             "fingerprint": f"open the data set it was saved from, not {where}",
@@ -651,16 +670,15 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             "weights": f"mix the sets with weights {found.get('weights')!r}",
             "samples": f"construct TokenShards(..., epoch_samples={found.get('samples')!r})",
         }
-        for name, remedy in remedies.items():
-            value = found.get(name)
-            same = type(value) is type(expected[name]) and value == expected[name]
-            if not same and name not in override:
-                raise StateError(
-                    f"the state belongs to another order: {name} {value!r} found, "
-                    f"{expected[name]!r} expected; {remedy}, or start a new epoch without the state, or "
-                    f"load_state_dict(state, override={{{name!r}}}) to go on at its position in "
-                    f"the order of here, where samples may come twice or not at all"
-                )
+        name, *others = different
+        too = f" ({' and '.join(others)} differ{'s' * (len(others) == 1)}, too)" if others else ""
+        names = ", ".join(repr(each) for each in expected if each in override | {*different})
+        raise StateError(
+            f"the state belongs to another order: {name} {found.get(name)!r} found, {expected[name]!r} "
+            f"expected{too}; {remedies[name]}, or start a new epoch without the state, or "
+            f"load_state_dict(state, override={{{names}}}) to go on at its position in the order of "
+            f"here, where samples may come twice or not at all"
+        )
 
     def _check_room(self) -> None:
         # Copies that do not outlive the window they belong to are fetched again and again.
@@ -748,12 +766,15 @@ class _Windows:
     def __init__(self, lanes: int) -> None:
         self._lanes = lanes
         self._until: dict[int, tuple[int, int]] = {}  # by set and lane: where the window ends
+        self._told: dict[int, set[int]] = {}  # by set and lane: its shards, and those of the next
 
-    def upcoming(self, where: _Where, orders: _Orders, bases: Sequence[int]) -> Iterator[int]:
-        """The shards to get ready for the positions of a block, the most urgent first."""
+    def upcoming(
+        self, where: _Where, orders: _Orders, bases: Sequence[int]
+    ) -> tuple[list[int], set[int]]:
+        """The shards to get ready for a block, the most urgent first; those of windows that are past."""
         keys = where.which * self._lanes + where.place % self._lanes
         found, last = np.unique(keys[::-1], return_index=True)
-        later = []
+        soon, later, past = [], [], set[int]()
         for key, back in zip(found.tolist(), last.tolist(), strict=True):
             at = len(keys) - 1 - back
             repeat, place = int(where.repeat[at]), int(where.place[at])
@@ -762,11 +783,13 @@ class _Windows:
             which = key // self._lanes
             order = orders.of(which, repeat)
             shards, following = order.window_at(place)
-            yield from (bases[which] + shard for shard in shards)
-            if following is not None:
-                later += [bases[which] + shard for shard in order.window_at(following)[0]]
+            after = [] if following is None else order.window_at(following)[0]
+            soon += [bases[which] + shard for shard in shards]
+            later += [bases[which] + shard for shard in after]
             self._until[key] = (repeat + 1, 0) if following is None else (repeat, following)
-        yield from later
+            past |= self._told.get(key, set())
+            self._told[key] = {bases[which] + shard for shard in (*shards, *after)}
+        return [*soon, *later], past - {*soon, *later}
 
 
 @dataclass(frozen=True)
@@ -889,6 +912,13 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_rows(n: int) -> None:
-    if n < 1:
+def _rows_of_batch(value: Any) -> int:
+    if (n := _integer("n", value)) < 1:
         raise ValueError(f"n must be at least 1 row, got {n}")
+    return n
+
+
+def _epoch(value: Any) -> int:
+    if (epoch := _integer("epoch", value)) < 0:
+        raise ValueError(f"epoch must be 0 or more, got {epoch}")
+    return epoch

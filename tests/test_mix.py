@@ -181,6 +181,40 @@ def test_a_state_of_the_first_version_is_read(make):  # noqa: F811
     assert shards.upcoming() == (1, 4)
     with pytest.raises(StateError, match="lanes 1 found, 2 expected"):
         opened(make(), lanes=2).load_state_dict({**state, "version": 1})
+    with pytest.raises(
+        StateError, match="samples 21 found, 12 expected"
+    ):  # an epoch was all of them
+        opened(make(), epoch_samples=12).load_state_dict({**state, "version": 1})
+
+
+def test_all_that_differs_is_told_at_once_and_can_be_overridden_at_once(make):  # noqa: F811
+    other = opened(make((40, 40, 3)), window=3)
+    saved = {**other.state_dict(), "epoch": 2, "position": 20}
+    shards = opened(make())
+    with pytest.raises(
+        StateError, match=r"fingerprint .* \(window and samples differ, too\); .*"
+    ) as caught:
+        shards.load_state_dict(saved)
+    assert "override={'fingerprint', 'window', 'samples'}" in str(caught.value)
+    with pytest.raises(
+        StateError, match=r"window 3 found, 2 .*override={'fingerprint', 'window', 's"
+    ):
+        shards.load_state_dict(saved, override={"fingerprint", "samples"})
+    shards.load_state_dict(saved, override={"fingerprint", "window", "samples"})
+    assert shards.upcoming() == (2, 20)
+    with pytest.raises(
+        StateError, match=r"position 60 found, but an epoch has 21 samples here; .*set_epoch"
+    ):
+        shards.load_state_dict(
+            {**saved, "position": 60}, override={"fingerprint", "window", "samples"}
+        )
+    shards.load_state_dict({**opened(make(), seed=1).state_dict()}, override="seed")
+
+
+def test_weights_that_went_through_a_tuple_are_the_same(two):
+    shards = mixed(two)
+    shards.load_state_dict({**shards.state_dict(), "weights": (3, 1), "position": 7})
+    assert shards.upcoming() == (0, 7)
 
 
 def test_sets_that_differ_cannot_be_mixed(make, tmp_path):  # noqa: F811
@@ -196,7 +230,7 @@ def test_sets_that_differ_cannot_be_mixed(make, tmp_path):  # noqa: F811
     [
         ((1, 0), {}, "positive"),
         ((1, 1), {"split": "val"}, "open each set by itself"),
-        ((1, 1), {"lanes": 22}, "every set needs a sample for each of 22 lanes"),
+        ((1, 1), {"lanes": 0}, "lanes must be at least 1"),
         ((1, 1), {"epoch_samples": 0}, "at least 1 sample"),
     ],
     ids=str,
@@ -204,6 +238,11 @@ def test_sets_that_differ_cannot_be_mixed(make, tmp_path):  # noqa: F811
 def test_wrong_mixes_are_refused(two, weights, options, message):
     with pytest.raises(ValueError, match=message):
         TokenShards.mix(dict(zip(two, weights, strict=True)), **options)
+
+
+def test_a_mix_needs_a_weight_for_every_set(two):
+    with pytest.raises(TypeError, match=r"mix takes \{folder: weight\}, got list"):
+        TokenShards.mix([*two])
 
 
 def test_a_mix_is_described_by_what_its_sets_have_in_common(two):
@@ -254,6 +293,41 @@ def test_what_all_ranks_were_given_adds_up_whoever_they_are_and_after_restarts(
         size = mixed(two, world=World(), **options).total // ranks * ranks
         total = total or mixed(two, world=World(), **options).expected_coverage(0, size)
         assert found == total, cut
+
+
+def test_coverage_takes_ids_as_they_come(make):  # noqa: F811
+    shards = opened(make())
+    (batch,) = shards.batches(21)
+    assert Coverage.of(batch["id"]) == shards.coverage() == shards.expected_coverage(0)
+    for samples in (-1, 22):
+        with pytest.raises(ValueError, match=f"samples must lie in 0..21, got {samples}"):
+            shards.expected_coverage(0, samples)
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mix_in_lanes_resumes_through_a_stateful_loader(two, workers):
+    torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader():
+        shards = mixed(two, lanes=3, epoch_samples=31)
+        return torchdata.StatefulDataLoader(shards, batch_size=4, num_workers=workers)
+
+    straight = [batch["id"].tolist() for batch in loader()]
+    for cut in (1, 3, len(straight) - 1):
+        first, second = loader(), loader()
+        for _ in islice(first, cut):
+            pass
+        second.load_state_dict(
+            json.loads(json.dumps(first.state_dict())) if not workers else first.state_dict()
+        )
+        assert [batch["id"].tolist() for batch in second] == straight[cut:]
+
+
+def test_a_simulated_worker_is_not_read_by_several_real_ones(make):  # noqa: F811
+    shards = opened(make(), world=World(worker=0, workers=2))
+    with pytest.raises(ValueError, match="world has a worker of its own"):
+        next(iter(DataLoader(shards, batch_size=4, num_workers=2)))
 
 
 def test_a_lost_or_doubled_sample_changes_the_coverage():

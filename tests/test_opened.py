@@ -14,7 +14,7 @@ import pytest
 from test_stream import SPECIAL, epoch_of, make, opened, rows, write  # noqa: F401
 
 from siftloader import TokenShards
-from siftloader.errors import CorruptShard, ShardError
+from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.opened import Budget, Opened
 from siftloader.shards import ShardSet
 from siftloader.world import World
@@ -129,7 +129,7 @@ def test_the_next_window_is_announced_when_a_window_begins(make, tmp_path, monke
     monkeypatch.setattr(
         Opened,
         "announce",
-        lambda self, numbers: announced.append([*numbers]) or announce(self, announced[-1]),
+        lambda self, numbers, past: announced.append(numbers) or announce(self, numbers, past),
     )
     shards = TokenShards(tmp_path / "shards", window=2, masking=None)
     list(shards.read_batches(4, 0))
@@ -139,6 +139,64 @@ def test_the_next_window_is_announced_when_a_window_begins(make, tmp_path, monke
     order = shards._orders().of(0, 0)
     for number, position in enumerate((0, 12, 24, 36)):
         assert set(order.window_at(position)[0]) <= {*told[number]}
+
+
+def test_shards_that_a_rank_never_touches_are_given_up(tmp_path, monkeypatch):
+    """A rank of many reads a few samples of a window: what it does not open must not pile up."""
+    write(tmp_path / "shards", (2,) * 64, "mlm", SPECIAL)
+    monkeypatch.setattr("siftloader.stream.BLOCK_TOKENS", 8)
+    seen = []
+    take = TokenShards._take
+    monkeypatch.setattr(
+        TokenShards,
+        "_take",
+        lambda self, where, reader: seen.append(len(reader._coming)) or take(self, where, reader),
+    )
+    shards = opened(tmp_path / "shards", window=2, world=World(0, 8))
+    assert sum(len(batch["id"]) for batch in shards.batches(1)) == 16
+    assert max(seen) <= 4, "two windows"
+
+
+def test_a_network_that_was_gone_when_a_shard_was_announced_may_be_back(folder, monkeypatch):
+    shards = opened(folder, window=4)
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    judge, tries = Opened._judge, []
+
+    def gone_once(self, number):
+        tries.append(number)
+        if len(tries) == 1:
+            raise FetchError("no route to host")
+        return judge(self, number)
+
+    monkeypatch.setattr(Opened, "_judge", gone_once)
+    reader.announce([2])
+    assert len(reader.get(2)) == 7 and tries == [2, 2]
+    reader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_waits_for_no_thread_of_its_parent(folder):
+    shards = opened(folder, window=4)
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    stuck = threading.Event()
+    reader._judge_ahead = lambda number: stuck.wait()  # in the middle of it
+    reader.announce([0, 1, 2, 3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # threads run, which is the point
+        child = os.fork()
+    if not child:
+        del reader._judge_ahead
+        reader.announce([3])
+        os._exit(len(reader.get(1)) + len(reader.get(3)))
+    deadline = time.monotonic() + 10
+    while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    stuck.set()
+    if not found[0]:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(found[1]) == 8 + 6
+    reader.close()
 
 
 def test_a_damaged_sample_gives_its_place_to_the_next_sound_one(folder):

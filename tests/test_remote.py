@@ -76,6 +76,16 @@ def test_a_damaged_copy_is_fetched_anew(web, folder, cache):
     assert copy.read_bytes() != data
 
 
+def test_a_damaged_copy_of_sources_is_fetched_anew(web, folder, cache):
+    list(opened(web.url))
+    (copy,) = cache.glob(f"??/{ShardSet.open(folder).manifest[2].sources_sha256}.*")
+    data = bytearray(copy.read_bytes())
+    data[-1] ^= 8
+    copy.write_bytes(data)
+    assert [row(one) for one in opened(web.url)] == epoch_of(folder, 0)
+    assert web.asked["train-000002.sources.npy"] == 2
+
+
 def test_what_the_manifest_did_not_record_is_refused_however_often_it_comes(web):
     other = bytearray(web.files["train-000002.tar"])
     other[1300] ^= 8

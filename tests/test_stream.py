@@ -522,6 +522,13 @@ def test_wrong_reads_are_refused_before_the_first_batch(make):
             wrong()
     with pytest.raises(ValueError, match=r"position must lie in 0\.\.21, got 22"):
         shards.read_batches(1, 0, 22)
+    for n in (2.5, "4", True):
+        with pytest.raises(ValueError, match=f"n must be a whole number, got {n!r}"):
+            shards.batches(n)
+    with pytest.raises(ValueError, match=r"epoch must be a whole number, got 1\.5"):
+        shards.set_epoch(1.5)
+    few = [rows(batch) for batch in shards.read_batches(np.uint8(4), 0)]
+    assert few == [rows(batch) for batch in shards.read_batches(4, 0)]
     for wrong in (lambda: shards.read_batches(1, -1), lambda: shards.set_epoch(-1)):
         with pytest.raises(ValueError, match="epoch must be 0 or more, got -1"):
             wrong()
