@@ -14,6 +14,7 @@ holder dies; what a dead run left half-written is removed by whoever holds the l
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import io
@@ -42,14 +43,12 @@ from siftloader.files import file_system, is_url
 COMMANDS = ("pipe", "exec", "shell", "sh", "cmd", "popen")  # schemes that would run a program
 BLOCK = (
     4 << 20
-)  # bytes asked for at once where requests are for ranges: slower than this per stall ends a try
+)  # bytes of a request where they are for ranges: slower than one per stall ends a try
 LARGEST_READ = 1 << 30  # bytes of a file that is read whole: a manifest of some million shards
-TELL_AFTER = 30  # seconds of waiting for another process, before a warning
+TELL_AFTER = 30  # seconds of waiting for another process, or of failing, before a warning
 AHEAD = 2  # files a process fetches ahead at the same time
-RESERVE, RESERVE_SHARE = (
-    5 << 30,
-    0.02,
-)  # of a disk, the smaller of the two is never filled with copies
+RESERVE = 5 << 30  # bytes of a disk that are never filled with copies
+RESERVE_SHARE = 0.02  # or this share of it, if that is less
 PAGES = (b"<!doctype", b"<html", b"<?xml", b"{")  # how what is sent in place of a file begins
 
 _LOG = logging.getLogger(__name__)
@@ -303,7 +302,7 @@ class RemoteFolder:
         missing: type[ShardError],
     ) -> Result:
         # What the first try that works gives; the rest are told of in the error.
-        url, renewed = joined(self.url, name), False
+        url, renewed, began = joined(self.url, name), False, time.monotonic()
         found: list[str] = []
         shard = name.partition(".")[0]
         while True:
@@ -342,11 +341,14 @@ class RemoteFolder:
             if len(found) >= self.patience.tries:
                 raise FetchError(
                     f"{redacted(url)}: did not arrive in {len(found)} tries: {_counted(found)}; look "
-                    f"after the server and the network, then run again",
+                    f"after the server and the network, then run again; "
+                    f"{time.monotonic() - began:.1f} s went into it",
                     shard=shard,
                 ) from None
             pause = _pause(self.patience, len(found), trouble.retry_after)
-            _LOG.info(
+            failing_long = time.monotonic() - began > TELL_AFTER
+            _LOG.log(
+                logging.WARNING if failing_long else logging.INFO,
                 "%s: try %d of %d: %s; again in %.1f s",
                 redacted(url),
                 len(found),
@@ -438,7 +440,7 @@ class Copies:
     def has(self, copy: Path, size: int | None) -> bool:
         """Whether the copy is there; if so, it was just used."""
         try:
-            found = copy.stat()
+            found = copy.lstat()  # a link is nothing that was fetched
         except OSError:
             return False
         if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
@@ -472,7 +474,7 @@ class Copies:
                 file = part.open("xb")
                 if size:
                     try:
-                        os.truncate(part, size)  # counts from now on
+                        os.ftruncate(file.fileno(), size)  # counts from now on
                     except OSError:
                         file.close()
                         raise
@@ -514,9 +516,10 @@ class Copies:
             if not full and free - size >= reserve:
                 return
             if _COPY.fullmatch(copy.name):
-                copy.unlink(missing_ok=True)
-                total -= bytes_
-                free, reserve = _free(self.root)
+                with suppress(PermissionError):  # of another user, in a folder like /tmp
+                    copy.unlink(missing_ok=True)
+                    total -= bytes_
+                    free, reserve = _free(self.root)
 
     def _held(self) -> Iterator[tuple[int, int, Path]]:
         # When last used, how large, where; parts too, at the size that they will have.
@@ -531,7 +534,11 @@ class Copies:
         for entry in self.root.glob("??/*.*"):
             name, _, kind = entry.name.rpartition(".")
             if kind in ("part", "lock") and _COPY.fullmatch(name):
-                with self.locked(entry.with_name(name), wait=False) as ours:
+                # What cannot be removed, that of another user, say, is no reason to fail.
+                with (
+                    suppress(OSError, _Unwritable),
+                    self.locked(entry.with_name(name), wait=False) as ours,
+                ):
                     if ours:
                         entry.with_name(f"{name}.part").unlink(missing_ok=True)
 
@@ -566,6 +573,7 @@ def _kept_in(root: Path, name: str) -> Iterator[None]:
         ) from error
 
 
+_LOCKLESS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # as some network disks are mounted
 _HELD: set[int] = set()  # locks of this process: a fork must not keep them beyond its parent
 
 
@@ -578,22 +586,28 @@ def _lock(lock: Path, wait: bool) -> int | None:
     _drop_locks_in_children()
     began, told = time.monotonic(), False
     while True:
-        handle = _opened_lock(lock)
+        handle, held = _opened_lock(lock), False
         _HELD.add(handle)
         try:
             if fcntl:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The holder before us removed the file: then this lock keeps nobody out.
-            if os.path.samestat(os.fstat(handle), lock.stat()):
+            held = os.path.samestat(os.fstat(handle), lock.stat())
+            if held:
                 return handle
         except (BlockingIOError, FileNotFoundError):
             pass
         except OSError as error:
-            _HELD.discard(handle)
-            os.close(handle)
+            if error.errno in _LOCKLESS:
+                raise _Unwritable(
+                    f"its file system has no locks, so two could write one file: {error}; keep copies on "
+                    f"a disk of this machine"
+                ) from error
             raise _Unwritable(f"no lock on {lock}: {error}") from error
-        _HELD.discard(handle)
-        os.close(handle)
+        finally:
+            if not held:
+                _HELD.discard(handle)
+                os.close(handle)
         if not wait:
             return None
         waited = time.monotonic() - began
@@ -608,8 +622,19 @@ def _opened_lock(lock: Path) -> int:
         for _ in range(9):
             lock.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # somebody removes the whole cache just now
-                return os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                return _open_unlinked(lock)
         raise FileNotFoundError(f"{lock.parent} vanishes as soon as it is made")
+
+
+def _open_unlinked(lock: Path) -> int:
+    # Never through a link, which in a common cache may lead anywhere.
+    direct = getattr(os, "O_NOFOLLOW", 0)
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT | direct, 0o666)
+    except PermissionError:
+        if not lock.exists():
+            raise
+        return os.open(lock, os.O_RDONLY | direct)  # another user's, whose lock is as good
 
 
 def _unlock(lock: Path, handle: int) -> None:

@@ -377,6 +377,18 @@ def test_what_stays_wrong_is_said_of_every_try(web, folder, tmp_path, fault, mes
     assert copies(tmp_path / "cache") == []
 
 
+def test_how_long_it_was_tried_is_said_and_so_is_that_it_takes_long(
+    web, tmp_path, monkeypatch, caplog
+):
+    web.faults["a.tar"] = always(status(429, Retry_After="0.2"))
+    folder = open_folder(web.url, cache=tmp_path, patience=Patience(3, 0.01, 1))
+    monkeypatch.setattr(storage, "TELL_AFTER", 0.1)
+    with pytest.raises(FetchError, match=r"in 3 tries: 3 x 429 .*; 0\.[4-9] s went into it"):
+        folder.path(**about())
+    (told,) = caplog.messages  # the first try is nothing to speak of
+    assert "a.tar: try 2 of 3: 429 Too Many Requests; again in 0.2 s" in told
+
+
 @pytest.mark.parametrize(("fault", "came"), [(drip(0.01), "[0-9]+"), (stall(5), "[05]")])
 def test_what_trickles_is_given_up_and_said_to(web, tmp_path, fault, came):
     web.faults["a.tar"] = always(fault)
@@ -555,6 +567,42 @@ def test_a_child_forked_while_a_file_comes_does_not_keep_its_lock(web, folder, t
         child.join()
 
 
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_refused_and_another_asked_for(
+    web, folder, tmp_path, monkeypatch, reason
+):
+    """As some network file systems are mounted: two machines would write one file."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(handle, how):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(FetchError, match=r"no locks.*SIFTLOADER_CACHE or cache="):
+        folder.path(**about())
+    assert not storage._HELD
+    assert web.asked == {}
+
+
+def test_an_interrupt_while_a_lock_is_taken_does_not_keep_it(tmp_path, monkeypatch):
+    """The next fetch of a notebook would wait for its own process for ever."""
+    fcntl = pytest.importorskip("fcntl")
+    lock, flock = tmp_path / "x.lock", fcntl.flock
+
+    def interrupted(handle, how):
+        flock(handle, how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        storage._lock(lock, wait=True)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    handle = storage._lock(lock, wait=False)
+    assert handle is not None
+    storage._unlock(lock, handle)
+    assert not storage._HELD
+
+
 def test_whoever_waits_long_is_told_for_what(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(storage, "TELL_AFTER", 0.05)
     lock = tmp_path / "x.lock"
@@ -687,13 +735,13 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(web, tmp_path):
     assert copies(tmp_path) == []
 
 
-@pytest.mark.parametrize("what", ["truncate", "fsync", "replace"])
+@pytest.mark.parametrize("what", ["ftruncate", "fsync", "replace"])
 def test_a_disk_that_fails_is_no_matter_of_the_network(web, tmp_path, monkeypatch, what):
     def failing(*args, **kwargs):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    if what == "truncate":
-        monkeypatch.setattr(storage.os, "truncate", failing)
+    if what == "ftruncate":
+        monkeypatch.setattr(storage.os, "ftruncate", failing)
     elif what == "fsync":
         monkeypatch.setattr(storage.os, "fsync", failing)
     else:
@@ -733,6 +781,86 @@ def test_a_cache_that_is_only_read_serves_what_it_has(web):
         refused = results.get(timeout=10)
         child.join()
     assert refused.startswith(f"FetchError {cache}: cannot keep a copy of b.tar ([Errno 13]")
+
+
+def as_a_colleague(cache, url, wanted, results):
+    os.setuid(65534)
+    folder = RemoteFolder(url, cache, 30_100, QUICK)
+    try:
+        results.put([folder.path(**one).read_bytes()[0] for one in wanted])
+    except Exception as error:
+        results.put(f"{type(error).__name__} {error}")
+
+
+def test_what_other_users_left_in_a_common_cache_stops_nobody(web):
+    """In a folder like /tmp nobody may remove, or open for writing, what belongs to another."""
+    if os.getuid():
+        pytest.skip("needs to become another user")
+    import tempfile
+
+    wanted = shards(web, 5)
+    with tempfile.TemporaryDirectory(dir="/tmp") as made:
+        cache = Path(made)
+        for name in ("", "cd", *(one["sha256"][:2] for one in wanted)):
+            (cache / name).mkdir(exist_ok=True)
+            (cache / name).chmod(0o1777)
+        theirs = open_folder(web.url, cache=cache, patience=QUICK)
+        theirs.path(**wanted[0])
+        for dead in (
+            cache / "cd" / ("a" * 64),
+            Path(f"{theirs.copies.place('4.tar', sha(bytes([4]) * 10_000))}"),
+        ):
+            Path(f"{dead}.lock").touch()
+        (cache / "cd" / ("a" * 64 + ".part")).write_bytes(b"half")
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        child = context.Process(target=as_a_colleague, args=(cache, web.url, wanted, results))
+        child.start()
+        found = results.get(timeout=10)
+        child.join()
+        left = kept(cache, wanted)
+    assert found == [0, 1, 2, 3, 4]
+    assert left == [0, 3, 4]  # their own went, least recently used first
+
+
+def test_links_in_a_common_cache_lead_nowhere(web, folder, tmp_path):
+    """Whoever may write there could else have files elsewhere cut off, made, or taken for copies."""
+    victim, new = tmp_path / "victim", tmp_path / "new"
+    victim.write_bytes(b"x" * len(DATA))
+    copy = tmp_path / "cache" / sha(DATA)[:2] / (sha(DATA) + ".tar")
+    copy.parent.mkdir(parents=True)
+    copy.symlink_to(victim)
+    Path(f"{copy}.part").symlink_to(victim)
+    assert folder.path(**about()).read_bytes() == DATA
+    assert not copy.is_symlink()
+    assert victim.read_bytes() == b"x" * len(DATA)
+    copy.unlink()
+    Path(f"{copy}.lock").symlink_to(new)
+    with pytest.raises(FetchError, match=r"cannot keep a copy.*\.lock"):
+        folder.path(**about())
+    assert not new.exists()
+
+
+def test_a_part_is_made_as_large_as_it_will_be_through_its_own_handle(tmp_path, monkeypatch):
+    """Between its being made and its being grown, a link could take its name."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(DATA)
+    plain = Path.open
+
+    def overtaken(path, mode):
+        file = plain(path, mode)
+        part.unlink()
+        part.symlink_to(victim)
+        return file
+
+    copies = storage.Copies(tmp_path / "cache")
+    copy = copies.place("a.tar", sha(DATA))
+    part = Path(f"{copy}.part")
+    copy.parent.mkdir(parents=True)
+    monkeypatch.setattr(Path, "open", overtaken)
+    with copies.part(copy, 10) as (_, file):
+        file.close()
+    assert victim.stat().st_size == len(DATA)
 
 
 def test_a_cache_that_is_a_file_is_named(web, tmp_path):
