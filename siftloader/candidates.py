@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from siftloader.ahead import prefetched
 from siftloader.batches import Batch, clone, cut, pin, rows
+from siftloader.coverage import Coverage
 from siftloader.errors import BatchError, StateError
 from siftloader.indices import (
     check_recorded,
@@ -112,10 +113,17 @@ class ShardCandidates:
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         return self._at(position), self._pieces(epoch, position)
 
-    def check(self, cursor: Cursor, override: Collection[str] = ()) -> None:
-        """Raise StateError unless the cursor belongs to these shards in this order."""
-        if cursor:
-            self.shards.checked_state({"version": VERSION, "epoch": 0, **cursor}, override)
+    def checked(self, cursor: Cursor, override: Collection[str] = ()) -> Cursor:
+        """The cursor, as of today and of here; StateError unless it belongs to these shards in this order."""
+        if not cursor:
+            return {}
+        version = VERSION if "lanes" in cursor else 1
+        state = {"version": version, "epoch": 0, **cursor}
+        return self._at(self.shards.checked_state(state, override)["position"])
+
+    def covered(self, epoch: int, cursor: Cursor) -> Coverage:
+        """Which samples this rank is given of an epoch before the cursor."""
+        return self.shards.covered(epoch, cursor.get("position", 0))
 
     def set_epoch(self, epoch: int) -> None:
         """Nothing to tell: the epoch is given to ``draw``."""
@@ -227,14 +235,14 @@ class LoaderCandidates:
         fixed = {name: cursor[name] for name in fixed if name in cursor} | self._own_epoch()
         return cursor, self._pieces(self._skipping(number, fixed), number, offset, fixed)
 
-    def check(self, cursor: Cursor, override: Collection[str] = ()) -> None:
-        """Raise StateError where the order of the inner loader cannot be taken up again."""
+    def checked(self, cursor: Cursor, override: Collection[str] = ()) -> Cursor:
+        """The cursor; StateError where the order of the inner loader cannot be taken up again."""
         if override:
             raise ValueError(
                 "only a state over TokenShards can be overridden; start afresh without it"
             )
         if not cursor:
-            return
+            return {}
         if cursor.get("batches") is None:
             raise StateError(
                 "the state was saved over TokenShards, this loader draws from "
@@ -260,6 +268,7 @@ class LoaderCandidates:
                 )
         if isinstance(self.loader, DataLoader) and is_indexed(self.loader):
             check_recorded(self.loader, cursor)
+        return cursor
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the inner loader and whatever it draws from, each once."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from siftloader.batches import IGNORED, Batch, cut, leaves, merge, merge_labels
 from siftloader.candidates import Cursor, Piece
+from siftloader.coverage import Coverage
 
 
 @dataclass
@@ -75,6 +76,11 @@ class Taken:
         """Their labels where the inner loader had them: on the host, they cost no synchronisation."""
         found = [(of(piece.batch), first, last) for piece, first, last in self.slices]
         return merge_labels([None if each is None else each[a:b] for each, a, b in found])
+
+    def covered(self) -> Coverage:
+        """Which samples of the shards they are; the pieces know their ids."""
+        parts = (piece.fields["id"][first:end] for piece, first, end in self.slices)
+        return sum(map(Coverage.of, parts), Coverage())
 
     def fields(self) -> dict[str, Tensor]:
         """What is known of all of them beside the batch, [P], on the host."""

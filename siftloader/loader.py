@@ -32,7 +32,15 @@ from siftloader.batches import (
     rows,
     select,
 )
-from siftloader.candidates import Existing, LoaderCandidates, Piece, candidates_of
+from siftloader.candidates import (
+    Cursor,
+    Existing,
+    LoaderCandidates,
+    Piece,
+    ShardCandidates,
+    candidates_of,
+)
+from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, StateError
 from siftloader.heads import ExitHead
@@ -162,6 +170,8 @@ class SiftingDataLoader(DataLoader[Any]):
         # The epoch to begin next, or the one under way; and where in it.
         self._epoch, self._cursor = self._source.first()
         self._begun = False
+        self._covered = Coverage()  # of the epoch under way, from where it was taken up
+        self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._turn = 0  # counts iterators: the newest one moves the state
         self._loads = 0  # counts states loaded: what ran before is told
@@ -239,6 +249,7 @@ class SiftingDataLoader(DataLoader[Any]):
         start, pieces = self._source.draw(epoch, cursor)
         if not resumed:
             self._epoch_step = self._sifter.counts.steps
+            self._covered, self._before = Coverage(), None
         self._epoch, self._cursor, self._begun = epoch, start, True
         self._turn += 1
         return self._batches(pieces, resumed, self._turn)
@@ -264,6 +275,22 @@ class SiftingDataLoader(DataLoader[Any]):
         """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
         self._sifter.counts.sifting = self._sifts()
         return {"epoch": self._epoch, **self._sifter.counts.read()}
+
+    def coverage(self) -> Coverage:
+        """Which candidates were handed out or scored in the epoch under way, or in the one that ended last.
+
+        Known over TokenShards, else TypeError. Add up those of all ranks to compare with the shards'
+        ``expected_coverage``. A row that was only read ahead does not count, nor one of ``stats["tail_dropped"]``;
+        one from before a restart does, as for ``TokenShards.coverage``.
+        """
+        if not isinstance(self._source, ShardCandidates):
+            raise TypeError(
+                "coverage() is known over TokenShards only: ids of other data say nothing of what there is"
+            )
+        if self._before is not None:
+            (epoch, cursor), self._before = self._before, None
+            self._covered += self._source.covered(epoch, cursor)
+        return self._covered
 
     @property
     def exit_head(self) -> ExitHead | None:
@@ -316,7 +343,7 @@ class SiftingDataLoader(DataLoader[Any]):
         ``override`` names what may differ all the same, as for ``TokenShards``: over shards only.
         """
         state = checked(state, self.state_dict())
-        self._source.check(state["cursor"], override)
+        cursor = self._source.checked(dict(state["cursor"]), override)
         self._check_topology(state)
         if self._batch_size is None:
             # Not to be learned again: the next inner batch may be a ragged one.
@@ -324,7 +351,8 @@ class SiftingDataLoader(DataLoader[Any]):
         if (told := state["set_epoch"]) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)
-        self._epoch, self._cursor, self._begun = state["epoch"], dict(state["cursor"]), False
+        self._epoch, self._cursor, self._begun = state["epoch"], cursor, False
+        self._covered, self._before = Coverage(), (self._epoch, cursor)
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
         self._scorer.precision.name = state["precision"]
@@ -375,6 +403,8 @@ class SiftingDataLoader(DataLoader[Any]):
         batch, taken = found
         if turn == self._turn:
             self._cursor = taken.cursor
+            if isinstance(self._source, ShardCandidates):
+                self._covered += taken.covered()
         counts.steps += training
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:

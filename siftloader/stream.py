@@ -525,15 +525,18 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
         Those before a restart count, as the order has them: a state says that they were handed out, and
         working out which takes a second for 10 million of them. Add up those of all ranks to compare with
-        ``expected_coverage``. A loader's workers have their own.
+        ``expected_coverage``. A loader's workers have their own, and so has a ``SiftingDataLoader``.
         """
         if self._before is not None:
-            (epoch, position), self._before = self._before, None
-            world = self._world(None)
-            first = self._slot(world) + world.worker * world.ranks
-            earlier = range(first, position, world.ranks * world.workers)
-            self._delivered += self._enumerated(epoch, earlier)
+            before, self._before = self._before, None
+            self._delivered += self.covered(*before)
         return self._delivered
+
+    def covered(self, epoch: int, position: int) -> Coverage:
+        """Which samples this reader is given of an epoch below a position."""
+        world = self._world(None)
+        first = self._slot(world) + world.worker * world.ranks
+        return self._enumerated(epoch, range(first, position, world.ranks * world.workers))
 
     def expected_coverage(self, epoch: int, samples: int | None = None) -> Coverage:
         """What all ranks together are given of an epoch: all of it, or its first ``samples``.

@@ -403,3 +403,97 @@ def test_one_rank_alone_reads_the_validation_split_or_a_world_of_its_own(make, g
     group(1)
     next(iter(opened(make(), split="val")))
     next(iter(opened(make(), seed=5, world=World(0, 2))))
+
+
+def sifting(two, rank=0, ranks=1, **options) -> SiftingDataLoader:
+    shards = mixed(two, world=World(rank, ranks), epoch_samples=100, lanes=2)
+    options = {"model": classifier(), "criterion": "random", "warmup_steps": 3} | options
+    return SiftingDataLoader(shards, 6, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": 0.3}, {"drop_last": True}, {"pool": "split"}])
+@pytest.mark.filterwarnings("ignore:the epoch ended inside")
+def test_a_loader_tells_which_candidates_it_used_at_any_batch_and_after_restarts(two, options):
+    loader, shards = sifting(two, **options), mixed(two, epoch_samples=100, lanes=2)
+    assert loader.coverage() == Coverage()
+    for epoch in range(2):
+        for _ in loader:
+            cursor = loader.state_dict()["cursor"]
+            expected = shards.expected_coverage(epoch, cursor["position"])
+            assert loader.coverage() == expected, "all that was drawn is below the position"
+            again = sifting(two, **options)
+            again.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+            assert again.coverage() == expected
+        used = loader.coverage()
+        assert used == expected, "after its end, that of the epoch that ended"
+        rest = list(again)
+        assert again.coverage() == used and not rest
+        first = next(iter(sifting(two, **options)))  # another loader's batches are not counted
+        assert first and loader.coverage() == used
+
+
+def test_what_the_loaders_of_all_ranks_used_adds_up_also_on_other_ranks(two):
+    found, states = Coverage(), []
+    for rank in range(2):
+        loader = sifting(two, rank, 2)
+        list(islice(loader, 4))
+        states.append(loader.state_dict()["cursor"])
+        found += loader.coverage()
+    position = states[0]["position"]
+    shards = mixed(two, epoch_samples=100, lanes=2)
+    assert states[0] == states[1] and found == shards.expected_coverage(0, position)
+    state = loader.state_dict()
+    found = Coverage()
+    for rank in range(3):
+        loader = sifting(two, rank, 3)
+        loader.load_state_dict(state)
+        list(loader)
+        found += loader.coverage()
+        dropped = loader.stats["tail_dropped"]
+    total = 100 - (100 - position) % 3
+    assert found == shards.expected_coverage(0, total - 3 * dropped)
+
+
+def test_a_batch_that_failed_is_not_covered_and_another_kind_of_data_has_none(two):
+    loader = sifting(two, on_select=lambda ids, scores, kept: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(loader)
+    position = loader.state_dict()["cursor"]["position"]
+    assert loader.coverage() == mixed(two, epoch_samples=100, lanes=2).expected_coverage(
+        0, position
+    )
+    wrapped = SiftingDataLoader.wrap([{"x": torch.ones(2, 1)}], model=classifier(), keep=1.0)
+    with pytest.raises(TypeError, match=r"coverage\(\) is known over TokenShards only"):
+        wrapped.coverage()
+
+
+def test_a_loader_whose_state_was_overridden_saves_one_that_fits(two):
+    def seeded(seed):
+        shards = mixed(two, seed=seed)
+        return SiftingDataLoader(shards, 6, model=classifier(), keep=1.0)
+
+    loader, other = seeded(0), seeded(1)
+    list(islice(loader, 2))
+    with pytest.raises(StateError, match=r"seed 0 found, 1 expected"):
+        other.load_state_dict(loader.state_dict())
+    other.load_state_dict(loader.state_dict(), override={"seed"})
+    seeded(1).load_state_dict(other.state_dict())
+    assert other.state_dict()["cursor"]["seed"] == 1
+    assert other.coverage() == mixed(two, seed=1).expected_coverage(0, 12)
+
+
+def test_a_loader_reads_states_from_before_there_were_lanes(make):  # noqa: F811
+    def loader(**options):
+        return SiftingDataLoader(opened(make(), **options), 6, model=classifier(), keep=1.0)
+
+    first = loader()
+    stream = iter(first)
+    next(stream)
+    state = first.state_dict()
+    for name in ("lanes", "weights", "samples"):
+        del state["cursor"][name]
+    again = loader()
+    again.load_state_dict(state)
+    assert [one["id"].tolist() for one in again] == [one["id"].tolist() for one in stream]
+    with pytest.raises(StateError, match="lanes 1 found, 2 expected"):
+        loader(lanes=2).load_state_dict(state)
