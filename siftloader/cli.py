@@ -411,8 +411,8 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: folder, ok, shards, samples and bytes found good, fingerprint, and "
-        "errors, a list of objects: shard, sample, byte, damaged (how many samples of it) and message",
+        help="print one JSON object: folder, ok, shards, samples and bytes found good, copies (shards "
+        "of those that were here), fingerprint, and errors, a list of objects: shard, sample, byte, damaged (how many samples of it) and message",
     )
     parser.set_defaults(run=_verify)
 
@@ -444,12 +444,14 @@ class _Verdict:
     shards: int = 0  # good ones, as are samples and bytes
     samples: int = 0
     bytes: int = 0
+    copies: int = 0  # of those shards, what was not read from where they are
     fingerprint: str | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
 
-    def praise(self, shard: Shard) -> None:
+    def praise(self, shard: Shard, copied: bool) -> None:
         """Count a good shard."""
         self.shards += 1
+        self.copies += copied
         self.samples += shard.num_sequences
         self.bytes += shard.bytes
 
@@ -476,7 +478,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(json.dumps({"ok": not verdict.errors, **asdict(verdict)}))
     elif not verdict.errors:
         found = f"{verdict.shards} shards, {verdict.samples:,} samples"
-        print(f"{folder}: {found}, all as they were written")
+        print(f"{folder}: {found}, all as they were written{_copies(verdict)}")
     elif verdict.fingerprint is not None:
         tell(
             f"{folder}: {len(verdict.errors):,} faults; {verdict.shards:,} of {len(dataset.manifest):,} "
@@ -501,8 +503,9 @@ def _verify_all(dataset: ShardSet, verdict: _Verdict, tell: Callable[[str], obje
     ) as bar:
         for number, shard in enumerate(dataset.manifest, 1):
             try:
+                copied = _has_copy(dataset, shard)
                 _check(dataset, shard, counted)
-                verdict.praise(shard)
+                verdict.praise(shard, copied)
                 lost = 0
             except (ShardError, OSError) as error:
                 complete = complete and shard.split != "train"
@@ -519,6 +522,19 @@ def _verify_all(dataset: ShardSet, verdict: _Verdict, tell: Callable[[str], obje
             bar.update(shard.bytes)
     if complete and not np.array_equal(dataset.unigrams, counted):
         raise CorruptShard(f"{UNIGRAMS}: not the counts of the train split; prepare it again")
+
+
+def _copies(verdict: _Verdict) -> str:
+    if not verdict.copies:
+        return ""
+    return f"; {verdict.copies} of them were copies on this machine: an empty --cache reads all of it from there"
+
+
+def _has_copy(dataset: ShardSet, shard: Shard) -> bool:
+    if isinstance(dataset.files, LocalFolder):
+        return False
+    copies = dataset.files.copies
+    return copies.has(copies.place(f"{shard.shard}.tar", shard.sha256), shard.bytes)
 
 
 def _strangers(dataset: ShardSet) -> list[ShardError]:

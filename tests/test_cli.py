@@ -206,6 +206,8 @@ def test_a_set_behind_a_url_is_verified_and_inspected(ready, tmp_path, capsys):
     with serving(files) as web:
         url = web.url.replace("http://", "http://me:secret@")
         assert main(["verify", f"{url}?key=secret", *cache]) == 0
+        first, _ = capsys.readouterr()
+        assert main(["verify", f"{url}?key=secret", *cache]) == 0
         assert main(["verify", f"{url}?key=secret", *cache, "--json"]) == 0
         assert main(["inspect", f"{url}?key=secret", *cache]) == 0
         asked = dict(web.asked)
@@ -216,10 +218,16 @@ def test_a_set_behind_a_url_is_verified_and_inspected(ready, tmp_path, capsys):
         assert main(["verify", f"{url}?key=secret", *cache]) == 1
     assert asked["train-000000.tar"] == 1, "the copy serves the rest"
     printed, complaints = capsys.readouterr()
-    assert f"{web.url.replace('http://', 'http://***@')}?***: 2 shards, 2 samples, all" in printed
+    name = f"{web.url.replace('http://', 'http://***@')}?***"
+    assert first == f"{name}: 2 shards, 2 samples, all as they were written\n"
+    assert printed.startswith(
+        f"{name}: 2 shards, 2 samples, all as they were written; 2 of them were copies on this machine: "
+        "an empty --cache reads all of it from there\n"
+    )
+    assert '"copies": 2' in printed
     assert "train: 1 shards, 1 samples" in printed
     assert "manifest.jsonl?***: not there" in complaints
-    assert "secret" not in printed + complaints
+    assert "secret" not in first + printed + complaints
     copies = sorted(path.suffix for path in (tmp_path / "cache").glob("??/*"))
     assert copies.count(".tar") == 2
 
@@ -305,6 +313,7 @@ def test_verify_as_json_says_all_is_well(ready, capsys):
         "shards": 2,
         "samples": 2,
         "bytes": 2 * 2048,
+        "copies": 0,
         "fingerprint": ShardSet.open(ready).fingerprint,
         "errors": [],
     }
