@@ -237,10 +237,15 @@ class Opened:
             before = self._identity(part, shard)
             known = not self._verify or self._verdicts.good[number] == hash(before)
             mapped = part.files.open_shard(shard, verify=not known)
-            same = _signs(mapped.stat, part.files.files.dated) == before
-            if same and self._identity(part, shard) == before:
+            found = _signs(mapped.stat, part.files.files.dated)
+            if part.files.files.dated:
+                whole = found == before == self._identity(part, shard)
+            else:  # a copy, which may have been evicted since, and fetched anew before
+                touched = self._touched(number, str(mapped.path), mapped.stat)
+                whole = not touched and (not known or found == before)
+            if whole:
                 if self._verify:
-                    self._verdicts.good[number] = hash(before)
+                    self._verdicts.good[number] = hash(found)
                 return mapped
         raise CorruptShard(
             f"{shard.shard}: written to again and again while it was read; let nobody write to the "
@@ -254,13 +259,20 @@ class Opened:
         return mapped if len(self._coming) <= self._limit else None
 
     def _identity(self, part: Part, shard: Shard) -> tuple[int, ...]:
-        path = part.files.path(shard)
-        try:
-            return _signs(path.stat(), part.files.files.dated)
-        except OSError as error:
-            raise ShardError(
-                f"{shard.shard}: cannot be read ({error}); is {path} in place?", shard=shard.shard
-            ) from error
+        dated = part.files.files.dated
+        for left in reversed(range(ATTEMPTS)):
+            path = part.files.path(shard)
+            try:
+                return _signs(path.stat(), dated)
+            except OSError as error:
+                # A copy may be evicted between its being found and its being looked at.
+                if not dated and left and isinstance(error, FileNotFoundError):
+                    continue
+                raise ShardError(
+                    f"{shard.shard}: cannot be read ({error}); is {path} in place?",
+                    shard=shard.shard,
+                ) from error
+        raise AssertionError  # the last of them raises
 
     def _touched(self, number: int, path: str, stat: os.stat_result) -> bool:
         # Written to, in place. A file that was replaced, or removed, is still mapped as it was.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from test_stream import SPECIAL, epoch_of, make, opened, row, write  # noqa: F40
 from siftloader import TokenShards
 from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.shards import ShardSet, verify
-from siftloader.storage import Patience
+from siftloader.storage import Patience, RemoteFolder
 from siftloader.world import World
 
 
@@ -120,6 +121,34 @@ def test_a_generation_changed_behind_the_url_is_another_data_set(web, folder, tm
     web.files.update({path.name: path.read_bytes() for path in other.iterdir()})
     assert [row(one) for one in opened(web.url)] == epoch_of(other, 0)
     assert opened(web.url).fingerprint != state["fingerprint"]
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_a_copy_evicted_before_it_is_looked_at_is_fetched_anew(web, folder, monkeypatch, call):
+    """By another process, in the moment between its being found and its being opened."""
+    path, calls = RemoteFolder.path, itertools.count()
+
+    def evicted(self, name, **about):
+        copy = path(self, name, **about)
+        if name.endswith("2.tar") and next(calls) == call:
+            copy.unlink()
+        return copy
+
+    monkeypatch.setattr(RemoteFolder, "path", evicted)
+    assert [row(one) for one in opened(web.url)] == epoch_of(folder, 0)
+
+
+def test_copies_evicted_as_soon_as_they_are_open_are_read_to_the_end(web, folder, monkeypatch):
+    """As where many processes share a cache that is much too small."""
+    expected, open_shard = epoch_of(folder, 0), ShardSet.open_shard
+
+    def evicted(self, shard, verify=True):
+        mapped = open_shard(self, shard, verify)
+        mapped.path.unlink()
+        return mapped
+
+    monkeypatch.setattr(ShardSet, "open_shard", evicted)
+    assert [row(one) for one in opened(web.url)] == expected
 
 
 def read(url: str, rank: int, ranks: int) -> list[int]:
