@@ -411,8 +411,9 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print one JSON object: folder, ok, shards, samples and bytes found good, copies (shards "
-        "of those that were here), fingerprint, and errors, a list of objects: shard, sample, byte, damaged (how many samples of it) and message",
+        help="print one JSON object: folder, ok, shards, samples and bytes found good, copies (shards that "
+        "were on this machine already), fingerprint, and errors, a list of objects: shard, sample, byte, "
+        "damaged (how many samples of it) and message",
     )
     parser.set_defaults(run=_verify)
 
@@ -527,7 +528,7 @@ def _verify_all(dataset: ShardSet, verdict: _Verdict, tell: Callable[[str], obje
 def _copies(verdict: _Verdict) -> str:
     if not verdict.copies:
         return ""
-    return f"; {verdict.copies} of them were copies on this machine: an empty --cache reads all of it from there"
+    return f"; {verdict.copies:,} of them on this machine already: to read all from there, give an empty --cache"
 
 
 def _has_copy(dataset: ShardSet, shard: Shard) -> bool:

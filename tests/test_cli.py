@@ -221,8 +221,8 @@ def test_a_set_behind_a_url_is_verified_and_inspected(ready, tmp_path, capsys):
     name = f"{web.url.replace('http://', 'http://***@')}?***"
     assert first == f"{name}: 2 shards, 2 samples, all as they were written\n"
     assert printed.startswith(
-        f"{name}: 2 shards, 2 samples, all as they were written; 2 of them were copies on this machine: "
-        "an empty --cache reads all of it from there\n"
+        f"{name}: 2 shards, 2 samples, all as they were written; 2 of them on this machine already: "
+        "to read all from there, give an empty --cache\n"
     )
     assert '"copies": 2' in printed
     assert "train: 1 shards, 1 samples" in printed
