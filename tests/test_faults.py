@@ -420,6 +420,11 @@ MEANWHILE = {  # what happens to all shards, and whether it may pass unseen
     "overwritten, its date put back": (
         f"at = path.stat().st_mtime_ns; {OVERWRITE}; os.utime(path, ns=(at, at))", False,
     ),
+    "overwritten, then replaced by a whole one": (
+        f"{OVERWRITE}; shutil.copy(sound / path.name, path.with_suffix('.x')); path.with_suffix('.x').replace(path)",
+        True,
+    ),
+    "overwritten, then removed": (f"{OVERWRITE}; path.unlink()", False),
     "cut off": ("os.truncate(path, 0)", False),
 }  # fmt: skip
 
@@ -439,7 +444,15 @@ def answers(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: by_name[name] + [killed] * (3 - len(by_name[name])) for name in MEANWHILE}
 
 
-@pytest.mark.parametrize("what", MEANWHILE)
+UNSEEN = pytest.mark.xfail(
+    strict=True, reason="the path shows another file by then, not the mapped one"
+)
+TWICE = ("overwritten, then replaced by a whole one", "overwritten, then removed")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=UNSEEN if what in TWICE else ()) for what in MEANWHILE]
+)
 def test_a_shard_that_changes_while_it_is_read_gives_no_wrong_row(answers, what):
     """Rows that were read before it changed are right; later ones are right, or there are none."""
     unseen = {"ended"} if MEANWHILE[what][1] else set()
@@ -718,6 +731,7 @@ MAY_BE = {  # what a field of a loader's state may well be
     "reading": ("none",),
     "learned": ("dict",),
     "set_epoch": ("none",),
+    "lanes": ("missing",),  # in the first version there were none: it means one
 }
 
 
@@ -743,7 +757,8 @@ def test_no_field_of_a_loaders_state_is_believed(sound, loader):
             if name in ("rng", "weights", "learned"):
                 wrong = {kind: wrong[kind] for kind in ("true", "negative", "text")}
             changed = {kind: rest | {name: odd} for kind, odd in wrong.items() if odd != value}
-            changed["missing"] = {key: rest[key] for key in rest if key != name}
+            if "missing" not in MAY_BE.get(name, ()):
+                changed["missing"] = {key: rest[key] for key in rest if key != name}
             for kind, damaged in changed.items():
                 try:
                     fresh.load_state_dict(state | {place: damaged} if place else damaged)
