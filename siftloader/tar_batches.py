@@ -79,11 +79,8 @@ def decoded(
         else:
             names, first = _fields(sample), first or sample
             if set(map(_family, names)) != set(map(_family, _fields(first))):
-                raise _unusable(
-                    sample,
-                    f"fields {names}, but {_where(first)} has {_fields(first)}; choose what all of them have: "
-                    f"fields=(...), with ; between alternatives",
-                )
+                why = f"fields {names}, but {first['__key__']!r} has {_fields(first)}; choose what all have, as"
+                raise _unusable(sample, f'{why} fields=("jpg;png", "cls")')
         yield {
             **{name: sample[name] for name in META},
             **{name: _decoded(sample, name, own) for name in names},
@@ -98,12 +95,8 @@ def _family(name: str) -> str:
     return "image" if name in IMAGES else name
 
 
-def _where(sample: Sample) -> str:
-    return f"{sample['__url__']}: sample {sample['__key__']!r}"
-
-
 def _unusable(sample: Sample, why: str) -> ShardError:
-    return ShardError(f"{_where(sample)}: {why}", shard=Tar(sample["__url__"]).stem)
+    return Tar(sample["__url__"]).fault(ShardError, f"sample {sample['__key__']!r}: {why}")
 
 
 def _decoded(sample: Sample, name: str, own: Mapping[str, Decoder]) -> Any:
@@ -112,22 +105,18 @@ def _decoded(sample: Sample, name: str, own: Mapping[str, Decoder]) -> Any:
     kind = name.removesuffix(".gz").rpartition(".")[2]
     decoder = own.get(name) or own.get(kind)
     if decoder is None and kind in UNSAFE:
-        raise _unusable(
-            sample,
-            f".{kind} runs code of whoever wrote it, so it is not decoded; choose other fields with "
-            f"fields=(...), or give decoders={{'.{kind}': your function}}",
-        )
+        why = f".{kind} runs code of whoever wrote it, so it is not decoded; choose others with fields=(...), or"
+        raise _unusable(sample, f"{why} give decoders={{'.{kind}': your function}}")
     try:
         if decoder is not None:
             return decoder(sample[name])
         data = gzip.decompress(sample[name]) if name.endswith(".gz") else sample[name]
         return _DECODERS.get(kind, bytes)(data)
     except Exception as error:  # a decoder may raise anything, and none of them knows the sample
-        raise _unusable(
-            sample,
-            f"field {name!r} cannot be decoded ({type(error).__name__}: {error}); mend it, or give "
-            f"decoders={{'.{kind}': ...}}",
-        ) from error
+        why = (
+            f"field {name!r} cannot be decoded ({type(error).__name__}: {error}); mend it, or give"
+        )
+        raise _unusable(sample, f"{why} decoders={{'.{kind}': ...}}") from error
 
 
 def _image(data: bytes) -> Tensor:
@@ -247,11 +236,8 @@ def _plain(source: Iterable[Sample], column: str) -> Iterator[str]:
         if isinstance(value, Mapping):
             value = value.get(column)
         if not isinstance(value, str):
-            raise _unusable(
-                sample,
-                f"no text in .txt or under {column!r} of .json (fields {names}); name the key with column=, "
-                f"the field with fields=(...), or leave the tokenizer out",
-            )
+            why = f"no text in .txt or under {column!r} of .json (fields {names}); name the key with column=, the"
+            raise _unusable(sample, f"{why} field with fields=(...), or leave the tokenizer out")
         yield value
 
 
@@ -292,11 +278,8 @@ def _collated(samples: list[Sample]) -> Batch:
             continue
         for sample, row in zip(samples, ids, strict=True):
             if len(row) != len(ids[0]):
-                raise _unusable(
-                    sample,
-                    f"{len(row)} token ids, but {_where(samples[0])} has {len(ids[0])}; rows of a batch need "
-                    f"one length: pad or cut them in a stage of your own (stages=[...])",
-                )
+                why = f"{len(row)} token ids, but {samples[0]['__key__']!r} has {len(ids[0])}; rows of a batch need"
+                raise _unusable(sample, f"{why} one length: pad or cut them in stages=[...]")
         batch["input_ids"] = torch.from_numpy(np.stack(ids))
     return batch
 
@@ -353,7 +336,6 @@ def masked(
                 raise _unusable(first, f"or one of its batch: {error}") from error
             made |= {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
         elif "labels" not in made:
-            made["labels"] = torch.from_numpy(
-                np.where(real, ids, IGNORED) if padded else ids.copy()
-            )
+            labels = np.where(real, ids, IGNORED) if padded else ids.copy()
+            made["labels"] = torch.from_numpy(labels)
         yield made

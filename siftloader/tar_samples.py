@@ -52,6 +52,10 @@ class Tar:
         """``000001`` of ``folder/000001.tar.gz``."""
         return _stem(self.url)
 
+    def fault(self, kind: type[ShardError], why: str, byte: int | None = None) -> ShardError:
+        """An error that names this tar."""
+        return kind(f"{self.url}: {why}", shard=self.stem, byte=byte)
+
 
 def find_tars(
     urls: Urls, sizes: Mapping[str, int] | None = None, pipes: bool = False
@@ -65,13 +69,10 @@ def find_tars(
     found = [url for each in given for url in _expanded(os.fspath(each))]
     if not found:
         raise ValueError("no tars: give at least one path, glob, folder or URL")
-    for url, times in Counter(found).items():
-        if times > 1:
-            raise ValueError(
-                f"{url}: given twice, and its samples would count double; give it once"
-            )
-        if url.startswith("pipe:"):
-            _check_pipes(url, pipes)
+    if twice := [url for url, times in Counter(found).items() if times > 1]:
+        raise ValueError(f"{twice[0]}: given twice, and its samples would count double")
+    for url in found:
+        _check_pipes(url, pipes)
     missing = [url for url in found if not _is_remote(url) and not Path(url).is_file()]
     if missing:
         raise ShardError(
@@ -126,7 +127,7 @@ def _is_remote(url: str) -> bool:
 
 
 def _check_pipes(url: str, pipes: bool) -> None:
-    if not pipes:
+    if url.startswith("pipe:") and not pipes:
         raise ValueError(f"{url}: pipe: runs a shell command; give pipes=True if you trust it")
 
 
@@ -203,8 +204,9 @@ def record_tars(urls: Urls) -> list[Path]:
         }
     for folder, own in lines.items():
         manifest = folder / "manifest.jsonl"
-        before = manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []
-        own = {**{line["shard"]: line for line in map(json.loads, before)}, **own}
+        text = manifest.read_text(encoding="utf-8") if manifest.is_file() else ""
+        before = [json.loads(line) for line in text.splitlines() if line.strip()]
+        own = {**{line["shard"]: line for line in before}, **own}
         text = "".join(json.dumps(own[stem]) + "\n" for stem in sorted(own))
         write_atomically(manifest, text.encode())
     return [folder / "manifest.jsonl" for folder in lines]
@@ -223,23 +225,21 @@ def checked_tars(
     What comes from a URL is asked for again, and continued behind what was given already.
     """
     for each in source:
-        tar = (
-            each if isinstance(each, Tar) else Tar(each if isinstance(each, str) else each["url"])
-        )
+        url = each["url"] if isinstance(each, Mapping) else each
+        tar = url if isinstance(url, Tar) else Tar(url)
         given = 0
-        for attempt in itertools.count(1):
+        for attempt in range(1, TRIES + 1):
             try:
                 for sample in itertools.islice(_samples(tar, pipes, Reading()), given, None):
                     given += 1
                     yield sample
                 break
             except (FetchError, CorruptShard) as error:
-                if not is_url(tar.url) or tar.url.startswith("pipe:"):
+                if not is_url(tar.url):
                     raise
                 if attempt == TRIES:
-                    raise type(error)(
-                        f"{error}; asked for {TRIES} times", shard=tar.stem
-                    ) from error
+                    why = f"{error}; asked for {TRIES} times"
+                    raise type(error)(why, shard=tar.stem) from error
                 time.sleep(PAUSE * 2 ** (attempt - 1))
 
 
@@ -249,23 +249,21 @@ def _samples(tar: Tar, pipes: bool, reading: Reading) -> Iterator[Sample]:
         for sample in _grouped(tar, _members(tar, stream)):
             count += 1
             yield sample
-    found, said = f"{count} samples", f"{tar.samples}"
-    wrong = tar.samples not in (None, count)
-    if not wrong and tar.sha256 is not None:
-        found, said = f"sha256 {', '.join(reading.hashes)}", tar.sha256
-        wrong = reading.hashes != [tar.sha256]
+    wrong = (
+        tar.samples not in (None, count) and f"{count} samples found, {tar.by} says {tar.samples}"
+    )
+    if not wrong and tar.sha256 is not None and reading.hashes != [tar.sha256]:
+        wrong = f"sha256 {', '.join(reading.hashes)} found, {tar.by} says {tar.sha256}"
     if wrong:
-        raise CorruptShard(
-            f"{tar.url}: {found} found, {tar.by} says {said}; fetch the tar again, or mend {tar.by} if the "
-            f"tar was changed since",
-            shard=tar.stem,
+        raise tar.fault(
+            CorruptShard, f"{wrong}; fetch the tar again, or bring {tar.by} up to date"
         )
 
 
 @contextmanager
 def _opened(tar: Tar, pipes: bool, reading: Reading) -> Iterator[BinaryIO]:
+    _check_pipes(tar.url, pipes)
     if tar.url.startswith("pipe:"):
-        _check_pipes(tar.url, pipes)
         with _piped(tar) as stream:
             yield stream
         return
@@ -290,11 +288,8 @@ def _piped(tar: Tar) -> Iterator[Any]:
             command.terminate()  # nobody reads on
             raise
     if command.returncode:
-        raise FetchError(
-            f"{tar.url}: its command ended with status {command.returncode}, so what came may not be all; run "
-            f"it by hand to see why",
-            shard=tar.stem,
-        )
+        why = f"its command ended with status {command.returncode}, so what came may not be all; run it by hand"
+        raise tar.fault(FetchError, why)
 
 
 class _Header(tarfile.TarInfo):
@@ -328,20 +323,12 @@ def _members(tar: Tar, stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
                     continue
                 inside = members.extractfile(member) if member.isreg() else None
                 if inside is None:
-                    raise ShardError(
-                        f"{tar.url}: member {member.name!r} is a link or a device, which is never followed; "
-                        f"write the tar with the files themselves",
-                        shard=tar.stem,
-                        byte=place,
-                    )
+                    why = f"member {member.name!r} is a link or a device, which is never followed; write the files"
+                    raise tar.fault(ShardError, why, place)
                 yield member.name, inside.read()
     except (tarfile.TarError, EOFError) as error:
-        raise CorruptShard(
-            f"{tar.url}: damaged, cut short, or no tar ({error}; byte {place} begins the last member that was "
-            f"whole or nearly so); fetch it again",
-            shard=tar.stem,
-            byte=place,
-        ) from error
+        why = f"damaged, cut short, or no tar ({error}; the last header read is at byte {place}); fetch it again"
+        raise tar.fault(CorruptShard, why, place) from error
 
 
 _META = re.compile(r"__[^/]*__($|/)|__meta__[.]")  # notes about the tar, no samples
@@ -354,10 +341,8 @@ def _grouped(tar: Tar, members: Iterable[tuple[str, bytes]]) -> Iterator[Sample]
     passed: list[str] = []
     for name, data in members:
         match = _NAME.fullmatch(name)
-        if _META.match(name):
-            continue
-        if match is None:
-            passed.append(name)
+        if match is None or _META.match(name):
+            passed += [name] * (_META.match(name) is None)
             continue
         key, extension = match[1], match[2].lower()
         wrong = extension in sample and f"has {extension!r} twice"
@@ -368,17 +353,14 @@ def _grouped(tar: Tar, members: Iterable[tuple[str, bytes]]) -> Iterator[Sample]
             seen.add(key)
             sample = {"__key__": key, "__url__": tar.url}
         if wrong:
-            raise ShardError(
-                f"{tar.url}: sample {key!r} {wrong}; the fields of a sample must be adjacent, and its key its "
-                f"own: write the tar again, sorted",
-                shard=tar.stem,
+            raise tar.fault(
+                ShardError,
+                f"sample {key!r} {wrong}; the fields of a sample must be adjacent, and its key its own: write the "
+                f"tar again, sorted",
             )
         sample[extension] = data
     if sample:
         yield sample
     elif passed:
-        raise ShardError(
-            f"{tar.url}: no samples among {len(passed)} members ({passed[0]!r} is one); names must be "
-            f"KEY.EXTENSION",
-            shard=tar.stem,
-        )
+        why = f"no samples among {len(passed)} members ({passed[0]!r} is one); names must be KEY.EXTENSION"
+        raise tar.fault(ShardError, why)

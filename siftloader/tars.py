@@ -31,7 +31,6 @@ from siftloader.shards import Tokenizer
 from siftloader.tar_batches import META, TEXTS, Decoder, TextRows, batched, decoded, masked, packed
 from siftloader.tar_samples import (
     Sample,
-    Tar,
     Urls,
     checked_tars,
     find_tars,
@@ -47,27 +46,17 @@ STATE_VERSION = 1
 WORKERS = 1024  # of one loader, at most
 
 
-def webdataset(
-    urls: Urls,
-    *,
-    batch_size: int,
-    seed: int = 0,
-    shuffle: int = 1000,
-    tokenizer: Any = None,
-    seq_len: int | None = None,
-    objective: Literal["mlm", "clm"] | None = None,
-    column: str = "text",
-    masking: Mlm | float | Literal["auto"] | None = "auto",
-    fields: Sequence[str] | None = None,
-    decoders: Mapping[str, Decoder] | None = None,
-    stages: Sequence[Stage] = (),
-    sizes: Mapping[str, int] | None = None,
-    batches_per_epoch: int | None = None,
-    drop_last: bool = False,
-    with_keys: bool = False,
-    pipes: bool = False,
-    world: World | None = None,
-) -> TarStream:
+@dataclass(frozen=True)
+class Plan:
+    """What an epoch of tars is, over all ranks and workers."""
+
+    batches: int  # of each rank
+    samples: int  # handed out, over all ranks
+    left_out: int  # samples that no rank hands out in this epoch
+    repeated: int  # of the samples handed out, those that were before in this epoch
+
+
+class TarStream(IterableDataset[Batch]):
     """Batches from the tars of others, seeded, checked and equal in number on every rank.
 
     webdataset("data/train-{000000..000127}.tar", batch_size=32)      # also a list, a glob, a folder, URLs
@@ -85,6 +74,11 @@ def webdataset(
       too few repeats its tars in another order; what is beyond is left for other epochs.
     * ``pipes=True`` lets ``pipe:`` URLs run their shell commands.
 
+    A batch of images and classes is (uint8 [n, C, H, W], or a list of [C, H, W] where sizes differ; int64 [n]); of
+    token ids, a dict of ``input_ids``, ``labels`` and for masked models ``attention_mask``, int64 [n, T]; of
+    anything else, a dict of the fields, stacked where shapes allow it. ``with_keys`` adds ``__key__`` and
+    ``__url__`` to dicts. Every iteration is an epoch in another order, announced by ``set_epoch`` or not.
+
     What ``TokenShards`` promises and this cannot:
 
     * resume at once: a state counts batches, and resuming reads again all that lies before it in its epoch;
@@ -93,130 +87,69 @@ def webdataset(
     * integrity before use: a changed byte is seen at the end of a tar, and only if ``record_tars`` wrote its hash;
     * a true shuffle: samples mix within the ``shuffle`` that wait, and tars follow one another.
     """
-    _require_webdataset()
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("shuffle", shuffle, 0),
-        ("batches_per_epoch", 1 if batches_per_epoch is None else batches_per_epoch, 1),
-    ):
-        if operator.index(value) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if objective not in (None, "mlm", "clm"):
-        raise ValueError(f'objective must be "mlm" or "clm", got {objective!r}')
-    tars = find_tars(urls, sizes, pipes)
-    written, about = written_by_us(tars)
-    rows = None
-    if tokenizer is not None:
-        if objective is None or seq_len is None:
-            raise ValueError('a tokenizer needs seq_len= and objective="mlm" or "clm"')
-        rows = TextRows.of(tokenizer, seq_len, objective, column)
-        about = rows.about
-    elif seq_len is not None:
-        raise ValueError("seq_len packs text to rows, which needs a tokenizer=")
-    kind = objective or written
-    return TarStream(
-        _Recipe(
-            tars=tars,
-            batch_size=batch_size,
-            seed=operator.index(seed),
-            shuffle=shuffle,
-            rows=rows,
-            about=about,
-            masking=_masking(masking, kind, about),
+
+    def __init__(
+        self,
+        urls: Urls,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        shuffle: int = 1000,
+        tokenizer: Any = None,
+        seq_len: int | None = None,
+        objective: Literal["mlm", "clm"] | None = None,
+        column: str = "text",
+        masking: Mlm | float | Literal["auto"] | None = "auto",
+        fields: Sequence[str] | None = None,
+        decoders: Mapping[str, Decoder] | None = None,
+        stages: Sequence[Stage] = (),
+        sizes: Mapping[str, int] | None = None,
+        batches_per_epoch: int | None = None,
+        drop_last: bool = False,
+        with_keys: bool = False,
+        pipes: bool = False,
+        world: World | None = None,
+    ) -> None:
+        _require_webdataset()
+        wanted = 1 if batches_per_epoch is None else batches_per_epoch
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("shuffle", shuffle, 0),
+            ("batches_per_epoch", wanted, 1),
+        ):
+            if operator.index(value) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if objective not in (None, "mlm", "clm"):
+            raise ValueError(f'objective must be "mlm" or "clm", got {objective!r}')
+        self._tars = find_tars(urls, sizes, pipes)
+        written, self._tokenizer = written_by_us(self._tars)
+        self._rows: TextRows | None = None
+        if tokenizer is not None:
+            if objective is None or seq_len is None:
+                raise ValueError('a tokenizer needs seq_len= and objective="mlm" or "clm"')
+            self._rows = TextRows.of(tokenizer, seq_len, objective, column)
+            self._tokenizer = self._rows.about
+            fields = (";".join(TEXTS),) if fields is None else fields
+        elif seq_len is not None:
+            raise ValueError("seq_len packs text to rows, which needs a tokenizer=")
+        self._seed, self._shuffle = operator.index(seed), shuffle
+        self._size, self._drop_last, self._total = batch_size, drop_last, batches_per_epoch
+        self._given_world, self._with_keys, self._stages = world, with_keys, list(stages)
+        self._read = partial(checked_tars, pipes=pipes)
+        self._decode = partial(decoded, fields=fields, decoders=decoders)
+        special = {} if self._tokenizer is None else self._tokenizer.special_ids
+        kind = objective or written
+        self._mask = partial(
+            masked,
+            masking=_masking(masking, kind, self._tokenizer),
+            seed=self._seed,
+            pad=special.get("pad"),
             padded=kind == "mlm",
-            fields=(";".join(TEXTS),) if rows and fields is None else fields,
-            decoders=decoders or {},
-            stages=tuple(stages),
-            batches_per_epoch=batches_per_epoch,
-            drop_last=drop_last,
-            with_keys=with_keys,
-            pipes=pipes,
-            world=world,
         )
-    )
-
-
-def _require_webdataset() -> None:
-    try:
-        import webdataset  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "reading tars of others needs the `webdataset` package; pip install 'siftloader[webdataset]'"
-        ) from error
-
-
-def _masking(masking: Any, objective: str | None, about: Tokenizer | None) -> Mlm | None:
-    if masking is None or isinstance(masking, Mlm):
-        return masking
-    if masking == "auto" and objective != "mlm":
-        return None
-    if objective != "mlm" or about is None:
-        raise ValueError(
-            'masking needs objective="mlm", and to know what to mask with: a tokenizer= for text, or '
-            "masking=Mlm(mask_id=..., vocab_size=..., special_ids=...) for tars of token ids"
-        )
-    return Mlm.of(about, 0.15 if masking == "auto" else masking)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """The arguments of ``webdataset``, resolved."""
-
-    tars: tuple[Tar, ...]
-    batch_size: int
-    seed: int
-    shuffle: int
-    rows: TextRows | None
-    about: Tokenizer | None
-    masking: Mlm | None
-    padded: bool  # batches of ids have an attention_mask
-    fields: Sequence[str] | None
-    decoders: Mapping[str, Decoder]
-    stages: tuple[Stage, ...]
-    batches_per_epoch: int | None
-    drop_last: bool
-    with_keys: bool
-    pipes: bool
-    world: World | None
-
-    @property
-    def counts(self) -> list[int] | None:
-        """Samples of every tar that end up in batches one for one; None where nobody knows."""
-        counts = [tar.samples for tar in self.tars if tar.samples is not None]
-        known = len(counts) == len(self.tars) and self.rows is None and not self.stages
-        return counts if known else None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an epoch of tars is, over all ranks and workers."""
-
-    batches: int  # of each rank
-    samples: int  # handed out, over all ranks
-    left_out: int  # samples that no rank hands out in this epoch
-    repeated: int  # of the samples handed out, those that were before in this epoch
-
-
-class TarStream(IterableDataset[Batch]):
-    """Batches of tars, one epoch per iteration; ``webdataset`` makes it.
-
-    stream = webdataset("data/*.tar", batch_size=32)
-    loader = DataLoader(stream, batch_size=None, num_workers=4)
-    for epoch in range(3):
-        for batch in loader: ...          # another order in every epoch, announced by set_epoch or not
-
-    Iterates a ``wds.DataPipeline``, ``stream.pipeline(epoch)``. A batch of images and classes is (uint8
-    [n, C, H, W], or a list of [C, H, W] where sizes differ; int64 [n]); of token ids, a dict of ``input_ids``,
-    ``labels`` and for masked models ``attention_mask``, int64 [n, T]; of anything else, a dict of the fields,
-    stacked where shapes allow it. ``with_keys`` adds ``__key__`` and ``__url__``, lists of str, to dicts.
-
-    ``state_dict`` counts the batches of this reader in this epoch. ``load_state_dict`` reads them again and
-    is exact on the same number of ranks and workers; on others it is refused. With loader workers that is for
-    ``StatefulDataLoader`` to ask.
-    """
-
-    def __init__(self, recipe: _Recipe) -> None:
-        self._recipe = recipe
+        # Samples of every tar that end up in batches one for one; None where nobody knows.
+        counts = [tar.samples for tar in self._tars if tar.samples is not None]
+        known = len(counts) == len(self._tars) and self._rows is None and not self._stages
+        self._counts = counts if known else None
         self._epochs = _Epochs()
         # Of this iteration: epoch, batches, whether it has ended.
         self._at: tuple[int, int, bool] | None = None
@@ -228,12 +161,12 @@ class TarStream(IterableDataset[Batch]):
     @property
     def urls(self) -> tuple[str, ...]:
         """The tars, in the order they were given in."""
-        return tuple(tar.url for tar in self._recipe.tars)
+        return tuple(tar.url for tar in self._tars)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         """Whose ids these are: its size, its special ids; None where nothing says."""
-        return self._recipe.about
+        return self._tokenizer
 
     @property
     def epoch(self) -> int:
@@ -247,24 +180,19 @@ class TarStream(IterableDataset[Batch]):
 
     @property
     def guarantees(self) -> str:
-        """How far these tars can be trusted, and what only ``TokenShards`` can promise."""
-        tars = self._recipe.tars
-        counted = sum(tar.samples is not None for tar in tars)
-        hashed = sum(tar.sha256 is not None for tar in tars)
+        """How far these very tars can be trusted."""
+        counted = sum(tar.samples is not None for tar in self._tars)
+        hashed = sum(tar.sha256 is not None for tar in self._tars)
         return (
-            f"every tar is whole or an error; number of samples checked for {counted} of {len(tars)} tars, every "
-            f"byte (sha256) for {hashed}; a flipped byte elsewhere goes unseen (record_tars writes both). Order "
-            f"and resumption, by reading again, hold on the same ranks and workers only"
+            f"every tar is whole or an error; number of samples checked for {counted} of {len(self._tars)} tars, "
+            f"every byte (sha256) for {hashed}; a flipped byte elsewhere goes unseen (record_tars writes both)"
         )
 
     def __len__(self) -> int:
         """Batches of an epoch; TypeError where that depends on the number of workers, or on the tars."""
-        if self._recipe.batches_per_epoch is None:
-            raise TypeError(
-                "how many batches there are depends on workers and tars; give batches_per_epoch=, or ask "
-                "plan(workers=...).batches"
-            )
-        return self._recipe.batches_per_epoch
+        if self._total is None:
+            raise TypeError("give batches_per_epoch=, or ask plan(workers=...).batches")
+        return self._total
 
     def __iter__(self) -> Iterator[Batch]:
         self._at = None
@@ -295,73 +223,61 @@ class TarStream(IterableDataset[Batch]):
         """The ``wds.DataPipeline`` of one epoch of one reader, without its first ``skip`` batches."""
         import webdataset as wds
 
-        recipe, here = self._recipe, world or self._world()
+        here = world or self._world()
         quota = self._quota(epoch, here)
-        decode = partial(decoded, fields=recipe.fields, decoders=recipe.decoders)
-        batch: list[Any] = [
-            partial(batched, size=recipe.batch_size, drop_last=recipe.drop_last),
-            wds.slice(skip, None),
-        ]
-        if recipe.rows is None and not recipe.stages:
+        batch = partial(batched, size=self._size, drop_last=self._drop_last)
+        stages: list[Any] = [batch, wds.slice(skip, None)]
+        if self._rows is None and not self._stages:
             # What was handed out before need not be decoded again.
-            batch = [wds.slice(skip * recipe.batch_size, None), decode, batch[0]]
-        label = partial(
-            masked,
-            masking=recipe.masking,
-            seed=recipe.seed,
-            epoch=epoch if recipe.shuffle else 0,
-            pad=recipe.about.special_ids.get("pad") if recipe.about is not None else None,
-            padded=recipe.padded,
-        )
-        names = [] if recipe.with_keys else [_without_keys]
-        limit = [] if quota is None else [wds.slice(quota - skip)]
-        return wds.DataPipeline(partial(self._passes, epoch, here), *batch, label, *names, *limit)
+            stages = [wds.slice(skip * self._size, None), self._decode, batch]
+        stages += [partial(self._mask, epoch=epoch if self._shuffle else 0)]
+        if not self._with_keys:
+            stages += [_without_keys]
+        if quota is not None:
+            stages += [wds.slice(quota - skip)]
+        return wds.DataPipeline(partial(self._passes, epoch, here), *stages)
 
     def _passes(self, epoch: int, world: World) -> Iterator[Sample]:
         # The tars of this reader; again, in other orders, for as long as batches are asked for.
         import webdataset as wds
 
-        recipe = self._recipe
         mine = self._shares(epoch, world.ranks, world.workers)[world.rank][world.worker]
         readers = world.ranks * world.workers
         if mine.readers > 1 and not world.rank + world.worker:
             warnings.warn(
-                f"{len(recipe.tars)} tars for {world.ranks} ranks x {world.workers} workers = {readers} readers: "
+                f"{len(self._tars)} tars for {world.ranks} ranks x {world.workers} workers = {readers} readers: "
                 f"{mine.readers} of them read the same tars and hand out every {mine.readers}th sample; at "
                 f"least {readers} tars would be read once",
                 stacklevel=2,
             )
         order = mine.tars
         for repeat in itertools.count():
-            key = f"{recipe.seed}/{epoch}/{world.rank}/{world.worker}/{repeat}"
-            if repeat and recipe.shuffle:
+            key = f"{self._seed}/{epoch}/{world.rank}/{world.worker}/{repeat}"
+            if repeat and self._shuffle:
                 order = _permuted(sorted(order), key)
-            stages: list[Any] = [
-                partial(iter, [recipe.tars[number] for number in order]),
-                partial(checked_tars, pipes=recipe.pipes),
-                wds.slice(mine.turn, None, mine.readers),
-            ]
-            if recipe.rows is not None or recipe.stages:
-                decode = partial(decoded, fields=recipe.fields, decoders=recipe.decoders)
-                stages += [decode, *recipe.stages]
-            if recipe.rows is not None:
+            tars = partial(iter, [self._tars[number] for number in order])
+            stages: list[Any] = [tars, self._read, wds.slice(mine.turn, None, mine.readers)]
+            if self._rows is not None or self._stages:
+                stages += [self._decode, *self._stages]
+            if self._rows is not None:
                 drop = partial(self._epochs.drop, world.worker)
-                stages += [partial(packed, rows=recipe.rows, key=key, dropped=drop)]
-            if recipe.shuffle:
-                size = recipe.shuffle
-                stages += [wds.shuffle(size, initial=size, rng=random.Random(key))]
+                stages += [partial(packed, rows=self._rows, key=key, dropped=drop)]
+            if self._shuffle:
+                # Stock would hand out when 100 wait.
+                stages += [
+                    wds.shuffle(self._shuffle, initial=self._shuffle, rng=random.Random(key))
+                ]
             samples = 0
             for sample in wds.DataPipeline(*stages):
                 samples += 1
                 yield sample
-            if not samples and (readers == 1 or recipe.batches_per_epoch is not None):
-                what = f"row of {recipe.rows.seq_len} tokens" if recipe.rows else "sample"
+            if not samples and (readers == 1 or self._total is not None):
+                what = f"row of {self._rows.seq_len} tokens" if self._rows else "sample"
                 raise EmptyEpoch(
-                    f"{len(order)} tars ({self.urls[order[0]]} is one) hold not one {what} for rank "
-                    f"{world.rank} of {world.ranks}, worker {world.worker} of {world.workers}; give more "
+                    f"{len(order)} tars ({self.urls[order[0]]} is one) hold not one {what} for {world}; give more "
                     f"data, or use fewer ranks and workers"
                 )
-            if recipe.batches_per_epoch is None:
+            if self._total is None:
                 return
 
     def plan(self, workers: int = 1, epoch: int = 0) -> Plan:
@@ -369,20 +285,15 @@ class TarStream(IterableDataset[Batch]):
 
         stream.plan(workers=4)      # Plan(batches=312, samples=19968, left_out=32, repeated=0)
         """
-        recipe, ranks = self._recipe, self._world().ranks
-        if recipe.counts is None:
-            raise ValueError(
-                "sizes are not known (of text never); record_tars counts what tars hold"
-            )
+        if self._counts is None:
+            raise ValueError("sizes are not known (of text never); record_tars counts")
+        ranks = self._world().ranks
+        quotas = self._quotas(epoch, ranks, workers)
         has = itertools.chain(*self._samples(epoch, ranks, workers))
-        takes = self._quotas(epoch, ranks, workers)
-        handed = [
-            (own, n * recipe.batch_size)
-            for own, n in zip(has, itertools.chain(*takes), strict=True)
-        ]
-        read = sum(map(min, handed))
-        samples = read if recipe.batches_per_epoch is None else sum(given for _, given in handed)
-        return Plan(sum(takes[0]), samples, sum(recipe.counts) - read, samples - read)
+        takes = [batches * self._size for batches in itertools.chain(*quotas)]
+        read = sum(map(min, has, takes))
+        samples = read if self._total is None else sum(takes)
+        return Plan(sum(quotas[0]), samples, sum(self._counts) - read, samples - read)
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration epoch ``epoch``; a restored state in this very epoch keeps its place.
@@ -426,18 +337,18 @@ class TarStream(IterableDataset[Batch]):
         self._reader += 1
 
     def _identity(self) -> dict[str, Any]:
-        recipe, rows = self._recipe, self._recipe.rows
         # Where the tars are does not matter; their sizes do, for they are dealt by size.
-        tars = [(tar.url.rpartition("/")[2], tar.samples) for tar in recipe.tars]
+        tars = [(tar.url.rpartition("/")[2], tar.samples) for tar in self._tars]
+        rows = self._rows
         return {
             "version": STATE_VERSION,
             "tars": hashlib.sha256(repr(tars).encode()).hexdigest()[:16],
-            "seed": recipe.seed,
-            "batch_size": recipe.batch_size,
-            "shuffle": recipe.shuffle,
-            "batches_per_epoch": recipe.batches_per_epoch,
-            "drop_last": recipe.drop_last,
-            "stages": len(recipe.stages),
+            "seed": self._seed,
+            "batch_size": self._size,
+            "shuffle": self._shuffle,
+            "batches_per_epoch": self._total,
+            "drop_last": self._drop_last,
+            "stages": len(self._stages),
             "text": rows and [rows.objective, rows.seq_len, rows.about.sha256],
         }
 
@@ -451,7 +362,7 @@ class TarStream(IterableDataset[Batch]):
         return epoch, 0, False
 
     def _world(self) -> World:
-        found, given = World.detect(), self._recipe.world
+        found, given = World.detect(), self._given_world
         if given is None or given.workers > 1:
             return given or found
         return World(given.rank, given.ranks, found.worker, found.workers)
@@ -459,62 +370,74 @@ class TarStream(IterableDataset[Batch]):
     def _shares(self, epoch: int, ranks: int, workers: int) -> list[list[_Share]]:
         # By rank and worker: tars are dealt to ranks, so evenly as their sizes allow, and then to workers.
         # A rank's tars do not depend on its workers.
-        recipe = self._recipe
-        key = f"{recipe.seed}/{epoch}" if recipe.shuffle else None
-        sizes = [1 if tar.samples is None else tar.samples for tar in recipe.tars]
+        key = f"{self._seed}/{epoch}" if self._shuffle else None
+        sizes = [1 if tar.samples is None else tar.samples for tar in self._tars]
         whole = _Share(_permuted(range(len(sizes)), key), 0, 1)
         return [rank.among(workers, sizes, key) for rank in whole.among(ranks, sizes, key)]
 
     def _samples(self, epoch: int, ranks: int, workers: int) -> list[list[int]]:
         # By rank and worker.
-        counts = self._recipe.counts
-        assert counts is not None
-        shares = self._shares(epoch, ranks, workers)
-        return [
-            [
-                len(range(each.turn, sum(counts[tar] for tar in each.tars), each.readers))
-                for each in own
-            ]
-            for own in shares
-        ]
+        assert self._counts is not None
+        shares, counts = self._shares(epoch, ranks, workers), self._counts
+        return [[each.samples(counts) for each in rank] for rank in shares]
 
     def _quotas(self, epoch: int, ranks: int, workers: int) -> list[list[int]]:
         # Batches by rank and worker: those of a rank's workers add up to the same on every rank.
-        recipe, size = self._recipe, self._recipe.batch_size
-        total = recipe.batches_per_epoch
-        if total is not None:
-            return [[total // workers + (w < total % workers) for w in range(workers)]] * ranks
+        if self._total is not None:
+            more = self._total % workers
+            return [[self._total // workers + (w < more) for w in range(workers)]] * ranks
+        up = 0 if self._drop_last else self._size - 1
         samples = self._samples(epoch, ranks, workers)
-        full = [[n // size if recipe.drop_last else -(-n // size) for n in own] for own in samples]
+        full = [[(count + up) // self._size for count in rank] for rank in samples]
         total = min(map(sum, full))
         if not total and ranks > 1:
             raise EmptyEpoch(
-                f"{sum(recipe.counts or ())} samples in {len(recipe.tars)} tars for {ranks} ranks of {workers} "
-                f"workers make {[sum(each) for each in full][:8]} batches of {size}, and a rank without any "
-                f"would stop the others; use fewer ranks or workers, smaller batches, or batches_per_epoch="
+                f"{sum(self._counts or ())} samples in {len(self._tars)} tars for {ranks} ranks of {workers} "
+                f"workers make {[sum(each) for each in full][:8]} batches of {self._size}, and a rank without "
+                f"any would stop the others; use fewer ranks or workers, smaller batches, or batches_per_epoch="
             )
         return [_trimmed(own, total) for own in full]
 
     def _quota(self, epoch: int, world: World) -> int | None:
         # None where a reader just ends with its tars.
-        recipe, tars, ranks = self._recipe, len(self._recipe.tars), world.ranks
-        if recipe.batches_per_epoch is None and ranks == 1:
+        tars, ranks = len(self._tars), world.ranks
+        if self._total is None and ranks == 1:
             return None
-        if recipe.batches_per_epoch is None and recipe.counts is None:
-            what = (
-                "rows text packs to"
-                if recipe.rows
-                else "samples own stages give"
-                if recipe.stages
-                else "samples they hold"
-            )
+        if self._total is None and self._counts is None:
+            what = "samples own stages give" if self._stages else "samples they hold"
+            what = "rows text packs to" if self._rows else what
             raise ValueError(
                 f"{tars} tars for {ranks} ranks ({-(-tars // ranks)} or {tars // ranks} each), and nothing says "
                 f"how many {what}: one rank would end before the others, which then wait for ever; give "
-                f"batches_per_epoch= (samples // ({ranks} ranks * batch size {recipe.batch_size})); for plain "
-                f"samples sizes= does, or record_tars(urls) once"
+                f"batches_per_epoch= (samples // ({ranks} ranks * batch size {self._size})); for plain samples "
+                f"sizes= does, or record_tars(urls) once"
             )
         return self._quotas(epoch, ranks, world.workers)[world.rank][world.worker]
+
+
+webdataset = TarStream  # the name that says what it takes the place of
+
+
+def _require_webdataset() -> None:
+    try:
+        import webdataset  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "reading tars of others needs the `webdataset` package; pip install 'siftloader[webdataset]'"
+        ) from error
+
+
+def _masking(masking: Any, objective: str | None, about: Tokenizer | None) -> Mlm | None:
+    if masking is None or isinstance(masking, Mlm):
+        return masking
+    if masking == "auto" and objective != "mlm":
+        return None
+    if objective != "mlm" or about is None:
+        raise ValueError(
+            'masking needs objective="mlm", and to know what to mask with: a tokenizer= for text, or '
+            "masking=Mlm(mask_id=..., vocab_size=..., special_ids=...) for tars of token ids"
+        )
+    return Mlm.of(about, 0.15 if masking == "auto" else masking)
 
 
 class _Epochs:
@@ -593,6 +516,10 @@ class _Share:
     tars: list[int]
     turn: int
     readers: int
+
+    def samples(self, counts: Sequence[int]) -> int:
+        """How many the owner has, of tars that hold so many."""
+        return len(range(self.turn, sum(counts[tar] for tar in self.tars), self.readers))
 
     def among(self, count: int, sizes: Sequence[int], key: str | None) -> list[_Share]:
         """Dealt to ``count`` readers; where tars are too few, all read all of them and take turns."""

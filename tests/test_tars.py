@@ -407,13 +407,16 @@ def test_a_state_of_another_order_is_refused(tmp_path: Path) -> None:
         webdataset(urls, batch_size=4).load_state_dict({**state, "batches": -1})
 
 
-def test_a_state_of_no_workers_is_refused_by_workers(tmp_path: Path) -> None:
+def test_a_state_of_no_workers_is_refused_by_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stream = webdataset(numbered(tmp_path, [4] * 4), batch_size=4)
     next(iter(stream))
     state = stream.state_dict()
     stream.load_state_dict(state)
+    monkeypatch.setattr("siftloader.tars.World.detect", lambda: World(workers=2))
     with pytest.raises(StateError, match="workers 1 found, 2 expected"):
-        list(DataLoader(stream, batch_size=None, num_workers=2))
+        next(iter(stream))
 
 
 def test_what_workers_read_the_stream_itself_cannot_tell(tmp_path: Path) -> None:
@@ -817,7 +820,7 @@ def test_webdataset_is_asked_for_by_name_where_it_is_missing(
 def test_guarantees_say_what_is_not_given(tmp_path: Path) -> None:
     urls = numbered(tmp_path, [4, 4])
     said = webdataset(urls, batch_size=2).guarantees
-    assert "0 of 2 tars" in said and "goes unseen" in said and "same ranks" in said
+    assert "0 of 2 tars" in said and "goes unseen" in said
     record_tars(urls)
     assert "sha256) for 2" in webdataset(urls, batch_size=2).guarantees
 
@@ -1054,10 +1057,9 @@ def test_text_for_masked_models_has_what_they_take(tmp_path: Path) -> None:
 
 
 def test_text_on_workers_drops_the_tails_and_says_how_much(tmp_path: Path) -> None:
-    urls = texts(tmp_path, 4, 4)
+    urls = texts(tmp_path, 2, 4)
     stream = text_stream(urls)
-    loader = DataLoader(stream, batch_size=None, num_workers=2)
-    rows = torch.cat([batch["input_ids"] for batch in loader])
+    rows = torch.cat([b["input_ids"] for b in DataLoader(stream, batch_size=None, num_workers=2)])
     apart = [text_stream(urls, world=world) for world in worlds(1, 2)]
     assert len(rows) == sum(len(batch["input_ids"]) for each in apart for batch in each)
     assert stream.dropped == sum(each.dropped for each in apart) > 0
@@ -1114,11 +1116,8 @@ def test_a_gpt_trains_straight_from_text_in_tars(
 
 
 @pytest.mark.filterwarnings("ignore:resuming by drawing")
-@pytest.mark.parametrize("announced", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(
-    tmp_path: Path, workers: int, announced: bool
-) -> None:
+def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(tmp_path: Path, workers: int) -> None:
     from siftloader import SiftingDataLoader
     from siftloader.scores import Random
 
@@ -1131,24 +1130,19 @@ def test_a_sifting_loader_around_it_resumes_in_a_later_epoch(
         inner = DataLoader(webdataset(urls, batch_size=4), batch_size=None, num_workers=workers)
         return SiftingDataLoader.wrap(inner, model=model, criterion=Random(), warmup_steps=0)
 
-    def epoch_of(loader: SiftingDataLoader, epoch: int) -> Iterator[str]:
-        if announced:
-            loader.set_epoch(epoch)
-        return map(repr, loader)
-
     running = make()
-    expected = [list(epoch_of(running, epoch)) for epoch in range(3)]
+    expected = [list(map(repr, running)) for _ in range(3)]  # and nobody announces them
     assert len(set(map(repr, expected))) == 3
     again = make()
-    list(epoch_of(again, 0))
+    list(again)
     between = json.loads(json.dumps(again.state_dict()))
-    seen = list(itertools.islice(epoch_of(again, 1), 2))
+    seen = list(itertools.islice(map(repr, again), 2))
     within = json.loads(json.dumps(again.state_dict()))
     for state, rest in ((within, expected[1][len(seen) :]), (between, expected[1])):
         resumed = make()
         resumed.load_state_dict(state)
-        assert list(epoch_of(resumed, 1)) == rest
-        assert list(epoch_of(resumed, 2)) == expected[2]
+        assert list(map(repr, resumed)) == rest
+    assert list(map(repr, resumed)) == expected[2]
 
 
 class Told(IterableDataset[Any]):
