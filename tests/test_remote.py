@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +114,31 @@ def test_sources_and_counts_come_too_and_verify_reads_all(web, folder):
     web.files["train-000000.sources.npy"] = b"nonsense"
     with pytest.raises(FetchError, match="train-000000"):
         opened(web.url).shard_set.files.path("train-000000.sources.npy", sha256="0" * 64)
+
+
+def test_nothing_that_is_saved_shown_or_raised_holds_the_secrets_of_a_url(web, folder, caplog):
+    caplog.set_level("DEBUG", "siftloader")
+    url = f"{web.url}?token=hunter22&sig=pass%2Fword".replace("http://", "http://me:letmein22@")
+    web.faults["train-000001.tar"] = [status(503)]
+    shards = opened(url)
+    rows = [row(one) for one in shards]
+    assert rows == epoch_of(folder, 0)
+    assert "token=hunter22" in web.queries[0]
+    shown = [repr(shards), repr(shards.shard_set), repr(shards.shard_set.files), str(shards)]
+    shown += [json.dumps(shards.state_dict()), shards.shard_set.name, caplog.text]
+    web.faults["train-000003.tar"] = always(status(403))
+    web.faults["train-000002.tar"] = always(status(503))
+    for copy in Path(shards.shard_set.files.copies.root).glob("??/*"):
+        copy.unlink()
+    for name in ("train-000003", "train-000002"):
+        with pytest.raises(FetchError) as caught:
+            shards.shard_set.files.path(f"{name}.tar", sha256=name[-1] * 64)
+        shown += traceback.format_exception(caught.value)
+    with pytest.raises(FetchError) as caught:
+        TokenShards(url.replace("http://", "what://"))
+    shown += traceback.format_exception(caught.value)
+    secrets = ("hunter22", "letmein22", "pass/word", "pass%2Fword")
+    assert [text for text in shown for secret in secrets if secret in text] == []
 
 
 def test_a_generation_changed_behind_the_url_is_another_data_set(web, folder, tmp_path):
