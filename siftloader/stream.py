@@ -178,6 +178,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._pending = True  # the next iteration starts at (epoch, position), not an epoch later
         self._reader = 0  # counts iterations: only the latest may move the position
         self._loads = 0  # counts states loaded: what ran before is told
+        self._home: World | None = None  # the process that this one was sent from
         self._compared = False  # with the other ranks
         self._number: int | None = (
             None  # among the streams of this process, in the order they begin
@@ -442,8 +443,11 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         stem = self._parts[which].shards[number - self._bases[which]].shard
         return stem if len(self._parts) == 1 else f"{self.shard_sets[which].name}/{stem}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_home": World.detect()}
+
     def _world(self, world: World | None) -> World:
-        found = World.detect()
+        found = World.detect(self._home)
         given = world or self.world
         if given is None:
             return found
@@ -634,7 +638,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"the state lacks {missing}; it needs {list(own)}, as state_dict() gives"
             )
         self.check_identity(state, override)
-        for name, limit in (("epoch", MOST_EPOCHS), ("position", state["samples"])):
+        epochs = min(MOST_EPOCHS, (1 << 62) // max(1, self.total))  # or positions would overflow
+        limits = {"epoch": epochs, "samples": 1 << 62, "position": state["samples"]}
+        for name, limit in limits.items():
             if not _whole(state[name]) or state[name] > limit:
                 raise StateError(
                     f"{name} {state[name]!r} found, a whole number from 0 to {limit} expected; the "

@@ -40,10 +40,15 @@ class World:
             )
 
     @classmethod
-    def detect(cls) -> World:
-        """This process, as ``torch.distributed``, else torchrun's environment, tells it."""
+    def detect(cls, home: World | None = None) -> World:
+        """This process, as ``torch.distributed``, else torchrun's environment, tells it.
+
+        ``home`` is the process that the data came from: a loader worker that was spawned has no process group.
+        """
         rank, ranks = _rank()
         worker, workers = _worker()
+        if home is not None and ranks == 1 and _worker_info() is not None:
+            return cls(home.rank, home.ranks, worker, workers, home.machines)
         return cls(rank, ranks, worker, workers, _machines(ranks))
 
     @property

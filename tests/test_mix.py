@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from itertools import count, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +210,10 @@ def test_all_that_differs_is_told_at_once_and_can_be_overridden_at_once(make):  
         shards.load_state_dict(
             {**saved, "position": 60}, override={"fingerprint", "window", "samples"}
         )
+    with pytest.raises(StateError, match="samples 'all' found, a whole number"):
+        shards.load_state_dict({**saved, "samples": "all"}, override={*shards.identity()})
+    with pytest.raises(StateError, match="epoch .* found, a whole number from 0 to"):
+        shards.load_state_dict({**shards.state_dict(), "epoch": 1 << 61})
     shards.load_state_dict({**opened(make(), seed=1).state_dict()}, override="seed")
 
 
@@ -497,3 +503,19 @@ def test_a_loader_reads_states_from_before_there_were_lanes(make):  # noqa: F811
     assert [one["id"].tolist() for one in again] == [one["id"].tolist() for one in stream]
     with pytest.raises(StateError, match="lanes 1 found, 2 expected"):
         loader(lanes=2).load_state_dict(state)
+
+
+def test_a_spawned_worker_reads_for_the_rank_that_it_was_started_by(make, monkeypatch):  # noqa: F811
+    """It has no process group, and without torchrun no environment either, to find its rank in."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sent = pickle.dumps(opened(make()))
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert len(ids(pickle.loads(sent))) == 21, "a process of its own, alone"
+    monkeypatch.setattr(
+        "siftloader.world._worker_info", lambda: SimpleNamespace(id=1, num_workers=2)
+    )
+    found = ids(pickle.loads(sent))
+    monkeypatch.undo()
+    assert found == ids(opened(make(), world=World(1, 2, 1, 2))) and len(found) == 5
