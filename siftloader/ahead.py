@@ -23,6 +23,7 @@ from siftloader.errors import Stalled
 Item = TypeVar("Item")
 PATIENCE = 60.0  # seconds without an item before a warning, where there is no timeout
 LINGER = 2.0  # seconds that closing waits for a thread in the middle of an item
+HASTE = 0.2  # and where it is Ctrl-C that closes
 
 
 def prefetched(
@@ -45,6 +46,9 @@ def prefetched(
         maker.start()
         while (made := maker.take(timeout)) is not _END:
             yield made.pop()
+    except KeyboardInterrupt:
+        maker.end(HASTE)
+        raise
     finally:
         atexit.unregister(maker.end)
         maker.end()
@@ -99,7 +103,7 @@ class _Maker(threading.Thread, Generic[Item]):
         self._room.put(None)
         return made
 
-    def end(self) -> None:
+    def end(self, linger: float | None = None) -> None:
         """Let the thread end, and wait for that a little."""
         self._wanted = False
         if os.getpid() != self._process or self.ident is None:
@@ -108,10 +112,12 @@ class _Maker(threading.Thread, Generic[Item]):
         # Collected by the very thread, or in the last moments of the interpreter: nothing to wait for.
         if self is threading.current_thread() or sys.is_finalizing() or self._hangs:
             return
-        self.join(LINGER)
+        linger = LINGER if linger is None else linger
+        self.join(linger)
         if self.is_alive():
+            self._hangs = True
             warnings.warn(
-                f"thread {self.name!r} still makes an item, {LINGER:g} s after nobody wants it: a read of "
+                f"thread {self.name!r} still makes an item, {linger:g} s after nobody wants it: a read of "
                 f"the storage that hangs, or a slow one; it ends with that read, or with the process",
                 stacklevel=3,
             )
