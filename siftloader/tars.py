@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from siftloader.batches import Batch
@@ -176,7 +177,7 @@ class TarStream(IterableDataset[Batch]):
     @property
     def dropped(self) -> int:
         """Tokens of text that filled no row at the end of an epoch, over all epochs of this rank so far."""
-        return int(self._epochs.marks[:, 2].sum())
+        return int(self._epochs.marks[:, 1].sum())
 
     @property
     def guarantees(self) -> str:
@@ -311,7 +312,7 @@ class TarStream(IterableDataset[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """Where this reader stands, JSON-able: the batches it handed out in this epoch."""
         world = self._world()
-        if not iteration() and self._epochs.marks[:, 0].any():
+        if not iteration() and self._epochs.seen()[0].any():
             raise StateError(
                 "loader workers read this stream, and only they know how far; take the state of a "
                 "torchdata StatefulDataLoader around it, or read with num_workers=0"
@@ -449,8 +450,8 @@ class _Epochs:
     """
 
     def __init__(self) -> None:
-        self.marks = torch.zeros(WORKERS, 3, dtype=torch.int64)  # iteration, epoch, tokens dropped
-        self.marks[:, 1] = -1
+        # By worker: the iteration it began last and, in 32 bits below that, the epoch after it; tokens dropped.
+        self.marks = torch.zeros(WORKERS, 2, dtype=torch.int64)
         self.marks.share_memory_()  # type: ignore[no-untyped-call]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -459,22 +460,25 @@ class _Epochs:
             self.marks.share_memory_()  # type: ignore[no-untyped-call]
 
     def set(self, epoch: int) -> None:
-        self.marks[:, 0], self.marks[:, 1] = 0, epoch - 1
+        self.marks[:, 0] = epoch
 
     def note(self, worker: int, epoch: int, iteration: int = 0) -> None:
-        # The epoch first: who sees the iteration goes by its epoch.
-        self.marks[worker, 1] = epoch
-        self.marks[worker, 0] = iteration
+        # One word, so that nobody sees the half of it.
+        self.marks[worker, 0] = iteration << 32 | epoch + 1
+
+    def seen(self) -> tuple[Tensor, Tensor]:
+        marks = self.marks[:, 0].clone()
+        return marks >> 32, marks & (1 << 32) - 1
 
     def upcoming(self, worker: int, iteration: int) -> int:
-        seen = self.marks.clone()
-        joined = (seen[:, 0] == iteration) & (seen[:, 1] > seen[worker, 1])
+        iterations, epochs = self.seen()
+        joined = (iterations == iteration) & (epochs > epochs[worker])
         if iteration and bool(joined.any()):
-            return int(seen[joined, 1].max())
-        return int(seen[:, 1].max()) + 1
+            return int(epochs[joined].max()) - 1
+        return int(epochs.max())
 
     def drop(self, worker: int, tokens: int) -> None:
-        self.marks[worker, 2] += tokens
+        self.marks[worker, 1] += tokens
 
 
 def _place(world: World) -> dict[str, int]:

@@ -76,12 +76,12 @@ def first_word(topic: str, word: str) -> str:
 
 
 def iteration() -> int:
-    """A number that the workers of one iteration of a loader share, and no others; 0 outside of workers."""
+    """31 bits that the workers of one iteration of a loader share, and no others; 0 outside of workers."""
     info = _worker_info()
     if info is None:
         return 0
     # torch draws a seed for every iteration. It may come again for a loader of another size, if seeded alike.
-    return int((info.seed - info.id) ^ info.num_workers << 1) & (1 << 62) - 1 | 1
+    return int((info.seed - info.id) ^ info.num_workers << 1) & (1 << 31) - 1 | 1
 
 
 def _store() -> Any:

@@ -300,6 +300,24 @@ def test_workers_agree_on_an_epoch_in_whatever_order_they_start() -> None:
     assert copied.marks.is_shared() and copied.upcoming(0, 7) == 4
 
 
+def test_no_worker_sees_half_a_mark() -> None:
+    from siftloader.tars import _Epochs
+
+    epochs, often = _Epochs(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        writer = threading.Thread(
+            target=lambda: [epochs.note(0, number - 1, number) for number in range(1, 5000)]
+        )
+        writer.start()
+        while writer.is_alive():
+            iterations, following = epochs.seen()
+            assert iterations[0] == following[0]
+        writer.join()
+    finally:
+        sys.setswitchinterval(often)
+
+
 def test_webdatasets_own_loader_takes_it(tmp_path: Path) -> None:
     stream = webdataset(numbered(tmp_path, [4] * 4), batch_size=4)
     loader = wds.WebLoader(stream, batch_size=None, num_workers=0)
