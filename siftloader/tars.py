@@ -205,7 +205,7 @@ class TarStream(IterableDataset[Batch]):
         epoch, done, finished = self._upcoming(world)
         if self._loaded is not None and (done or finished):
             # The workers of a loader may be others than at loading.
-            _check_same(self._loaded[0], _place(world))
+            _check_state(self._loaded[0], self._identity(world))
         self._loaded = None
         if reader == self._reader:
             self._at = epoch, done, finished
@@ -318,8 +318,8 @@ class TarStream(IterableDataset[Batch]):
                 "torchdata StatefulDataLoader around it, or read with num_workers=0"
             )
         epoch, batches, finished = self._at or self._upcoming(world)
-        own = {**self._identity(), **_place(world)}
-        return {**own, "epoch": epoch, "batches": batches, "finished": finished}
+        place = {"epoch": epoch, "batches": batches, "finished": finished}
+        return {**self._identity(world), **place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken, by reading again what was handed out in its epoch.
@@ -327,17 +327,15 @@ class TarStream(IterableDataset[Batch]):
         Raises StateError where the state belongs to another order: other tars, seed, ranks or workers.
         """
         world = self._world()
-        state = _checked_state(state, {**self._identity(), **_place(world)})
+        _check_state(state, self._identity(world))
         if iteration():
             self._epochs.note(world.worker, state["epoch"] - (not state["finished"]))
         else:
-            if state["finished"]:
-                state = {**state, "epoch": state["epoch"] + 1, "batches": 0, "finished": False}
-            self._epochs.set(state["epoch"])
+            self._epochs.set(state["epoch"] + state["finished"])
         self._loaded, self._at = (state, os.getpid()), None
         self._reader += 1
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, world: World) -> dict[str, Any]:
         # Where the tars are does not matter; their sizes do, for they are dealt by size.
         tars = [(tar.url.rpartition("/")[2], tar.samples) for tar in self._tars]
         rows = self._rows
@@ -351,6 +349,9 @@ class TarStream(IterableDataset[Batch]):
             "drop_last": self._drop_last,
             "stages": len(self._stages),
             "text": rows and [rows.objective, rows.seq_len, rows.about.sha256],
+            "ranks": world.ranks,
+            "worker": world.worker,
+            "workers": world.workers,
         }
 
     def _upcoming(self, world: World) -> tuple[int, int, bool]:
@@ -481,29 +482,10 @@ class _Epochs:
         self.marks[worker, 1] += tokens
 
 
-def _place(world: World) -> dict[str, int]:
-    return {"ranks": world.ranks, "worker": world.worker, "workers": world.workers}
-
-
-def _checked_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     needed = [*own, "epoch", "batches", "finished"]
     if missing := [name for name in needed if name not in state]:
         raise StateError(f"the state lacks {missing}; it needs {needed}, as state_dict() gives")
-    if state["version"] > STATE_VERSION:
-        raise StateError(
-            f"found a state of version {state['version']}, this siftloader reads up to {STATE_VERSION}; "
-            f"upgrade siftloader"
-        )
-    _check_same(state, own)
-    for name in ("epoch", "batches"):
-        if not isinstance(state[name], int) or state[name] < 0:
-            raise StateError(
-                f"{name} {state[name]!r} found, a whole number expected; it is damaged"
-            )
-    return dict(state)
-
-
-def _check_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for name, value in own.items():
         if state[name] != value:
             raise StateError(
@@ -511,6 +493,9 @@ def _check_same(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 f"order depends on names and sizes of the tars, on ranks and workers); build the stream it was "
                 f"saved from, or begin an epoch without the state (set_epoch)"
             )
+    for name in ("epoch", "batches"):
+        if not isinstance(state[name], int) or state[name] < 0:
+            raise StateError(f"the state is damaged: {name} {state[name]!r} found")
 
 
 @dataclass(frozen=True)
