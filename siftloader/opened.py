@@ -411,13 +411,17 @@ class _Crew:
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            future, judge, number = task
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(judge(number))
-            except BaseException as error:
-                future.set_exception(error)
+            _do(*task)
+            del task  # while this waits for the next one it must keep no shard mapped
+
+
+def _do(future: Future[Mapped | None], judge: Callable[[int], Mapped | None], number: int) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(judge(number))
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _signs(stat: os.stat_result, dated: bool) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ import math
 import operator
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, count
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ from siftloader.errors import EmptyEpoch, RanksDisagree, ShardError, StateError
 from siftloader.masking import IGNORED, Mlm
 from siftloader.mixture import Mixture
 from siftloader.opened import Budget, Opened, Part, Verdicts
-from siftloader.order import Order
+from siftloader.reading import Places, Rows, Windows, copied
 from siftloader.shards import ShardSet
 from siftloader.tars import webdataset as webdataset
 from siftloader.world import World, first_word
@@ -187,7 +187,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._before: tuple[int, int] | None = (
             None  # epoch and position up to which others delivered
         )
-        self._orders().of(0, 0)  # checks window and lanes
+        self._places().order(0, 0)  # checks window and lanes
         self._check_room()
         self.rows()  # checks that every rank gets something
 
@@ -327,10 +327,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def _read(self, n: int, epoch: int, position: int, world: World) -> Iterator[_Read]:
         for block in self._gather(n, epoch, position, world):
             for first in range(0, len(block.tokens), n):
-                rows = block.rows(first, first + n)
+                rows = block.part(first, first + n)
                 yield self._finish(rows), rows.ids
 
-    def _gather(self, n: int, epoch: int, position: int, world: World) -> Iterator[_Rows]:
+    def _gather(self, n: int, epoch: int, position: int, world: World) -> Iterator[Rows]:
         # A block is a whole number of batches, so that batches never have to be joined.
         size = max(1, BLOCK_TOKENS // self.layout.seq_len // n) * n
         slot, step = self._slot(world), world.ranks * world.workers
@@ -345,63 +345,21 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             sources=self.with_source,
             budget=None if self.on_error == "raise" else self.on_error,
         )
-        orders, windows = self._orders(), _Windows(self.lanes if self._shuffle else 1)
+        places = self._places()
+        windows = Windows(places)
         try:
             for begin in range(0, rows, LOCATED * size):
                 # More than a block: each call costs as much as a thousand positions.
                 turns = np.arange(begin, min(begin + LOCATED * size, rows), dtype=np.int64)
-                located = self._locate(first + step * turns, epoch, orders)
+                located = places.locate(first + step * turns, epoch)
                 for at in range(0, len(turns), size):
                     where = located.part(at, at + size)
-                    opened.announce(*windows.upcoming(where, orders, self._bases))
-                    yield self._take(where, opened)
+                    opened.announce(*windows.upcoming(where))
+                    yield copied(where, opened, self.layout, self.with_source)
         finally:
             opened.close()
 
-    def _locate(self, positions: NDArray[np.int64], epoch: int, orders: _Orders) -> _Where:
-        if self._mixture is None:
-            epoch = epoch if self._shuffle else 0
-            number, row = orders.of(0, epoch).locate(positions)
-            return _Where(
-                np.zeros_like(number), np.full_like(number, epoch), positions, number, row
-            )
-        which, repeat, place = self._mixture.locate(positions, epoch)
-        number, row = np.empty_like(place), np.empty_like(place)
-        for key in np.unique(np.stack([which, repeat]), axis=1).T.tolist():
-            at = np.flatnonzero((which == key[0]) & (repeat == key[1]))
-            number[at], row[at] = orders.of(*key).locate(place[at])
-            number[at] += self._bases[key[0]]
-        return _Where(which, repeat, place, number, row)
-
-    def _take(self, where: _Where, opened: Opened) -> _Rows:
-        m = len(where.row)
-        record = np.dtype(f"V{self.layout.payload}")  # a sample's ids as one item: copied as one
-        tokens = np.empty(m, record)
-        sources = np.empty(m, np.int64) if self.with_source else None
-        pairs = np.empty(m, np.int64) if self.layout.labels else None
-        ids = np.empty(m, np.int64)
-        by_shard = np.argsort(where.number, kind="stable")
-        numbers, firsts = np.unique(where.number[by_shard], return_index=True)
-        places = np.split(by_shard, firsts[1:])
-        # In the order of first use: a block that crosses into a new window opens each shard once.
-        ordered = sorted(zip(numbers.tolist(), places, strict=True), key=lambda pair: pair[1][0])
-        while True:
-            opened.renew(number for number, _ in ordered)
-            for number, at in ordered:
-                content = opened.get(number)
-                row = content.sound(where.row[at])
-                tokens[at] = content.tokens.view(record)[row, 0]
-                ids[at] = content.first_id + row
-                if sources is not None and content.sources is not None:
-                    sources[at] = content.first_source + content.sources[row].astype(np.int64)
-                if pairs is not None and content.pairs is not None:
-                    pairs[at] = content.pairs[row]
-            # Under our hands a file may have changed: then what was copied may be either.
-            if not opened.renew(number for number, _ in ordered):
-                rows = tokens.view(self.layout.dtype).reshape(m, self.layout.seq_len)
-                return _Rows(rows, ids, where.repeat, sources, pairs)
-
-    def _finish(self, rows: _Rows) -> dict[str, Tensor]:
+    def _finish(self, rows: Rows) -> dict[str, Tensor]:
         pad = self.tokenizer.special_ids.get("pad")
         padded = self.objective.startswith("mlm")
         # Few tokens are padding: their places are faster than a mask of all.
@@ -430,17 +388,21 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             batch["source"] = rows.sources
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
-    def _orders(self) -> _Orders:
-        return _Orders(self._parts, self.seed, self.window, self._shuffle, self.lanes)
-
-    @property
-    def _bases(self) -> list[int]:
-        # The number of the first shard of each set, among those of all.
-        return list(accumulate((len(part.shards) for part in self._parts), initial=0))
+    def _places(self) -> Places:
+        # Made anew for each reader: not to be shared by threads.
+        return Places(
+            self._parts,
+            self._mixture,
+            seed=self.seed,
+            window=self.window,
+            shuffle=self._shuffle,
+            lanes=self.lanes,
+        )
 
     def _name(self, number: int) -> str:
-        which = int(np.searchsorted(self._bases, number, side="right")) - 1
-        stem = self._parts[which].shards[number - self._bases[which]].shard
+        bases = self._places().bases
+        which = bisect_right(bases, number) - 1
+        stem = self._parts[which].shards[number - bases[which]].shard
         return stem if len(self._parts) == 1 else f"{self.shard_sets[which].name}/{stem}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -552,12 +514,12 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         return self._enumerated(epoch, range(self.total if samples is None else samples))
 
     def _enumerated(self, epoch: int, positions: range) -> Coverage:
-        found, orders = Coverage(), self._orders()
+        found, places = Coverage(), self._places()
         firsts = np.concatenate([part.first_ids() for part in self._parts])
         for start in range(0, len(positions), ENUMERATED):
             some = positions[start : start + ENUMERATED]
             at = np.arange(some.start, some.stop, some.step, dtype=np.int64)
-            where = self._locate(at, epoch, orders)
+            where = places.locate(at, epoch)
             found += Coverage.of(firsts[where.number] + where.row)
         return found
 
@@ -724,102 +686,6 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
 # A batch, and the global ids of its rows, int64 [n].
 _Read = tuple[dict[str, Tensor], NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class _Where:
-    """Where the samples of some positions are, int64 [m] each: set, its epoch, its position, shard, row."""
-
-    which: NDArray[np.int64]
-    repeat: NDArray[np.int64]
-    place: NDArray[np.int64]
-    number: NDArray[np.int64]  # of the shard, among those of all sets
-    row: NDArray[np.int64]
-
-    def part(self, first: int, end: int) -> _Where:
-        cut = slice(first, end)
-        columns = (self.which, self.repeat, self.place, self.number, self.row)
-        return _Where(*(column[cut] for column in columns))
-
-
-class _Orders:
-    """The orders of the epochs that one reader is in: of each set the latest two."""
-
-    def __init__(
-        self, parts: Sequence[Part], seed: int, window: int, shuffle: bool, lanes: int
-    ) -> None:
-        self._parts, self._options = parts, (seed, window, shuffle, lanes)
-        self._kept: dict[tuple[int, int], Order] = {}
-
-    def of(self, which: int, epoch: int) -> Order:
-        """The order of an epoch of a set."""
-        if (which, epoch) not in self._kept:
-            part, (seed, window, shuffle, lanes) = self._parts[which], self._options
-            for old in sorted(key for key in self._kept if key[0] == which)[:-1]:
-                del self._kept[old]
-            self._kept[which, epoch] = Order(
-                part.shards.counts,
-                fingerprint=part.files.fingerprint,
-                seed=seed,
-                epoch=epoch,
-                window=window,
-                shuffle=shuffle,
-                lanes=lanes,
-            )
-        return self._kept[which, epoch]
-
-
-class _Windows:
-    """Which shards come next: those of a window when it begins, and those of the one after it."""
-
-    def __init__(self, lanes: int) -> None:
-        self._lanes = lanes
-        self._until: dict[int, tuple[int, int]] = {}  # by set and lane: where the window ends
-        self._told: dict[int, set[int]] = {}  # by set and lane: its shards, and those of the next
-
-    def upcoming(
-        self, where: _Where, orders: _Orders, bases: Sequence[int]
-    ) -> tuple[list[int], set[int]]:
-        """The shards to get ready for a block, the most urgent first; those of windows that are past."""
-        keys = where.which * self._lanes + where.place % self._lanes
-        found, last = np.unique(keys[::-1], return_index=True)
-        soon, later, past = [], [], set[int]()
-        for key, back in zip(found.tolist(), last.tolist(), strict=True):
-            at = len(keys) - 1 - back
-            repeat, place = int(where.repeat[at]), int(where.place[at])
-            if (repeat, place) < self._until.get(key, (0, 0)):
-                continue
-            which = key // self._lanes
-            order = orders.of(which, repeat)
-            shards, following = order.window_at(place)
-            after = [] if following is None else order.window_at(following)[0]
-            soon += [bases[which] + shard for shard in shards]
-            later += [bases[which] + shard for shard in after]
-            self._until[key] = (repeat + 1, 0) if following is None else (repeat, following)
-            past |= self._told.get(key, set())
-            self._told[key] = {bases[which] + shard for shard in (*shards, *after)}
-        return [*soon, *later], past - {*soon, *later}
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows as they lie on disk: tokens [m, T], ids and epochs [m], sources and labels of pairs [m] or None."""
-
-    tokens: NDArray[Any]
-    ids: NDArray[np.int64]
-    repeat: NDArray[np.int64]
-    sources: NDArray[np.int64] | None
-    pairs: NDArray[np.int64] | None
-
-    def rows(self, first: int, end: int) -> _Rows:
-        cut = slice(first, end)
-        return _Rows(
-            self.tokens[cut],
-            self.ids[cut],
-            self.repeat[cut],
-            None if self.sources is None else self.sources[cut],
-            None if self.pairs is None else self.pairs[cut],
-        )
 
 
 def _parts(sets: Sequence[ShardSet], split: str) -> Iterator[Part]:

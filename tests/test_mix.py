@@ -212,7 +212,7 @@ def test_all_that_differs_is_told_at_once_and_can_be_overridden_at_once(make):  
         )
     with pytest.raises(StateError, match="samples 'all' found, a whole number"):
         shards.load_state_dict({**saved, "samples": "all"}, override={*shards.identity()})
-    with pytest.raises(StateError, match="epoch .* found, a whole number from 0 to"):
+    with pytest.raises(StateError, match=r"epoch .* found, a whole number from 0 to"):
         shards.load_state_dict({**shards.state_dict(), "epoch": 1 << 61})
     shards.load_state_dict({**opened(make(), seed=1).state_dict()}, override="seed")
 

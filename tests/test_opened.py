@@ -16,6 +16,7 @@ from test_stream import SPECIAL, epoch_of, make, opened, rows, write  # noqa: F4
 from siftloader import TokenShards
 from siftloader.errors import CorruptShard, FetchError, ShardError
 from siftloader.opened import Budget, Opened
+from siftloader.reading import copied
 from siftloader.shards import ShardSet
 from siftloader.world import World
 
@@ -136,7 +137,7 @@ def test_the_next_window_is_announced_when_a_window_begins(make, tmp_path, monke
     told = [numbers for numbers in announced if numbers]
     assert len(told[0]) == 4 and len(told) == 4
     assert sorted({one for numbers in told for one in numbers}) == list(range(8))
-    order = shards._orders().of(0, 0)
+    order = shards._places().order(0, 0)
     for number, position in enumerate((0, 12, 24, 36)):
         assert set(order.window_at(position)[0]) <= {*told[number]}
 
@@ -146,11 +147,11 @@ def test_shards_that_a_rank_never_touches_are_given_up(tmp_path, monkeypatch):
     write(tmp_path / "shards", (2,) * 64, "mlm", SPECIAL)
     monkeypatch.setattr("siftloader.stream.BLOCK_TOKENS", 8)
     seen = []
-    take = TokenShards._take
     monkeypatch.setattr(
-        TokenShards,
-        "_take",
-        lambda self, where, reader: seen.append(len(reader._coming)) or take(self, where, reader),
+        "siftloader.stream.copied",
+        lambda where, reader, *more: (
+            seen.append(len(reader._coming)) or copied(where, reader, *more)
+        ),
     )
     shards = opened(tmp_path / "shards", window=2, world=World(0, 8))
     assert sum(len(batch["id"]) for batch in shards.batches(1)) == 16

@@ -155,12 +155,12 @@ def _first_block(shards: TokenShards, world: World, position: int, epoch: int = 
     # What a reader locates before it opens its first shard.
     turns = np.arange(2048, dtype=np.int64)
     first = position + (shards._slot(world) - position) % world.ranks
-    shards._locate(first + world.ranks * turns, epoch, shards._orders())
+    shards._places().locate(first + world.ranks * turns, epoch)
 
 
 def opened(shards: TokenShards, lanes: int, machines: int, per_machine: int) -> float:
     """The share of the shards of a stretch of the order that the first machine opens."""
-    order = shards._orders().of(0, 0)
+    order = shards._places().order(0, 0)
     ranks = machines * per_machine
     slots = [
         World(rank, ranks, machines=machines).slot if lanes > 1 else rank
