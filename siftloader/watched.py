@@ -57,12 +57,13 @@ class Watched(Generic[Item]):
         self._begun = self._waits = False
         self._guessed = False  # whether somebody else may have started what we take for workers
         self._heard = False  # whether torch said that a worker died
+        self._owed: RuntimeError | None = None  # what it said of that, to be raised a little later
         self._listener: _Listener | None = None
         self._others = set() if self._alone else {*active_children()}
         # Persistent workers stand ready before the iteration begins, or lie dead.
         lasting = _attribute(loader, "persistent_workers") is True
+        self._lasts = False  # whether workers outlive this iteration
         self._source: Any = _attribute(loader, "_iterator") if lasting else None
-        self._lasts = self._source is not None
         self._find()
         self._source = self._ask(begin)
         self._lasts = lasting and _attribute(loader, "_iterator") is self._source
@@ -82,7 +83,7 @@ class Watched(Generic[Item]):
     def close(self) -> None:
         """Let go of the iterator, and with it of workers that are not persistent."""
         self._unlisten()
-        self._workers, self._source, self._holder = [], iter(()), None
+        self._workers, self._source, self._holder, self._owed = [], iter(()), None, None
 
     def _find(self, error: BaseException | None = None) -> None:
         if self._alone:
@@ -214,13 +215,23 @@ class Watched(Generic[Item]):
             if isinstance(now, _Listener):
                 signal.signal(signal.SIGCHLD, _in_force(now))
 
-    def _defers(self, frame: Any) -> bool:
-        # Whether what torch raises at this frame is told later; at the next item, or by what failed there.
-        if self._waits:
-            return _opens(frame)
-        ours = bool(self._dead())
-        self._heard |= ours
-        return ours
+    def _due(self, error: RuntimeError | None, frame: Any) -> RuntimeError | None:
+        # What to raise at this frame, of what torch says now or said before.
+        error, self._owed = error or self._owed, None
+        if error is None:
+            return None
+        if not self._waits:
+            ours = bool(self._dead())
+            self._heard |= ours
+            return None if ours else error
+        if not _opens(frame):
+            return error
+        # Torch says it once, and itself looks again in five seconds: the signal will come again.
+        self._owed = error
+        again = threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGCHLD))
+        again.daemon = True
+        again.start()
+        return None
 
     def _end(self) -> None:
         # The iterator itself may live on for long, in the traceback of what ended it.
@@ -251,12 +262,18 @@ class _Listener:
         self.watched: Callable[[], Watched[Any] | None] = weakref.ref(watched)
 
     def __call__(self, number: int, frame: Any) -> None:
+        error = None
         try:
             self.before(number, frame)
-        except RuntimeError:
-            watched = self.watched()
-            if watched is None or not watched._defers(frame):
-                raise
+        except RuntimeError as raised:
+            error = raised
+        try:
+            if (watched := self.watched()) is not None:
+                error = watched._due(error, frame)
+            if error is not None:
+                raise error
+        finally:
+            del error  # or it would hold itself, through this frame
 
 
 def _nobody() -> None:
@@ -316,8 +333,7 @@ def _is_of_the_data(error: BaseException) -> bool:
 
 
 def _opens(frame: Any) -> bool:
-    # In the middle of opening files or sockets, which would stay open. None of it waits for long: either it
-    # fails by itself, for the worker is gone, or the death is seen before the next item.
+    # In the middle of opening files or sockets, which would stay open. None of it waits for long.
     opening = ("tempfile", "contextlib", "multiprocessing.resource_sharer")
     while frame is not None and frame.f_globals.get("__name__") != __name__:
         if frame.f_globals.get("__name__") in opening:

@@ -37,7 +37,8 @@ def until(happened, seconds: float = 5.0) -> bool:
 @pytest.fixture(autouse=True)
 def _no_thread_is_left():
     yield
-    gc.collect()
+    if readers():
+        gc.collect()
     assert until(lambda: not readers()), readers()
 
 

@@ -5,11 +5,13 @@ What happens to workers, data and signals in whole runs: test_failures.py.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -137,6 +139,27 @@ def test_a_torch_that_names_nothing_still_tells_of_a_death(monkeypatch):
     del source
 
 
+def test_a_death_while_a_socket_is_opened_is_told_as_soon_as_it_is_open(monkeypatch):
+    """Torch tells once; left to itself it would look again in five seconds."""
+    looks = iter([True, True])
+    monkeypatch.setattr(watched, "_opens", lambda frame: next(looks, False))
+    data = DataLoader([torch.zeros(1)] * 8, 4, num_workers=1, collate_fn=long_pause, timeout=60)
+    source = watching(data)
+    (worker,) = multiprocessing.active_children()
+    timer = threading.Timer(0.1, worker.kill)
+    timer.start()
+    begin = time.monotonic()
+    with pytest.raises(WorkerDied, match=f"pid {worker.pid}"):
+        next(source)
+    assert time.monotonic() - begin < 3
+    assert next(looks, None) is None
+    timer.join()
+
+
+def long_pause(rows):
+    time.sleep(60)
+
+
 def test_loaders_that_begin_and_end_in_any_order_leave_the_handler_as_it_was():
     before = signal.getsignal(signal.SIGCHLD)
     first, second, third = (watching(rows(400)) for _ in range(3))
@@ -230,6 +253,19 @@ def test_outside_the_main_thread_no_handler_is_set():
     thread.start()
     thread.join()
     assert seen[1] is before
+
+
+def test_epochs_of_persistent_workers_pile_nothing_up():
+    loader = DataLoader(range(8), 4, num_workers=1, persistent_workers=True)
+    ends = []
+    for _ in range(3):
+        source = watching(loader)
+        assert len(list(source)) == 2
+        source.close()
+        ends.append(len(weakref.finalize._registry))
+    assert ends == ends[:1] * 3
+    del loader, source
+    gc.collect()
 
 
 def test_watching_takes_microseconds_a_batch():
