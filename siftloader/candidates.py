@@ -354,7 +354,7 @@ class LoaderCandidates:
                     f"if it draws from torch's generators and nothing else",
                     stacklevel=2,
                 )
-            return Watched(None, lambda: without_first(loader, batches, order))
+            return Watched(loader, lambda: without_first(loader, batches, order))
         if batches:
             warnings.warn(
                 f"resuming by drawing {batches} batches of {type(loader).__name__} again: exact "

@@ -320,6 +320,29 @@ def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch
     assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
 
 
+@pytest.mark.parametrize("kind", slowly(["ValueError", "SIGKILL"], {"SIGKILL"}))
+@pytest.mark.parametrize("epochs", [1, 0.5])
+def test_a_resumed_run_with_persistent_workers_fails_and_begins_again_too(kind, epochs, switch):
+    def make():
+        return sifting(LOADERS["persistent"](Failing(kind, switch, at=90)))
+
+    switch.unlink()
+    first = make()
+    iterator = iter(first)
+    for _ in range(13 if epochs == 1 else 6):
+        next(iterator)
+    assert (next(iterator, None) is None) == (epochs == 1)
+    state = first.state_dict()
+    del iterator, first
+    switch.touch()
+    loader = make()
+    loader.load_state_dict(state)
+    with pytest.raises({"ValueError": ValueError, "SIGKILL": WorkerDied}[kind]) as raised:
+        list(loader)
+    del raised
+    assert_it_works_again(loader, switch)
+
+
 def test_persistent_workers_end_at_once_with_their_loader():
     """A cycle holds our loader: its queues close before torch would say through them that it is over."""
     loader = SiftingDataLoader(
