@@ -12,6 +12,7 @@ Letters: N samples of a shard, T tokens of a sample, S shards of all parts.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import warnings
@@ -309,36 +310,41 @@ class Opened:
             rows,
         )
 
-    def _open(self, number: int, lost: tuple[int, ...] = ()) -> Content:
-        # lost: shards in whose place this one comes
+    def _open(self, number: int) -> Content:
+        if (content := self._sound(number)) is not None:
+            return content
+        part, own, shard = self._place(number)
+        after = [*range(own + 1, len(part.shards)), *range(own)]
+        for other in after:
+            if not part.shards.counts[other]:
+                continue
+            if (content := self._sound(number - own + other)) is not None:
+                rows = np.arange(shard.num_sequences, dtype=np.int64)
+                return replace(content, rows=content.sound(rows % len(content)))
+        raise ShardError(
+            f"{shard.shard}: lost, and so is every other shard of its set; is {part.files.name} in "
+            f"place?",
+            shard=shard.shard,
+        )
+
+    def _sound(self, number: int) -> Content | None:
+        # What of a shard is sound; None where a budget passes over all of it.
         if self._budget is None:
             return self._content(number, self._judged(number))
         damage = self._known_damage(number)
         if damage is None:
             try:
                 return self._content(number, self._judged(number))
-            except FetchError:
-                raise  # the network is no damage: it passes
             except ShardError as error:
+                if _passes(error):
+                    raise
                 damage = self._pass_over(number, error)
                 self._verdicts.damaged[number] = damage
-        if damage.rows is not None:
-            # Damaged in rows that are known, so its hash says nothing.
-            part, _, shard = self._place(number)
-            return self._content(number, part.files.open_shard(shard, verify=False), damage.rows)
-        part, own, shard = self._place(number)
-        size = len(part.shards)
-        after = (number - own + (own + step) % size for step in range(1, size))
-        instead = next((n for n in after if part.shards.counts[n - number + own]), number)
-        if instead in (*lost, number):
-            raise ShardError(
-                f"{shard.shard}: lost, and so is every other shard of its set; is "
-                f"{part.files.name} in place?",
-                shard=shard.shard,
-            )
-        other = self._open(instead, (*lost, number))
-        rows = np.arange(shard.num_sequences, dtype=np.int64)
-        return replace(other, rows=other.sound(rows % len(other)))
+        if damage.rows is None:
+            return None
+        # Damaged in rows that are known, so its hash says nothing.
+        part, _, shard = self._place(number)
+        return self._content(number, part.files.open_shard(shard, verify=False), damage.rows)
 
     def _known_damage(self, number: int) -> Damage | None:
         # Of this very file: a shard that was mended, or took more damage, is judged anew.
@@ -422,6 +428,13 @@ def _do(future: Future[Mapped | None], judge: Callable[[int], Mapped | None], nu
         future.set_result(judge(number))
     except BaseException as error:
         future.set_exception(error)
+
+
+def _passes(error: ShardError) -> bool:
+    # No damage: of the network, or of this process, which has too much open.
+    cause = error.__cause__
+    code = cause.errno if isinstance(cause, OSError) else None
+    return isinstance(error, FetchError) or code in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def _signs(stat: os.stat_result, dated: bool) -> tuple[int, ...]:
