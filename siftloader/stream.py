@@ -44,7 +44,8 @@ from siftloader.world import World, first_word
 STATE_VERSION = 2
 FIRST_VERSION = {"lanes": 1, "weights": None}  # what it had not
 BLOCK_TOKENS = 1 << 20  # located and gathered at once, 2 MiB of uint16: amortises NumPy's calls
-LOCATED = 8  # blocks whose places are found at once
+COUNTED = 64  # batches whose coverage is worked out at once: it costs little by the thousand
+LOCATED = 32  # blocks whose places are found at once
 SAMPLES_AT_ONCE = 64  # the batch behind the sample iterator
 SET_BITS = 40  # of an id: the sample within its set; the bits above them are the number of the set
 MOST_OPEN = 512  # shards a reader keeps mapped, if the process may have four times as many files
@@ -91,7 +92,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
     ``lanes``: on that many machines each reads only its share of the shards, and so it does on any number
     of machines that divides it; the order is the same on all of them. Ranks of one machine open ``lanes /
-    machines`` windows of shards at once.
+    machines`` windows of shards at once. Its share is another one in each epoch, unless ``epoch_samples`` is a
+    multiple of ``lanes``.
 
     ``folder`` may be a URL that fsspec opens (http, s3, gs, hf, ...): shards are fetched a window ahead, once
     per machine, into ``cache`` ($SIFTLOADER_CACHE, else ~/.cache/siftloader), which holds ``cache_bytes``
@@ -125,8 +127,14 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             raise ValueError(f'on_error must be "raise" or a Budget, got {on_error!r}')
         if on_error != "raise" and not verify:
             raise ValueError("a Budget needs verify=True: unverified, damage is not seen")
+        if world is not None and not isinstance(world, World):
+            raise TypeError(f"world must be a World(rank, ranks), got {world!r}")
         weights = folder if isinstance(folder, Mapping) else None
         folders = [folder] if not isinstance(folder, Mapping) else list(folder)
+        if wrong := [each for each in folders if not isinstance(each, (str, os.PathLike))]:
+            raise TypeError(
+                f"folder must be a path, a URL or, to mix, {{folder: weight}}; got {wrong[0]!r}"
+            )
         if not folders:
             raise ValueError("a mix needs at least one set of shards, got {}")
         self.shard_sets = tuple(ShardSet.open(each, cache, cache_bytes) for each in folders)
@@ -183,7 +191,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._number: int | None = (
             None  # among the streams of this process, in the order they begin
         )
-        self._delivered = Coverage()  # in the epoch under way
+        self._delivered = Coverage()  # in the epoch under way, but for
+        self._uncounted: list[NDArray[np.int64]] = []  # ids of the latest batches
         self._before: tuple[int, int] | None = (
             None  # epoch and position up to which others delivered
         )
@@ -293,7 +302,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         if self._shuffle and self.total < here.ranks:
             raise EmptyEpoch(
                 f"{self.total} samples of split {self.split!r} for {here.ranks} ranks are "
-                f"{self.total} // {here.ranks} = 0 each; use fewer ranks or more data"
+                f"{self.total} // {here.ranks} = 0 each; use fewer ranks, more data or epoch_samples"
             )
         return self._rows(position, World(here.rank, here.ranks))
 
@@ -440,7 +449,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
         self.check_ranks(self._epoch, self._position)
         if not continues or not self._position:
-            self._delivered, self._before = Coverage(), None
+            self._delivered, self._before, self._uncounted = Coverage(), None, []
         self._pending = False
         self._reader += 1
         reader, begin, handed = self._reader, self._position, 0
@@ -456,7 +465,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 handed += len(some)
                 if reader == self._reader:  # counted before it leaves: the caller may never return
                     self._position = min(begin + handed * step, self.total)
-                    self._delivered += Coverage.of(some)
+                    self._uncounted.append(some)
+                    if len(self._uncounted) == COUNTED:
+                        self._count()
                 yield item
         if reader == self._reader and world.workers == 1:
             self._epoch, self._position, self._pending = self._epoch + 1, 0, True
@@ -496,7 +507,13 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         if self._before is not None:
             before, self._before = self._before, None
             self._delivered += self.covered(*before)
+        self._count()
         return self._delivered
+
+    def _count(self) -> None:
+        if self._uncounted:
+            uncounted, self._uncounted = self._uncounted, []
+            self._delivered += Coverage.of(np.concatenate(uncounted))
 
     def covered(self, epoch: int, position: int) -> Coverage:
         """Which samples this reader is given of an epoch below a position."""
@@ -553,7 +570,8 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, JSON-able: all positions below ``position`` were handed out.
 
-        ``position`` counts over all ranks, so the state of any rank restores all of them.
+        ``position`` counts over all ranks, so the state of any rank restores all of them. By this object: loader
+        workers have copies (``StatefulDataLoader`` asks them), a ``SiftingDataLoader`` has its own state.
         """
         return {
             "version": STATE_VERSION,
@@ -572,6 +590,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         checked = self.checked_state(state, override)
         self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
         self._delivered, self._before = Coverage(), (self._epoch, self._position)
+        self._uncounted = []
         self._reader += 1
         self._loads += 1
 
@@ -582,7 +601,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         own = self.state_dict()
         if not isinstance(state, Mapping):
             raise StateError(
-                f"a state is a dict as state_dict() gives, found {type(state).__name__}; load that"
+                f"a state is a dict as state_dict() gives, found {type(state).__name__}; json.loads a text first"
             )
         version = state.get("version", 1)
         if not _whole(version) or version < 1:
@@ -653,16 +672,25 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
 
     def _check_room(self) -> None:
         # Copies that do not outlive the window they belong to are fetched again and again.
+        machines = self._world(None).machines
+        lanes = self.lanes // math.gcd(self.lanes, machines)
+        if self._shuffle and self.lanes > 1 and self.lanes % machines:
+            warnings.warn(
+                f"lanes={self.lanes} is no multiple of {machines} machines, so each of them opens more "
+                f"than its share of the shards; lanes={self.lanes * machines // math.gcd(self.lanes, machines)} "
+                f"gives each its own",
+                stacklevel=3,
+            )
         for part in self._parts:
             room = part.files.files.room()
             largest = part.files.layout.size(int(part.shards.counts.max()))
-            needed = largest * min(len(part.shards), 2 * self.window * self.lanes)
+            needed = largest * min(len(part.shards), 2 * self.window * lanes)
             if room is not None and room < needed:
                 warnings.warn(
-                    f"{part.files.name}: room for {room / 1e9:.1f} GB of copies, but {needed / 1e9:.1f} GB "
+                    f"{part.files.name}: room for {room / 1e6:,.1f} MB of copies, but {needed / 1e6:,.1f} MB "
                     f"are in use at a time on one machine (two windows of {self.window} shards in "
-                    f"{self.lanes} lanes): shards would be fetched again and again; raise "
-                    f"cache_bytes, or lower window",
+                    f"{lanes} lanes): shards would be fetched again and again; raise cache_bytes, free "
+                    f"the disk, give another cache=, or lower window",
                     stacklevel=3,
                 )
 
