@@ -932,7 +932,8 @@ def _read_manifest(files: Folder) -> bytes:
     if not (root / MANIFEST).is_file():
         raise ShardError(
             f"{root}: no {MANIFEST}, so this is not a finished shard folder; finish it with "
-            f"`siftloader shard`, or give the folder that holds the manifest"
+            f"`siftloader shard`, or give the folder that holds the manifest (tars of others are read "
+            f"by siftloader.stream.webdataset)"
         )
     return files.read(MANIFEST)
 

@@ -30,6 +30,8 @@ from siftloader.stream import SET_BITS, TokenShards
 from siftloader.world import World
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:lanes=.* is no multiple")
+
 T, V = 8, 90
 SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 SIZES = [(1,), (11,), (5, 7, 3, 6), (9, 1, 1, 14, 2, 1), (20, 30, 3), (1,) * 13]

@@ -519,3 +519,19 @@ def test_a_spawned_worker_reads_for_the_rank_that_it_was_started_by(make, monkey
     found = ids(pickle.loads(sent))
     monkeypatch.undo()
     assert found == ids(opened(make(), world=World(1, 2, 1, 2))) and len(found) == 5
+
+
+def test_lanes_that_no_machine_has_to_itself_are_warned_of(make):  # noqa: F811
+    with pytest.warns(UserWarning, match=r"lanes=3 is no multiple of 2 machines.*lanes=6 gives"):
+        opened(make(), lanes=3, world=World(0, 4, machines=2))
+
+
+@pytest.mark.parametrize("wrong", [None, ["a", "b"], 3], ids=str)
+def test_what_is_no_folder_is_refused_by_type(wrong):
+    with pytest.raises(TypeError, match="a path, a URL or, to mix"):
+        TokenShards(wrong)
+
+
+def test_a_world_is_a_world(make):  # noqa: F811
+    with pytest.raises(TypeError, match=r"World\(rank, ranks\), got \(0, 4\)"):
+        TokenShards(make(), world=(0, 4))
