@@ -164,6 +164,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
         ("https://host/data/", "https://host/data/a.tar"),
         ("https://host/data?key=k&x=y", "https://host/data/a.tar?key=k&x=y"),
         ("s3://bucket", "s3://bucket/a.tar"),
+        ("gs://bucket/x//", "gs://bucket/x/a.tar"),
         ("hf://datasets/me/x@main/shards/", "hf://datasets/me/x@main/shards/a.tar"),
     ],
 )
@@ -954,6 +955,54 @@ def test_a_fork_and_a_pickle_start_afresh(web, folder, tmp_path):
     assert results.get(timeout=20) is True
     child.join()
     assert web.asked["a.tar"] == 2  # the parent's, given up after a stall, and one more by either
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
+def test_a_process_that_ends_while_something_comes_ends_at_once_and_quietly(web, tmp_path, ends):
+    web.files |= {f"{name}.tar": DATA for name in "abc"}
+    web.faults = {f"{name}.tar": always(stall(100)) for name in "abc"}
+    code = f"""
+        from siftloader.storage import open_folder
+        folder = open_folder({web.url!r}, cache={str(tmp_path)!r})
+        folder.read("manifest.jsonl")
+        folder.fetch_ahead([(f"{{name}}.tar", {len(DATA)}, name * 64) for name in "ab"])
+        print("now", flush=True)
+        if {ends == "by Ctrl-C"}:
+            folder.path("c.tar", size={len(DATA)}, sha256="c" * 64)
+        while True:  # until one is on its way
+            import pathlib
+            if [*pathlib.Path({str(tmp_path)!r}).glob("??/*.part")]:
+                break
+    """
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-X",
+            "dev",
+            "-W",
+            "ignore::ResourceWarning",
+            "-c",
+            textwrap.dedent(code),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        assert run.stdout.readline() == "now\n", run.stderr.read()
+        if ends == "by Ctrl-C":
+            wait_until(lambda: web.asked["c.tar"] == 1)
+            run.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        _, told = run.communicate(timeout=20)
+    assert time.monotonic() - began < 3
+    if ends == "by Ctrl-C":
+        assert told.rstrip().endswith("KeyboardInterrupt")
+        assert "c" * 64 + ".tar.part" not in copies(tmp_path)
+    else:
+        assert (run.returncode, told) == (0, "")
+    web.faults.clear()
+    open_folder(web.url, cache=tmp_path, patience=QUICK).path(**about())
+    assert copies(tmp_path) == only_copy()
 
 
 # Object stores
