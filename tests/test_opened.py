@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,10 @@ def test_a_file_written_to_after_it_was_verified_is_found(folder):
 
 def test_rows_copied_while_a_file_was_written_to_are_not_handed_out(folder, monkeypatch):
     shards = opened(folder, window=4)
-    renew = Opened.renew
+    renew, calls = Opened.renew, count(1)
 
     def meddling(self, numbers):
-        if not (folder / "done").exists():
-            (folder / "done").touch()
+        if next(calls) == 2:  # the rows were copied, and are looked at again
             time.sleep(0.02)
             damage(folder, "train-000002", 1)
         return renew(self, numbers)
@@ -77,14 +77,25 @@ def test_rows_copied_while_a_file_was_written_to_are_not_handed_out(folder, monk
         list(shards.read_batches(4, 0))
 
 
-def test_a_replaced_or_removed_file_is_read_to_the_end_as_it_was_verified(folder, tmp_path):
+@pytest.mark.parametrize("how", ["the same bytes", "another shard", "gone"])
+def test_a_replaced_or_removed_file_is_looked_at_anew(folder, tmp_path, how):
+    """Nobody knows what the mapped file went through before it went."""
     shards = opened(folder)
     reader = Opened(shards._parts, shards._verdicts, limit=9)
     tokens = reader.get(0).tokens.copy()
-    (folder / "train-000000.tar").rename(tmp_path / "elsewhere.tar")
-    shutil.copy(folder / "train-000001.tar", folder / "train-000000.tar")
-    assert not reader.renew([0])
-    assert np.array_equal(reader.get(0).tokens, tokens)
+    tar = folder / "train-000000.tar"
+    tar.rename(tmp_path / "elsewhere.tar")
+    if how != "gone":
+        source = (
+            tmp_path / "elsewhere.tar" if how == "the same bytes" else folder / "val-000000.tar"
+        )
+        shutil.copy(source, tar)
+    assert reader.renew([0])
+    if how == "the same bytes":
+        assert np.array_equal(reader.get(0).tokens, tokens)
+    else:
+        with pytest.raises(ShardError, match="train-000000"):
+            reader.get(0)
     reader.close()
 
 
@@ -260,6 +271,13 @@ def test_the_budget_is_one_for_all_shards_and_all_damage_is_no_epoch(folder):
         path.unlink()
     with pytest.warns(UserWarning), pytest.raises(ShardError, match="so is every other"):
         all_ids(opened(folder, on_error=Budget(1000)))
+
+
+def test_an_empty_shard_takes_the_place_of_no_other(tmp_path):
+    folder = write(tmp_path / "shards", (3, 0, 4), "mlm", SPECIAL)
+    (folder / "train-000000.tar").unlink()
+    with pytest.warns(UserWarning, match="3 samples of train-000000"):
+        assert sorted(all_ids(opened(folder, on_error=Budget(3)))) == [3, 3, 4, 4, 5, 5, 6]
 
 
 def test_any_number_of_shards_in_a_row_may_be_lost(tmp_path, monkeypatch):
