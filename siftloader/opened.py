@@ -276,13 +276,13 @@ class Opened:
         raise AssertionError  # the last of them raises
 
     def _touched(self, number: int, path: str, stat: os.stat_result) -> bool:
-        # Written to, in place. A file that was replaced, or removed, is still mapped as it was.
+        # Replaced and removed count too: nobody knows what the mapped file went through before it went.
         dated = self._place(number)[0].files.files.dated
-        with suppress(OSError):
+        try:
             now = os.stat(path)  # noqa: PTH116 - thousands a second
-            same = (now.st_ino, now.st_dev) == (stat.st_ino, stat.st_dev)
-            return same and _signs(now, dated) != _signs(stat, dated)
-        return False
+        except OSError:
+            return dated  # a copy, though, may have been evicted
+        return _signs(now, dated) != _signs(stat, dated)
 
     def _judged(self, number: int) -> Mapped:
         # As _judge, or as a thread did it in advance.

@@ -946,7 +946,8 @@ def _check_agreement(where: str, opened: ShardSet, schema: Mapping[str, Any]) ->
         "special_ids": opened.tokenizer.special_ids,
     }
     for name, value in said.items():
-        if schema.get(name) != value or type(schema[name]) is not type(value):
+        # As text, for 0 is 0.0 and False otherwise.
+        if json.dumps(schema.get(name), sort_keys=True) != json.dumps(value, sort_keys=True):
             raise ShardError(
                 f"{where}: {name} is {value!r}, but {schema.get(name)!r} in its schema; {AGAIN}"
             )

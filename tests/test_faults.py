@@ -444,15 +444,7 @@ def answers(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: by_name[name] + [killed] * (3 - len(by_name[name])) for name in MEANWHILE}
 
 
-UNSEEN = pytest.mark.xfail(
-    strict=True, reason="the path shows another file by then, not the mapped one"
-)
-TWICE = ("overwritten, then replaced by a whole one", "overwritten, then removed")
-
-
-@pytest.mark.parametrize(
-    "what", [pytest.param(what, marks=UNSEEN if what in TWICE else ()) for what in MEANWHILE]
-)
+@pytest.mark.parametrize("what", MEANWHILE)
 def test_a_shard_that_changes_while_it_is_read_gives_no_wrong_row(answers, what):
     """Rows that were read before it changed are right; later ones are right, or there are none."""
     unseen = {"ended"} if MEANWHILE[what][1] else set()

@@ -197,7 +197,6 @@ def test_no_life_of_a_stream_has_a_wrong_row_in_it(sets, small_blocks):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*passed over")
-@pytest.mark.xfail(strict=True, reason="a file overwritten and then replaced between two looks")
 def test_no_life_of_many_has_a_wrong_row_in_it(sets, small_blocks):
     for seed in range(12, 200):
         live(sets, seed)
