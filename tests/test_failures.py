@@ -267,7 +267,8 @@ def test_however_the_death_shows_the_type_is_the_same(turn, switch):
 
 
 @pytest.mark.parametrize(
-    "how", slowly(["torch", "persistent", "stateful", "around"], {"persistent", "stateful"})
+    "how",
+    slowly(["torch", "persistent", "stateful", "around"], {"persistent", "stateful", "around"}),
 )
 def test_a_death_in_the_middle_of_a_step_waits_for_its_end(how, switch):
     """Torch raises wherever the main thread is: half an optimizer step would be taken."""
@@ -415,7 +416,10 @@ def test_two_loaders_at_once_each_tell_of_their_own(switch):
     ),
 )
 @pytest.mark.parametrize(
-    "kind", slowly(["ValueError", "KeyError", "ConnectionResetError"], {"KeyError"})
+    "kind",
+    slowly(
+        ["ValueError", "KeyError", "ConnectionResetError"], {"KeyError", "ConnectionResetError"}
+    ),
 )
 def test_an_exception_of_the_data_keeps_its_type_and_the_traceback_of_the_worker(
     kind, how, switch
@@ -535,7 +539,7 @@ def test_other_data_keeps_torchs_rule_of_timeouts():
 # Loops that fail
 
 
-@pytest.mark.parametrize("mode", SIFTS)
+@pytest.mark.parametrize("mode", slowly(SIFTS, {"plain"}))
 @pytest.mark.parametrize("source", ["shards", "workers"])
 def test_a_loop_that_fails_leaves_no_thread_process_or_hook(source, mode):
     """Once its traceback is gone; until then the frame of the loop holds the iterator."""
@@ -722,8 +726,8 @@ def test_failures_are_told_however_workers_start(kind, start, persistent, switch
 
 
 def test_many_shards_need_few_descriptors(tmp_path):
-    """Those of the window are open at once, not those of the epoch: 300 shards, 64 descriptors."""
-    rows, source = np.arange(8 * 300).reshape(-1, 1, 8) % 50, np.zeros(1, np.uint8)
+    """Those of the window are open at once, not those of the epoch: 120 shards, 64 descriptors."""
+    rows, source = np.arange(8 * 120).reshape(-1, 1, 8) % 50, np.zeros(1, np.uint8)
     layout, folder = Layout.for_vocabulary(8, 50), tmp_path / "many"
     folder.mkdir()
     written = [
@@ -747,7 +751,7 @@ def test_many_shards_need_few_descriptors(tmp_path):
         seen = sorted(row for batch in shards.batches(7) for row in batch["id"].tolist())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert seen == list(range(300))
+    assert seen == list(range(120))
 
 
 SMALL = """

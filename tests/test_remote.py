@@ -150,7 +150,7 @@ def test_a_generation_changed_behind_the_url_is_another_data_set(web, folder, tm
     assert opened(web.url).fingerprint != state["fingerprint"]
 
 
-@pytest.mark.parametrize("call", range(5))
+@pytest.mark.parametrize("call", [0, 2])
 def test_a_copy_evicted_before_it_is_looked_at_is_fetched_anew(web, folder, monkeypatch, call):
     """By another process, in the moment between its being found and its being opened."""
     path, calls = RemoteFolder.path, itertools.count()
