@@ -339,9 +339,14 @@ def test_a_simulated_worker_is_not_read_by_several_real_ones(make):  # noqa: F81
 def test_a_lost_or_doubled_sample_changes_the_coverage():
     whole = np.arange(1000)
     assert Coverage.of(whole[:400]) + Coverage.of(whole[400:]) == Coverage.of(whole[::-1])
-    others = [np.delete(whole, 7), np.append(whole, 7), np.where(whole == 7, 8, whole)]
+    others = [
+        np.delete(whole, 7),
+        np.append(whole, 7),
+        np.where(whole == 7, 8, whole),
+        np.where(whole == 7, 6, np.where(whole == 8, 9, whole)),
+    ]
     digests = {Coverage.of(each).digest for each in (whole, *others)}
-    assert len(digests) == 4
+    assert len(digests) == 5
     assert Coverage.of(whole) + Coverage() == Coverage.of(whole)
     assert len({Coverage.of(np.array([i])).digest for i in range(5000)}) == 5000
 
