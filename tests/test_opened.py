@@ -99,6 +99,24 @@ def test_a_replaced_or_removed_file_is_looked_at_anew(folder, tmp_path, how):
     reader.close()
 
 
+def test_a_file_written_to_while_it_was_hashed_is_hashed_again(folder, monkeypatch):
+    shards, calls = opened(folder), count(1)
+    open_shard = ShardSet.open_shard
+
+    def meddling(self, shard, verify=True):
+        mapped = open_shard(self, shard, verify)
+        if next(calls) == 1:
+            time.sleep(0.02)
+            damage(folder, "train-000002", 1)
+        return mapped
+
+    monkeypatch.setattr(ShardSet, "open_shard", meddling)
+    reader = Opened(shards._parts, shards._verdicts, limit=9)
+    with pytest.raises(CorruptShard, match="train-000002: sample 1"):
+        reader.get(2)
+    reader.close()
+
+
 def test_what_is_announced_is_verified_in_threads_and_told_where_it_is_used(folder, monkeypatch):
     shards = opened(folder)
     threads: list[str] = []
