@@ -21,6 +21,8 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
+from mmap import mmap
+from struct import Struct
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +40,7 @@ from siftloader.opened import Budget, Opened, Part, Verdicts
 from siftloader.reading import Places, Rows, Windows, copied
 from siftloader.shards import ShardSet
 from siftloader.tars import webdataset as webdataset
-from siftloader.world import World, first_word
+from siftloader.world import World, first_word, iteration
 
 
 STATE_VERSION = 2
@@ -54,6 +56,7 @@ NOTHING = np.zeros(0, np.int64)
 ENUMERATED = 1 << 20  # positions located at once where a coverage is worked out
 
 Folder = str | os.PathLike[str]
+_FORKED = Struct("qqq")  # iteration, epoch, position
 _STREAMS = (
     count()
 )  # of this process, as they begin: the same stream has the same number on all ranks
@@ -188,9 +191,10 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._loads = 0  # counts states loaded: what ran before is told
         self._home: World | None = None  # the process that this one was sent from
         self._compared = False  # with the other ranks
-        self._number: int | None = (
-            None  # among the streams of this process, in the order they begin
-        )
+        self._forks = mmap(
+            -1, _FORKED.size
+        )  # the latest epoch of loader workers, which fork shares
+        self._number: int | None = None  # among the streams of this process, as they begin
         self._delivered = Coverage()  # in the epoch under way, but for
         self._uncounted: list[NDArray[np.int64]] = []  # ids of the latest batches
         self._before: tuple[int, int] | None = (
@@ -415,7 +419,26 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         return stem if len(self._parts) == 1 else f"{self.shard_sets[which].name}/{stem}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_home": World.detect()}
+        return {**self.__dict__, "_home": World.detect(), "_forks": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_forks": mmap(-1, _FORKED.size)}
+
+    def _warn_of_repeats(self) -> None:
+        # Loader workers hold copies, which do not hear of each other's epochs: forked ones of one stream leave
+        # word in memory that they share.
+        turn = iteration()
+        if not turn or not self._shuffle:
+            return
+        before, epoch, position = _FORKED.unpack(self._forks[:])
+        if before not in (0, turn) and (epoch, position) == (self._epoch, self._position):
+            warnings.warn(
+                f"loader workers begin epoch {epoch} once more, with the same samples and masks: they read "
+                f"copies, so call set_epoch(e) before every epoch, or read shards.batches(n), which "
+                f"needs no workers",
+                stacklevel=2,
+            )
+        self._forks[:] = _FORKED.pack(turn, self._epoch, self._position)
 
     def _world(self, world: World | None) -> World:
         found = World.detect(self._home)
@@ -448,6 +471,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         world = self._world(None)
         self.rows()  # ranks may have appeared since construction: raise rather than yield nothing
         self.check_ranks(self._epoch, self._position)
+        self._warn_of_repeats()
         if not continues or not self._position:
             self._delivered, self._before, self._uncounted = Coverage(), None, []
         self._pending = False

@@ -623,9 +623,10 @@ def test_two_loaders_over_one_object_each_get_the_whole_epoch(sound):
     assert nested == straight
 
 
+@pytest.mark.filterwarnings("ignore:loader workers begin epoch 0 once more")
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_that_stay_go_on_to_the_next_epoch(sound, persistent):
-    """Those that do not stay need set_epoch, as the docstring of TokenShards says."""
+    """Those that do not stay need set_epoch, as the docstring of TokenShards says, and as they warn."""
     shards = opened(sound)
     loader = DataLoader(shards, batch_size=4, num_workers=1, persistent_workers=persistent)
     epochs = [[i for batch in loader for i in batch["id"].tolist()] for _ in range(2)]

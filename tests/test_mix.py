@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections import Counter
 from itertools import count, islice
 from types import SimpleNamespace
@@ -519,7 +520,7 @@ def test_a_spawned_worker_reads_for_the_rank_that_it_was_started_by(make, monkey
     monkeypatch.delenv("WORLD_SIZE")
     assert len(ids(pickle.loads(sent))) == 21, "a process of its own, alone"
     monkeypatch.setattr(
-        "siftloader.world._worker_info", lambda: SimpleNamespace(id=1, num_workers=2)
+        "siftloader.world._worker_info", lambda: SimpleNamespace(id=1, num_workers=2, seed=8)
     )
     found = ids(pickle.loads(sent))
     monkeypatch.undo()
@@ -540,3 +541,18 @@ def test_what_is_no_folder_is_refused_by_type(wrong):
 def test_a_world_is_a_world(make):  # noqa: F811
     with pytest.raises(TypeError, match=r"World\(rank, ranks\), got \(0, 4\)"):
         TokenShards(make(), world=(0, 4))
+
+
+def test_workers_that_begin_the_same_epoch_again_say_so(make):  # noqa: F811
+    """Warned of in the workers, so seen on their stderr; an error there where warnings are errors."""
+    shards = opened(make())
+    loader = DataLoader(shards, batch_size=4, num_workers=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(loader)
+        with pytest.raises(UserWarning, match="begin epoch 0 once more"):
+            list(loader)
+        for epoch in (1, 2):
+            shards.set_epoch(epoch)
+            list(loader)
+        list(DataLoader(opened(make(), split="val"), batch_size=4, num_workers=1))
