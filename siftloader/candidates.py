@@ -8,6 +8,7 @@ offers: its own ``state_dict``, indices that need not be fetched, or a replay.
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -408,6 +409,10 @@ def candidates_of(
                 f"wrap takes a loader as it is; it does not take {sorted(options) or args}"
             )
         return LoaderCandidates(loader, dataset.sharded)
+    if isinstance(dataset, (str, os.PathLike)):
+        raise TypeError(
+            f"the data set is the path {str(dataset)!r}; give TokenShards({str(dataset)!r})"
+        )
     inner: DataLoader[Any] = DataLoader(
         dataset, *args, **options
     )  # torch's errors for its arguments

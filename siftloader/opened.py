@@ -147,6 +147,7 @@ class Opened:
         self._parts, self._verdicts = parts, verdicts
         self._limit, self._verify, self._sources = limit, verify, sources
         self._budget = budget
+        self._dated = [part.files.files.dated for part in parts]
         self._bounds = list(accumulate((len(part.shards) for part in parts), initial=0))
         self._contents: OrderedDict[int, Content] = OrderedDict()
         self._coming: dict[int, Future[Mapped | None]] = {}
@@ -277,7 +278,7 @@ class Opened:
 
     def _touched(self, number: int, path: str, stat: os.stat_result) -> bool:
         # Replaced and removed count too: nobody knows what the mapped file went through before it went.
-        dated = self._place(number)[0].files.files.dated
+        dated = self._dated[bisect_right(self._bounds, number) - 1]
         try:
             now = os.stat(path)  # noqa: PTH116 - thousands a second
         except OSError:
