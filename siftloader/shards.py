@@ -56,6 +56,7 @@ from siftloader.storage import Folder, LocalFolder, open_folder
 BLOCK = 512  # tar pads everything to this
 END = b"\0" * (2 * BLOCK)  # two zero blocks end a tar
 NPY_HEADER = 128  # NPY v1 header of a 1-D array: magic, version, length, dict, padding
+AT_ONCE = 1 << 22  # bytes of a shard read at once where it is hashed
 CHUNK = 1 << 21  # bytes of a shard encoded or checked at once
 CHECKSUM, DEVMAJOR, DEVMINOR = 148, 329, 337  # where a USTAR header has them, 8 bytes each
 ZERO = ord("0")
@@ -765,7 +766,7 @@ class ShardSet:
                     if found.st_size != shard.bytes:
                         raise self._resized(shard, found.st_size)
                     # Read, not mapped, while it is hashed: a disk that fails is an error then, no signal.
-                    fits = not verify or _hashed(file) == shard.sha256
+                    fits = not verify or _hashed(file, found.st_size) == shard.sha256
                     raw = np.memmap(file, np.uint8, mode="r")
             except FileNotFoundError as error:
                 # A copy may be evicted between its being found and its being opened.
@@ -835,8 +836,9 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _hashed(file: io.FileIO) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+def _hashed(file: io.FileIO, size: int) -> str:
+    # Few calls of much: after each, a thread waits up to 5 ms for its turn while another one computes.
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(max(1, min(size, AT_ONCE))))
     while count := file.readinto(buffer):
         digest.update(buffer[:count])
     return digest.hexdigest()

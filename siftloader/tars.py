@@ -136,6 +136,7 @@ class TarStream(IterableDataset[Batch]):
         self._seed, self._shuffle = operator.index(seed), shuffle
         self._size, self._drop_last, self._total = batch_size, drop_last, batches_per_epoch
         self._given_world, self._with_keys, self._stages = world, with_keys, list(stages)
+        self._home: World | None = None  # the process that this one was sent from
         self._read = partial(checked_tars, pipes=pipes)
         self._decode = partial(decoded, fields=fields, decoders=decoders)
         special = {} if self._tokenizer is None else self._tokenizer.special_ids
@@ -363,8 +364,11 @@ class TarStream(IterableDataset[Batch]):
                 return state["epoch"], state["batches"], state["finished"]
         return epoch, 0, False
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_home": World.detect()}
+
     def _world(self) -> World:
-        found, given = World.detect(), self._given_world
+        found, given = World.detect(self._home), self._given_world
         if given is None or given.workers > 1:
             return given or found
         return World(given.rank, given.ranks, found.worker, found.workers)
