@@ -97,6 +97,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python tools/bench_stream.py
+	$(BIN)/python tools/shuffle_quality.py
+	$(BIN)/python tools/simulate_scale.py
+	$(BIN)/python tools/fuzz_shards.py
 	$(BIN)/python tools/bench_scoring.py
 	$(BIN)/python tools/bench_positions.py
 	$(BIN)/python tools/bench_exits.py
