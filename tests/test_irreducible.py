@@ -206,8 +206,8 @@ def test_a_file_appears_whole_or_not_at_all(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["nowhere", "--out=x.parquet"], "nowhere: not a folder"),
-        (["nowhere"], "nowhere: not a folder"),
+        (["nowhere", "--out=x.parquet"], "nowhere: no such folder"),
+        (["nowhere"], "nowhere: no such folder"),
         ([str(DEMO), "--out=no/such/folder/x.parquet"], "a folder that exists"),
         ([str(DEMO), "--out=."], "must be a file"),
     ],
