@@ -436,7 +436,7 @@ def test_a_state_of_no_workers_is_refused_by_workers(
     next(iter(stream))
     state = stream.state_dict()
     stream.load_state_dict(state)
-    monkeypatch.setattr("siftloader.tars.World.detect", lambda: World(workers=2))
+    monkeypatch.setattr("siftloader.tars.World.detect", lambda home=None: World(workers=2))
     with pytest.raises(StateError, match="workers 1 found, 2 expected"):
         next(iter(stream))
 
