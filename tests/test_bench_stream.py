@@ -28,6 +28,7 @@ linux = pytest.mark.skipif(
 TINY = ["--samples=768", "--shards=12", "--tokens=16", "--passes=1", "--limit=0.1"]
 
 
+@pytest.mark.slow
 @linux
 def test_one_call_measures_and_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,6 +85,7 @@ def test_each_arm_reads_every_row_once(
     gc.collect()  # what is left open, while that is not an error
 
 
+@pytest.mark.slow
 def test_shards_that_are_only_listed(tmp_path: Path) -> None:
     costs = []
     for count in (3, 300):

@@ -603,6 +603,7 @@ def test_a_difference_is_located(found, expected, message):
     assert re.search(message, _difference(found, expected, "x"))
 
 
+@pytest.mark.slow
 def test_the_check_needs_no_pytest():
     code = """
         import sys
