@@ -547,7 +547,7 @@ def test_workers_that_begin_the_same_epoch_again_say_so(make, capfd, monkeypatch
     """Warned of in the workers, so seen on their stderr, but for what pytest does to warnings."""
     monkeypatch.setattr("warnings.warn", lambda text, **_: os.write(2, text.encode()))
     shards = opened(make())
-    loader = DataLoader(shards, batch_size=4, num_workers=2)
+    loader = DataLoader(shards, batch_size=4, num_workers=1)
 
     def said() -> bool:
         list(loader)
@@ -555,8 +555,7 @@ def test_workers_that_begin_the_same_epoch_again_say_so(make, capfd, monkeypatch
 
     assert not said()
     assert said()
-    for epoch in (1, 2):
-        shards.set_epoch(epoch)
-        assert not said()
+    shards.set_epoch(1)
+    assert not said()
     loader = DataLoader(opened(make(), split="val"), batch_size=4, num_workers=1)
     assert not said() and not said()
