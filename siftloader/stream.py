@@ -191,6 +191,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._loads = 0  # counts states loaded: what ran before is told
         self._home: World | None = None  # the process that this one was sent from
         self._compared = False  # with the other ranks
+        self._restored_by_worker = False
         self._forks = mmap(
             -1, _FORKED.size
         )  # the latest epoch of loader workers, which fork shares
@@ -428,7 +429,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         # Loader workers hold copies, which do not hear of each other's epochs: forked ones of one stream leave
         # word in memory that they share.
         turn = iteration()
-        if not turn or not self._shuffle:
+        if not turn or not self._shuffle or self._restored_by_worker:
             return
         before, epoch, position = _FORKED.unpack(self._forks[:])
         if before not in (0, turn) and (epoch, position) == (self._epoch, self._position):
@@ -615,6 +616,9 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
         self._epoch, self._position, self._pending = checked["epoch"], checked["position"], True
         self._delivered, self._before = Coverage(), (self._epoch, self._position)
         self._uncounted = []
+        self._restored_by_worker = bool(
+            iteration()
+        )  # as torchdata does: it may begin where it did before
         self._reader += 1
         self._loads += 1
 
