@@ -156,8 +156,12 @@ class Watched(Generic[Item]):
         if not named and _is_of_a_pipe(error):
             # Its end of the pipe closes some time before the process counts as ended.
             until = time.monotonic() + LINGER
-            while self._workers and not self._dead() and time.monotonic() < until:
+            while self._workers and not self._ended() and time.monotonic() < until:
                 time.sleep(0.01)
+            if not self._dead() and (
+                ended := self._ended()
+            ):  # with exit code 0, in the middle of a batch
+                return WorkerDied(self._death(ended, text))
         pids = named[1].split(", ") if named else []
         dead = self._dead() or [worker for worker in self._workers if str(worker.pid) in pids]
         return WorkerDied(self._death(dead, text)) if dead or named else error
@@ -166,6 +170,11 @@ class Watched(Generic[Item]):
         if os.getpid() != self._process:
             return []
         return [worker for worker in self._workers if worker.exitcode]
+
+    def _ended(self) -> list[BaseProcess]:
+        if os.getpid() != self._process:
+            return []
+        return [worker for worker in self._workers if worker.exitcode is not None]
 
     def _death(self, dead: list[BaseProcess], text: str) -> str:
         if not dead:
