@@ -117,7 +117,9 @@ def stateful(workers: int, dataset: Any, size: int, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.filterwarnings("ignore:.set_vital. is deprecated", "ignore:loader workers begin epoch")
+@pytest.mark.filterwarnings(
+    "ignore:.set_vital. is deprecated", "ignore:loader workers begin epoch"
+)
 def test_shards_in_torchdatas_loader_resume(workers):
     assert_resumes_exactly(
         lambda: stateful(workers, TokenShards(DEMO, world=World(2, 5)), 80), positions=6
