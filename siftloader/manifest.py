@@ -131,10 +131,6 @@ class Manifest(Sequence[Shard]):
             number = self._bound(f"{found[-1]}.")
         return tuple(sorted(found))
 
-    def fingerprint(self, schema: Mapping[str, Any]) -> str:
-        """The identity of what the shards hold, never of where they are."""
-        return fingerprint(self, schema)
-
     def _bound(self, name: str) -> int:
         # How many names come before this one.
         low, high = 0, len(self)

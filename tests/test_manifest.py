@@ -57,7 +57,7 @@ def test_the_fingerprint_is_that_of_one_json_however_many_shards():
     text = json.dumps({"schema": {"a": [1]}, "shards": lines}) + "\n"
     expected = hashlib.sha256(text.encode()).hexdigest()
     assert fingerprint(shards, {"a": [1]}) == expected
-    assert Manifest.parse(as_lines(shards), SIZE).fingerprint({"a": [1]}) == expected
+    assert fingerprint(Manifest.parse(as_lines(shards), SIZE), {"a": [1]}) == expected
 
 
 @pytest.mark.parametrize("name", ["train", "-000000", "a/b-1", ""])
