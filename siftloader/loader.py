@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, final
 
 import torch
@@ -55,13 +55,17 @@ from siftloader.sifter import Sifter, Winners, weighted
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards, check_vocabulary
 from siftloader.targets import Positions, Stride, to_device
+from siftloader.updates import Updates
 from siftloader.world import World
 
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
-PATIENCE = 100  # batches handed out in eval mode, none ever sifted, before a warning
+PATIENCE = (
+    100  # batches handed out, none ever sifted (or no optimizer step seen), before a warning
+)
+_END = object()
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
 
@@ -94,6 +98,8 @@ class SiftingDataLoader(DataLoader[Any]):
 
     * ``warmup_steps``: batches handed out as they come before sifting begins (the paper: 20,000 of
       800,000); ``cooldown_steps`` (a number, or a fraction of ``total_steps``): the same at the end.
+    * ``count="optimizer"`` counts ``warmup_steps`` and all other steps in optimizer steps of the scored model,
+      not in batches: for loops that accumulate gradients over ``accumulation`` batches (``len`` plans with it).
     * ``pool="merge"`` draws ``batch_size / keep`` rows; ``"split"`` takes each inner batch as the pool and
       hands out ``keep`` of it.
     * ``output_device="inner"`` gives tensors back where the inner loader had them; else they are on
@@ -121,6 +127,9 @@ class SiftingDataLoader(DataLoader[Any]):
         warmup_steps: int = 1000,
         cooldown_steps: int | float = 0,
         total_steps: int | None = None,
+        count: Literal["batches", "optimizer"] = "batches",
+        accumulation: int = 1,
+        scope: Literal["rank", "global"] = "rank",
         selection: Selection | None = None,
         pool: Literal["merge", "split"] = "merge",
         positions: Positions | None = None,
@@ -145,9 +154,11 @@ class SiftingDataLoader(DataLoader[Any]):
                 'the batch size; use pool="merge", or one number'
             )
         self._schedule = Schedule(warmup_steps, cooldown_steps, total_steps, keep)
+        self._count, self._accumulation = _checked_count(count, accumulation), accumulation
         self._sifter = Sifter(
             model,
             exit_layer=exit_layer,
+            scope=scope,
             criterion=criterion_named(
                 criterion, lambda: dataset.unigrams if isinstance(dataset, TokenShards) else None
             ),
@@ -163,6 +174,7 @@ class SiftingDataLoader(DataLoader[Any]):
         for share in self._schedule.shares:
             if share < 1:
                 check_share(self._sifter.selection, share)
+        self._updates = Updates(lambda: self._scorer.given_model) if count == "optimizer" else None
         self._source = candidates_of(dataset, loader_args, loader_options)
         self._split, self._on_select = pool == "split", on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
@@ -173,12 +185,13 @@ class SiftingDataLoader(DataLoader[Any]):
         self._covered = Coverage()  # of the epoch under way, from where it was taken up
         self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
+        self._running: Iterator[Batch] | None = None  # what next(loader) draws from
         self._turn = 0  # counts iterators: the newest one moves the state
         self._loads = 0  # counts states loaded: what ran before is told
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = not self._schedule.ever_sifts
-        self._warned = False
+        self._warned = self._told_accumulation = False
         self._learned: dict[str, str] | None = None  # digests of the tensors a loaded state needs
         data = (
             getattr(dataset.loader, "dataset", None) if isinstance(dataset, Existing) else dataset
@@ -248,11 +261,30 @@ class SiftingDataLoader(DataLoader[Any]):
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
         start, pieces = self._source.draw(epoch, cursor)
         if not resumed:
-            self._epoch_step = self._sifter.counts.steps
+            self._epoch_step = self._step
             self._covered, self._before = Coverage(), None
         self._epoch, self._cursor, self._begun = epoch, start, True
         self._turn += 1
         return self._batches(pieces, resumed, self._turn)
+
+    def __next__(self) -> Batch:
+        """The next batch of a running iterator, for loops that draw by hand; it begins at the first call.
+
+        After the end of an epoch (StopIteration) the next call begins the next one.
+        """
+        if self._running is None:
+            self._running = iter(self)
+        batch = next(self._running, _END)
+        if batch is _END:
+            self._running = None
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """End the iterator that ``next(loader)`` draws from; the state stays where it is."""
+        if isinstance(self._running, Generator):
+            self._running.close()
+        self._running = None
 
     def __len__(self) -> int:
         """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
@@ -261,20 +293,22 @@ class SiftingDataLoader(DataLoader[Any]):
     def epoch(self) -> Epoch:
         """Batches and samples of the epoch under way, else of the next; TypeError where unknown."""
         under_way = self._begun or self._cursor
-        return self._plan(self._epoch_step if under_way else self._sifter.counts.steps)
+        return self._plan(self._epoch_step if under_way else self._step)
 
     def total_batches(self, epochs: int) -> int:
         """Batches of that many epochs from step 0: what a learning-rate schedule must span."""
-        steps = 0
+        batches = steps = 0
         for _ in range(epochs):
-            steps += self._plan(steps).batches
-        return steps
+            planned = self._plan(steps).batches
+            batches, steps = batches + planned, steps + -(-planned // self._accumulation)
+        return batches
 
     @property
     def stats(self) -> dict[str, Any]:
         """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
         self._sifter.counts.sifting = self._sifts()
-        return {"epoch": self._epoch, **self._sifter.counts.read()}
+        found = {"epoch": self._epoch, **self._sifter.counts.read()}
+        return found if self._updates is None else {**found, "updates": self._updates.steps}
 
     def coverage(self) -> Coverage:
         """Which candidates were handed out or scored in the epoch under way, or in the one that ended last.
@@ -323,7 +357,10 @@ class SiftingDataLoader(DataLoader[Any]):
         return {
             "version": STATE_VERSION,
             "epoch": self._epoch,
-            "epoch_step": self._epoch_step if self._cursor else self._sifter.counts.steps,
+            "epoch_step": self._epoch_step if self._cursor else self._step,
+            "count": self._count,
+            "scope": self._sifter.scope,
+            "updates": 0 if self._updates is None else self._updates.steps,
             "cursor": cursor,
             "batch_size": self._batch_size,
             "inner": self._inner,
@@ -361,6 +398,9 @@ class SiftingDataLoader(DataLoader[Any]):
         self._turn += 1
         self._loads += 1
         self._sifter.counts = Stats.from_state(state["stats"])
+        if self._updates is not None:
+            self._updates.steps = state["updates"]
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -394,7 +434,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.precision.unwatch()
         self._check_vocabulary()
         counts, training = self._sifter.counts, self._scorer.model.training
-        if training and self._schedule.sifts(counts.steps):
+        if training and self._schedule.sifts(self._step):
             found = self._next_sifted(pieces, held)
         else:
             found = self._next_plain(pieces, held, training)
@@ -409,8 +449,10 @@ class SiftingDataLoader(DataLoader[Any]):
         self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
         if self._unsifted == PATIENCE and self._schedule.ever_sifts:
             self._warn_of_eval_mode()
+        if self._updates is not None and not self._updates.steps:
+            self._warn_of_no_updates()
         precision = self._scorer.precision
-        if training and precision.watches and self._schedule.ahead(counts.steps):
+        if training and precision.watches and self._schedule.ahead(self._step):
             precision.watch(self._scorer.given_model, self._scorer.device)
         return self._handed(batch, taken.last)
 
@@ -421,7 +463,7 @@ class SiftingDataLoader(DataLoader[Any]):
             return None
         count, counts = held[0].rows, self._sifter.counts
         taken = take(held, count)
-        if training and self._schedule.ahead(counts.steps):
+        if training and self._schedule.ahead(self._step):
             if not self._tested:
                 self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
             if self._scorer.exit_head is not None:  # it is to be ready when the warm-up ends
@@ -493,17 +535,22 @@ class SiftingDataLoader(DataLoader[Any]):
         return move(batch, "cpu" if first is None else first.device)
 
     @property
+    def _step(self) -> int:
+        # What the schedule counts in.
+        return self._sifter.counts.steps if self._updates is None else self._updates.steps
+
+    @property
     def _scorer(self) -> Scorer:
         return self._sifter.scorer
 
     def _sifts(self) -> bool:
-        return self._schedule.sifts(self._sifter.counts.steps) and self._scorer.model.training
+        return self._schedule.sifts(self._step) and self._scorer.model.training
 
     def _pool(self) -> int | None:
         # P of the coming step, None before the first batch told b.
         if self._split or self._batch_size is None:
             return self._inner
-        return self._schedule.pool(self._sifter.counts.steps, self._batch_size)
+        return self._schedule.pool(self._step, self._batch_size)
 
     def _report(self, labels: Tensor | None, fields: Mapping[str, Tensor], won: Winners) -> None:
         if self._on_select is None and self._log is None:
@@ -534,15 +581,38 @@ class SiftingDataLoader(DataLoader[Any]):
         counts, steps = self._sifter.counts, self._schedule.warmup_steps
         if not handed and not resumed:
             raise EmptyEpoch(self._nothing())
+        self._warn_of_accumulation()
         if counts.candidates or self._warned or not self._schedule.ever_sifts:
             return
         if not self._scorer.model.training:
             self._warn_of_eval_mode()
-        elif counts.steps < steps:
+        elif self._step < steps:
             self._warned = True
             warnings.warn(
-                f"the epoch ended inside the warm-up ({counts.steps} of {steps} steps): nothing "
+                f"the epoch ended inside the warm-up ({self._step} of {steps} steps): nothing "
                 f"was sifted; lower warmup_steps if the run is short",
+                stacklevel=3,
+            )
+
+    def _warn_of_no_updates(self) -> None:
+        handed = self._sifter.counts.steps
+        if handed == max(PATIENCE, 2 * self._accumulation) and self._schedule.ever_sifts:
+            warnings.warn(
+                f"no optimizer step of the scored model was seen in {handed} batches, so the schedule "
+                f"stands still: is it another model, or an optimizer with copies of the parameters? "
+                f'count="batches" counts batches',
+                stacklevel=4,
+            )
+
+    def _warn_of_accumulation(self) -> None:
+        if self._updates is None or self._told_accumulation or self._updates.steps < 4:
+            return  # too few to tell: an epoch's last partial step may come after its end
+        found, each = self._sifter.counts.steps / self._updates.steps, self._accumulation
+        if abs(found - each) > 0.5 * each:
+            self._told_accumulation = True
+            warnings.warn(
+                f"accumulation={each} was given, but {found:.1f} batches were handed out per optimizer "
+                f"step: len(loader) and total_batches() are planned with it",
                 stacklevel=3,
             )
 
@@ -557,7 +627,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _refuse_empty_epoch(self) -> None:
         try:
-            planned = self._plan(self._sifter.counts.steps).batches
+            planned = self._plan(self._step).batches
         except TypeError:
             return  # known at its end
         if not planned and self._scorer.model.training:
@@ -602,9 +672,10 @@ class SiftingDataLoader(DataLoader[Any]):
         if drawn is None:
             raise TypeError("the inner loader has no length, so this one has none")
         if not self._split:
-            return self._schedule.epoch(step, drawn, batch)
+            each = self._accumulation
+            return self._schedule.scaled(each).epoch(step * each, drawn, batch)
         full, rest = divmod(drawn, inner)
-        sifts = self._schedule.sifts(step + full)
+        sifts = self._schedule.sifts(step + full // self._accumulation)
         last = (batch if rest >= batch else 0) if sifts else rest and self._kept_of(rest)
         return Epoch(full + (last > 0), full * batch + last)
 
@@ -646,11 +717,16 @@ class SiftingDataLoader(DataLoader[Any]):
     def _check_topology(self, state: Mapping[str, Any]) -> None:
         ranks = World.detect().ranks
         keep = _as_json(self._schedule.keep)
-        for name, here in (("batch_size", self._batch_size), ("keep", keep)):
+        for name, here in (
+            ("batch_size", self._batch_size),
+            ("keep", keep),
+            ("count", self._count),
+        ):
             if here is not None and state[name] not in (None, here):
+                found, wanted = (repr(e).replace("'", '"') for e in (state[name], here))
                 raise StateError(
-                    f"the state was saved with {name} {state[name]}, this loader has {here}; build "
-                    f"it with {name}={state[name]}, or start afresh without the state"
+                    f"the state was saved with {name} {found}, this loader has {wanted}; build "
+                    f"it with {name}={found}, or start afresh without the state"
                 )
         if state["ranks"] == ranks:
             return
@@ -664,6 +740,19 @@ class SiftingDataLoader(DataLoader[Any]):
             f"unbroken run would draw, which of them are kept depends on the number of ranks",
             stacklevel=3,
         )
+
+
+def _checked_count(count: str, accumulation: int) -> str:
+    if count not in ("batches", "optimizer"):
+        raise ValueError(f'count must be "batches" or "optimizer", got {count!r}')
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise ValueError(f"accumulation must be an int of at least 1, got {accumulation!r}")
+    if accumulation > 1 and count == "batches":
+        raise ValueError(
+            f"accumulation={accumulation} says how many batches make an optimizer step, which counts only with "
+            f'count="optimizer"'
+        )
+    return count
 
 
 def _as_json(keep: Keep) -> Any:

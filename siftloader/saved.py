@@ -22,6 +22,7 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise StateError(f"a state is a dict as state_dict() gives, found {type(state).__name__}")
+    state = {**SINCE_1, **state} if state.get("version") == 1 else state
     missing = own.keys() - state.keys()
     if missing:
         raise StateError(
@@ -92,6 +93,9 @@ def _reading(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and len(value) == 3)
 
 
+# What a state of version 1 did not say.
+SINCE_1 = {"count": "batches", "updates": 0, "scope": "rank"}
+
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "epoch": _counted,
     "epoch_step": _counted,
@@ -99,6 +103,9 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "keep": _share,
     "ranks": _positive,
     "pools": _counted,
+    "count": lambda value: value in ("batches", "optimizer"),
+    "updates": _counted,
+    "scope": lambda value: value in ("rank", "global"),
     "precision": lambda value: value in (None, "float32", "float16", "bfloat16", "float64"),
     "reading": _reading,
     "learned": _texts,

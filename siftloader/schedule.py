@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 
@@ -31,7 +31,7 @@ class Schedule:
 
     ``keep`` is the share of a pool that is handed out, or from which step on it is which share (1.0
     before the first of them), as Ordered SGD shrinks it (Kawaguchi and Lu, 2020). A step is a batch
-    handed out in training mode; steps count from 0.
+    handed out in training mode, or a step of the optimizer; steps count from 0.
     """
 
     warmup_steps: int = 1000
@@ -146,6 +146,20 @@ class Schedule:
             used, samples = used + drawn, samples + handed
             batches, step = batches + count, step + count
         return Epoch(batches, samples)
+
+    def scaled(self, times: int) -> Schedule:
+        """The same where every step is ``times`` as many: in batches, where it counts optimizer steps."""
+        if times == 1:
+            return self
+        total, end = self.total_steps, self.cooldown_begins
+        keep = self.keep
+        return replace(
+            self,
+            warmup_steps=self.warmup_steps * times,
+            cooldown_steps=0 if total is None or end is None else (total - end) * times,
+            total_steps=None if total is None else total * times,
+            keep={b * times: k for b, k in keep.items()} if isinstance(keep, Mapping) else keep,
+        )
 
     @property
     def _changes(self) -> list[int]:

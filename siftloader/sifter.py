@@ -68,6 +68,7 @@ class Sifter:
         exit_layer: int | str = 1,
         criterion: ScoreOf | str = "loss",
         keep: float = 0.5,
+        scope: Literal["rank", "global"] = "rank",
         selection: Selection | None = None,
         positions: Positions | None = None,
         sift_weight: bool = False,
@@ -93,7 +94,9 @@ class Sifter:
             shift_labels=shift_labels,
             autocast=autocast,
         )
-        self.keep = keep
+        if scope not in ("rank", "global"):
+            raise ValueError(f'scope must be "rank" or "global", got {scope!r}')
+        self.keep, self.scope = keep, scope
         self.selection = selection or TopK()
         if keep < 1:
             check_share(self.selection, keep)

@@ -703,7 +703,7 @@ def test_counters_and_random_draws_continue():
 
 
 REFUSED = [
-    ("version", {"version": 2}, "version 2"),
+    ("version", {"version": 3}, "version 3"),
     ("batch size", {"batch_size": 8}, "batch_size 8, this loader has 4"),
     ("keep", {"keep": 0.25}, "keep 0.25"),
     ("ranks", {"ranks": 4}, "4 ranks, 1 run now"),

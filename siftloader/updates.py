@@ -1,0 +1,61 @@
+"""Optimizer steps of one model, counted as they happen: what a step of the schedule may mean.
+
+    updates = Updates(lambda: model)
+    ...                               # the loop trains
+    updates.steps                     # optimizer steps of this model so far
+
+Loops that accumulate gradients take several batches to a step; a scaler may skip one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, final
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+@final
+class Updates:
+    """Count the steps of whichever optimizer owns a parameter of the model that ``find`` returns.
+
+    Optimizers of other models do not count. Several that share the model (one for matrices, one for the
+    rest; one inside another) count as one: a new step begins when one of them steps again.
+
+    Listens to all optimizers of the process by torch's own hook, for as long as this object lives.
+    """
+
+    def __init__(self, find: Callable[[], nn.Module]) -> None:
+        self.steps = 0
+        self._find = find
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the step under way
+        handle = register_optimizer_step_post_hook(_Listener(self))
+        weakref.finalize(self, handle.remove)
+
+    def note(self, optimizer: Optimizer) -> None:
+        """An optimizer has stepped."""
+        if not self._owns(optimizer):
+            return
+        if not self._stepped or optimizer in self._stepped:
+            self.steps += 1
+            self._stepped.clear()
+        self._stepped.add(optimizer)
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        # Asked anew each time: wrapping a model, or freezing parts of it, changes whose parameters it has.
+        own = {id(parameter) for parameter in self._find().parameters()}
+        return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+
+
+@final
+class _Listener:
+    # Holds nobody alive: torch keeps this hook for the whole process.
+    def __init__(self, updates: Updates) -> None:
+        self._updates = weakref.ref(updates)
+
+    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (updates := self._updates()) is not None:
+            updates.note(optimizer)

@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from siftloader import SiftingDataLoader, StateError
+from siftloader.updates import Updates
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(row)
+        return {"x": torch.randn(4, generator=generator), "labels": torch.tensor(row % 5)}
+
+
+def step(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+
+def test_steps_of_this_model_count_and_those_of_others_do_not() -> None:
+    model, other = Net(), Net()
+    updates = Updates(lambda: model)
+    step(torch.optim.SGD(other.parameters(), 0.1))
+    assert updates.steps == 0
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    step(optimizer)
+    step(optimizer)
+    assert updates.steps == 2
+    step(torch.optim.SGD(model.head.parameters(), 0.1))  # of a part; the same step
+    assert updates.steps == 2
+
+
+@pytest.mark.parametrize(
+    "turns, steps", [("ABABAB", 3), ("AAABAAAB", 6), ("BBBABBBA", 6), ("ABBB", 3)]
+)
+def test_several_optimizers_of_one_model_count_as_one(turns: str, steps: int) -> None:
+    model = Net()
+    updates = Updates(lambda: model)
+    optimizers = {
+        "A": torch.optim.SGD(model.layers.parameters(), 0.1),
+        "B": torch.optim.AdamW(model.head.parameters(), 0.1),
+    }
+    for turn in turns:
+        step(optimizers[turn])
+    assert updates.steps == steps
+
+
+def test_an_optimizer_that_is_gone_leaves_the_count_to_the_next() -> None:
+    model = Net()
+    updates = Updates(lambda: model)
+    for _ in range(3):
+        step(torch.optim.SGD(model.parameters(), 0.1))
+        gc.collect()
+    assert updates.steps == 3
+
+
+def test_a_step_that_the_scaler_skips_does_not_count() -> None:
+    model = Net()
+    updates = Updates(lambda: model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (1.0, float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 4)).sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert updates.steps == 2
+
+
+def test_nothing_listens_once_the_counter_is_gone() -> None:
+    from torch.optim import optimizer as module
+
+    before = dict(module._global_optimizer_post_hooks)
+    updates = Updates(Net)
+    assert len(module._global_optimizer_post_hooks) == len(before) + 1
+    del updates
+    gc.collect()
+    assert dict(module._global_optimizer_post_hooks) == before
+
+
+def train(
+    loader: SiftingDataLoader, model: Net, accumulation: int, flush: bool, epochs: int = 1
+) -> list[bool]:
+    """Whether each batch was sifted; the last partial step of an epoch is made with ``flush``."""
+    optimizer, sifted, pending = torch.optim.SGD(model.parameters(), 0.01), [], 0
+    for _ in range(epochs):
+        for batch in loader:
+            sifted.append(loader.stats["candidates"] > 16 * sum(sifted))
+            nn.functional.cross_entropy(model(batch["x"]), batch["labels"]).backward()
+            pending += 1
+            if pending == accumulation:
+                optimizer.step()
+                optimizer.zero_grad()
+                pending = 0
+        if pending and flush:
+            optimizer.step()
+            optimizer.zero_grad()
+            pending = 0
+    return sifted
+
+
+def make(model: Net, **options: object) -> SiftingDataLoader:
+    return SiftingDataLoader(Rows(), 8, model=model, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_warm_up_is_counted_in_what_the_user_named(accumulation: int) -> None:
+    model = Net()
+    loader = make(model, warmup_steps=2, count="optimizer", accumulation=accumulation)
+    expected = len(loader)
+    sifted = train(loader, model, accumulation, flush=True)
+    assert sifted == [False] * 2 * accumulation + [True] * (len(sifted) - 2 * accumulation)
+    assert len(sifted) == expected
+    assert loader.stats["updates"] == -(-len(sifted) // accumulation)
+    model = Net()
+    loader = make(model, warmup_steps=2)
+    sifted = train(loader, model, accumulation, flush=True)
+    assert sifted == [False] * 2 + [True] * (len(sifted) - 2)
+
+
+@pytest.mark.filterwarnings("ignore:the epoch ended inside the warm-up")
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 2, 5])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 4])
+def test_all_batches_of_a_run_are_foretold(epochs: int, accumulation: int, warmup: int) -> None:
+    model = Net()
+    options = {"warmup_steps": warmup, "total_steps": 8, "cooldown_steps": 1}
+    loader = make(model, count="optimizer", accumulation=accumulation, **options)
+    expected = loader.total_batches(epochs)
+    assert len(train(loader, model, accumulation, flush=True, epochs=epochs)) == expected
+
+
+def test_a_resumed_run_counts_on() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+
+    def run(loader: SiftingDataLoader, batches: int) -> list[Tensor]:
+        seen = []
+        for number, batch in enumerate(loader):
+            seen.append(batch["x"])
+            if number % 2:
+                step(optimizer)
+            if len(seen) == batches:
+                break
+        return seen
+
+    whole = run(make(model, warmup_steps=2, count="optimizer", accumulation=2), 7)
+    first = make(model, warmup_steps=2, count="optimizer", accumulation=2)
+    begun = run(first, 4)
+    state = json.loads(json.dumps(first.state_dict()))
+    assert state["updates"] == 2
+    again = make(model, warmup_steps=2, count="optimizer", accumulation=2)
+    again.load_state_dict(state)
+    assert all(map(torch.equal, begun + run(again, 3), whole))
+    with pytest.raises(StateError, match=r'count "optimizer".*count="optimizer"'):
+        make(model, warmup_steps=2).load_state_dict(state)
+    old = {
+        name: value
+        for name, value in make(model).state_dict().items()
+        if name not in ("count", "updates", "scope")
+    }
+    make(model).load_state_dict({**old, "version": 1})
+
+
+@pytest.mark.filterwarnings("ignore:the epoch ended inside the warm-up")
+def test_a_schedule_that_stands_still_is_told() -> None:
+    model, frozen = Net(), Net()
+    loader = make(model, warmup_steps=2, count="optimizer")
+    optimizer = torch.optim.SGD(frozen.parameters(), 0.1)
+    told = "no optimizer step of the scored model was seen in 100 batches"
+    with pytest.warns(UserWarning, match=told):
+        for _ in range(9):
+            for _ in loader:
+                step(optimizer)
+
+
+def test_another_accumulation_than_was_planned_is_told() -> None:
+    model = Net()
+    loader = make(model, warmup_steps=0, count="optimizer", accumulation=1)
+    with pytest.warns(UserWarning, match="accumulation=1 .* 3.* batches"):
+        train(loader, model, 3, flush=True, epochs=3)
+    loader = make(Net(), warmup_steps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"count": "steps"}, 'count must be "batches" or "optimizer"'),
+        ({"count": "optimizer", "accumulation": 0}, "accumulation must be an int of at least 1"),
+        ({"accumulation": 2}, 'accumulation.*only.*count="optimizer"'),
+    ],
+)
+def test_wrong_options_fail_at_construction(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(Net(), **options)
+
+
+def test_a_running_iterator_is_drawn_from_with_next() -> None:
+    torch.manual_seed(0)
+    expected = [batch["x"] for _ in range(2) for batch in make(Net(), keep=1.0)]
+    loader, drawn = make(Net(), keep=1.0), []
+    for _ in range(2):
+        while (batch := next(loader, None)) is not None:
+            drawn.append(batch["x"])
+    assert len(drawn) == len(expected) == 24
+    assert all(map(torch.equal, drawn, expected))
+    next(loader)
+    state = loader.state_dict()
+    following = next(loader)["x"]
+    loader.load_state_dict(state)
+    assert torch.equal(next(loader)["x"], following)
+    loader.close()
+    assert loader.state_dict()["cursor"]["batches"] == 2
