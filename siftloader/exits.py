@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.errors import ScoringError
-from siftloader.labels import with_labels
+from siftloader.labels import arguments, with_labels
 from siftloader.stack import exit_at, unwrap
 from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
@@ -64,6 +65,10 @@ class EarlyExit:
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is the early exit of that very module."""
         return self._root is unwrap(model)
+
+    def opened(self) -> AbstractContextManager[None]:
+        """To score a pool in: weights that lie on several ranks are gathered once, not at every call."""
+        return self._live_twin().opened()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own forward returns, cut at the exit layer; no gradients."""
@@ -206,11 +211,12 @@ def model_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What of a batch the model's forward takes; without ``labels`` so that it computes no loss.
 
-    Mappings are matched by name; the last element of a tuple is taken for the labels; a tensor is an
-    input on its own.
+    Mappings are matched by name; the last element of a tuple that holds a tensor is taken for the labels; a
+    tensor is an input on its own.
     """
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        inputs = tuple(batch[:-1]) if len(batch) > 1 and not labels else tuple(batch)
+        inputs = tuple(arguments(batch))
+        inputs = inputs[:-1] if len(inputs) > 1 and not labels else inputs
         if len(inputs) == 1 and isinstance(inputs[0], Mapping):
             return model_inputs(model, inputs[0])
         return inputs, {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
@@ -29,6 +30,7 @@ from siftloader.pool import Pool
 from siftloader.precision import Precision
 from siftloader.predictions import Predictions
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
+from siftloader.sharded import agreed, check_alike, replica_groups
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
 from siftloader.targets import Positions, Targets, check_soft, to_device
@@ -95,6 +97,8 @@ class Scorer:
         self._heard_shift: bool | None = None
         self._listens: bool | None = None  # to the model's loss, though it gives logits
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
+        self._alike = False  # whether ranks of one replica were seen to hold the same candidates
+        self._replica: tuple[nn.Module, list[Any]] | None = None
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
         if isinstance(model, nn.Module) and self._needs_model:
             self._exit()
@@ -189,7 +193,11 @@ class Scorer:
         With ``learn`` the exit head, if there is one, is trained on them, after it scored them.
         """
         device, samples = self.device, rows(pool.batch)
-        with torch.no_grad(), self.precision.context(device):
+        if self._replica_groups() and not self._alike:
+            check_alike(pool.batch, self._replica_groups(), device)
+            self._alike = True
+        # Within it the ranks need nothing of each other, however much each has to run.
+        with torch.no_grad(), self.precision.context(device), self._opened():
             if self._score_fn is not None and self._needs_model:
                 scores, labelled = self._by_function(self._score_fn, pool, learn)
             elif isinstance(self.criterion, Random):
@@ -199,10 +207,25 @@ class Scorer:
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
-        scores = scores.detach().to(device, torch.float32)
+        scores = self.agreed(scores.detach().to(device, torch.float32))
         finite = scores.isfinite()
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
         return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum())
+
+    def agreed(self, values: Tensor) -> Tensor:
+        """``values``, on the model's device, of the first of the ranks that hold one replica together."""
+        return agreed(values, self._replica_groups())
+
+    def _replica_groups(self) -> list[Any]:
+        model = self.model
+        if self._replica is None or self._replica[0] is not model:
+            self._replica = model, replica_groups(model)
+        return self._replica[1]
+
+    def _opened(self) -> AbstractContextManager[None]:
+        # An exit head's own features are gathered as they are asked for.
+        early = self._exit() if self._needs_model else None
+        return early.opened() if isinstance(early, EarlyExit) else nullcontext()
 
     def _at_random(
         self, pool: Pool, labels: Tensor | None, device: torch.device

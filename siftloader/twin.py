@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from siftloader.errors import ScoringError
+from siftloader.sharded import gathered, rows_of, silence, whole
 from siftloader.stack import Exit, unwrap
 
 
@@ -84,6 +85,9 @@ class Twin:
         ]
         self._shells = [(each, memo[id(each)]) for each in self._live if id(each) in memo]
         self._shells = [(live, shell) for live, shell in self._shells if live is not shell]
+        for live, shell in self._shells:
+            silence(live, shell)
+        self._is_open = False
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
@@ -164,15 +168,35 @@ class Twin:
     def _cuda_devices(self) -> list[torch.device]:
         return [each for each in {p.device for p in self._parameters()} if each.type == "cuda"]
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Weights that FSDP spreads over ranks, gathered once for all that runs inside.
+
+        Collectives happen at the beginning, always the same: what runs then needs none.
+        """
+        if self._is_open:
+            yield
+            return
+        self._is_open = True
+        try:
+            with gathered(live for live, _ in self._shells):
+                yield
+        finally:
+            self._is_open = False
+
     def logits(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The logits in what the cut forward returns, [P, T, V] or [P, C]."""
-        return logits_of(self.run(args, kwargs))
+        return whole(logits_of(self.run(args, kwargs)))
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the cut forward returns; ScoringError if it reached the live model's layers.
 
         The random streams of the training loop are afterwards what they were.
         """
+        with self.opened():
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A model may do other things in another mode, and where it is given its labels.
         kind = (self._live[0].training, *kwargs)
         watched = kind in self._watched
@@ -365,8 +389,7 @@ class _Gather(_Overridden):
         if self.positions is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
             return self._forward(*args, **kwargs)
         self.fired = True
-        wanted = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.positions)
-        return self._forward(wanted[None])
+        return self._forward(rows_of(hidden, self.positions)[None])
 
 
 class _Replay(_Overridden):
