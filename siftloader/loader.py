@@ -12,6 +12,7 @@ Letters: b rows the loop receives, P rows of a pool, T positions of a row, V voc
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import warnings
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from siftloader.agreement import Agreement, Doing, number_of
 from siftloader.batches import (
     IGNORED,
     Batch,
@@ -42,7 +44,7 @@ from siftloader.candidates import (
 )
 from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
-from siftloader.errors import EmptyEpoch, StateError
+from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
 from siftloader.saved import checked
@@ -105,6 +107,9 @@ class SiftingDataLoader(DataLoader[Any]):
     * ``output_device="inner"`` gives tensors back where the inner loader had them; else they are on
       the model's device, in every phase.
     * ``keep`` may change with the steps: ``{0: 0.5, 10_000: 0.25}`` is half, later a quarter of a pool.
+    * Where several ranks run, they are asked at every step whether all do the same, in a reduction of a few bytes
+      on the host: ``RanksDisagree`` on all of them where they do not, and the epoch ends for all where one has no
+      more. ``process_group`` names the ranks that step together, if those are not all.
     * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, that of a shard's sample,
       else the number of the candidate), scores [P], kept [P] bool.
     * ``timeout`` is torch's: seconds without a batch. Over shards it needs no workers. Too late is ``Stalled``, with
@@ -140,6 +145,7 @@ class SiftingDataLoader(DataLoader[Any]):
         shift_labels: bool | None = None,
         autocast: torch.dtype | None = None,
         output_device: Literal["inner"] | None = None,
+        process_group: Any = None,
         on_select: OnSelect | None = None,
         log_selections: str | os.PathLike[str] | None = None,
         **loader_options: Any,
@@ -171,6 +177,7 @@ class SiftingDataLoader(DataLoader[Any]):
             shift_labels=shift_labels,
             autocast=autocast,
         )
+        self._agreement = Agreement(process_group)
         for share in self._schedule.shares:
             if share < 1:
                 check_share(self._sifter.selection, share)
@@ -185,6 +192,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._covered = Coverage()  # of the epoch under way, from where it was taken up
         self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
+        self._asks = False  # whether the other ranks are asked at every step of this iterator
         self._running: Iterator[Batch] | None = None  # what next(loader) draws from
         self._turn = 0  # counts iterators: the newest one moves the state
         self._loads = 0  # counts states loaded: what ran before is told
@@ -265,6 +273,7 @@ class SiftingDataLoader(DataLoader[Any]):
             self._covered, self._before = Coverage(), None
         self._epoch, self._cursor, self._begun = epoch, start, True
         self._turn += 1
+        self._asks = False
         return self._batches(pieces, resumed, self._turn)
 
     def __next__(self) -> Batch:
@@ -434,10 +443,17 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.precision.unwatch()
         self._check_vocabulary()
         counts, training = self._sifter.counts, self._scorer.model.training
-        if training and self._schedule.sifts(self._step):
-            found = self._next_sifted(pieces, held)
-        else:
-            found = self._next_plain(pieces, held, training)
+        try:
+            if training and self._schedule.sifts(self._step):
+                found = self._next_sifted(pieces, held)
+            else:
+                found = self._next_plain(pieces, held, training)
+        except RanksDisagree:
+            raise
+        except BaseException:
+            if self._asks:
+                self._agreement.failed()
+            raise
         if found is None:
             return None
         batch, taken = found
@@ -459,13 +475,17 @@ class SiftingDataLoader(DataLoader[Any]):
     def _next_plain(
         self, pieces: Iterator[Piece], held: deque[Drawn], training: bool
     ) -> tuple[Batch, Taken] | None:
-        if not held and not self._draw(pieces, held):
+        ends = not held and not self._draw(pieces, held)
+        doing = Doing.PASSES if training else Doing.EVALUATES
+        if not self._agreed(Doing.ENDS if ends else doing, training):
+            self._end_with_others(held)
             return None
         count, counts = held[0].rows, self._sifter.counts
         taken = take(held, count)
         if training and self._schedule.ahead(self._step):
             if not self._tested:
                 self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
+                self._agreed(Doing.HANDS_OUT)
             if self._scorer.exit_head is not None:  # it is to be ready when the warm-up ends
                 self._scorer.teach(taken.parts[0], taken.labels(self._scorer.labels_of))
         batch = taken.parts.pop()
@@ -484,19 +504,52 @@ class SiftingDataLoader(DataLoader[Any]):
             while not (held and self._split) and _rows(held) < (self._pool() or math.inf):
                 if not self._draw(pieces, held):
                     break
-            if not held:
-                return None
-            pool, drawn = self._pool(), _rows(held)
-            assert pool is not None and self._batch_size is not None
-            if drawn >= self._batch_size:
-                return self._sifted(take(held, min(drawn, pool)), self._batch_size)
-            self._sifter.counts.tail_dropped += drawn  # less than a batch, at the end of the data
-            held.clear()
+            if not held or _rows(held) >= (self._batch_size or 1):
+                break
+            self._drop(held)  # less than a batch, at the end of the data
+        if not self._agreed(Doing.SIFTS if held else Doing.ENDS):
+            self._end_with_others(held)
+            return None
+        pool = self._pool()
+        assert pool is not None and self._batch_size is not None
+        return self._sifted(take(held, min(_rows(held), pool)), self._batch_size)
+
+    def _agreed(self, doing: Doing, training: bool = True) -> bool:
+        # Whether there is a batch. An iterator that was never drawn from in training mode is a rank's own: some
+        # evaluate on the first rank alone.
+        self._asks |= training and self._schedule.ever_sifts
+        if self._asks:
+            return self._agreement.step(doing, self._step, self._settings)
+        return doing is not Doing.ENDS
+
+    def _end_with_others(self, held: deque[Drawn]) -> None:
+        if not held:
+            return
+        warnings.warn(
+            f"the epoch ends here because another rank has no more batches; {_rows(held)} rows that this rank "
+            f"has drawn are dropped, and those that it did not draw: give all ranks as many",
+            stacklevel=5,
+        )
+        self._drop(held)
+
+    def _drop(self, held: deque[Drawn]) -> None:
+        self._sifter.counts.tail_dropped += _rows(held)
+        held.clear()
+
+    @functools.cached_property
+    def _settings(self) -> int:
+        scorer = self._scorer
+        kinds = (type(each).__qualname__ for each in (scorer.criterion, self._sifter.selection))
+        return number_of(
+            self._schedule, self._split, scorer.exit_layer, self._sifter.scope, *kinds
+        )
 
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
-            if not self._tested and taken.ragged:  # they are padded with the mark that it hears
+            if not self._tested and (
+                taken.ragged or self._agreement.ranks > 1
+            ):  # they are padded with the mark that it hears
                 self._test(taken.first)
             scorer = self._scorer
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
@@ -505,7 +558,9 @@ class SiftingDataLoader(DataLoader[Any]):
             self._tested = True
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep
-            return weighted(select(candidates, won.kept), won.weights, won.kept), taken
+            batch = weighted(select(candidates, won.kept), won.weights, won.kept)
+            self._agreed(Doing.HANDS_OUT)
+            return batch, taken
         except BaseException:
             # Not handed out, so a restart draws and counts them again, under the same number.
             self._sifter.counts, self._sifter.pools = counts, pools

@@ -1,0 +1,177 @@
+"""What the ranks of a job must agree on at every step, asked of all at once: none goes on alone.
+
+    agreement = Agreement()
+    agreement.step(Doing.SIFTS, 12, 32)      # the same on every rank: go on; else RanksDisagree on every rank
+    agreement.gathered(values)               # those of all ranks, in rank order
+
+A rank that sifts while another passes batches through, or that ended its epoch while others did not, would
+leave the others waiting in the next collective for as long as their process group allows. So they are asked
+before, in one small reduction on the host: no GPU is waited for, and no collective of the loop is disturbed,
+as the question has a process group of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import defaultdict
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from siftloader.errors import RanksDisagree
+
+
+class Doing(IntEnum):
+    """What a rank is about to do."""
+
+    EVALUATES = 0
+    PASSES = 1
+    SIFTS = 2
+    HANDS_OUT = 3
+    ENDS = 4
+    FAILED = 5
+
+
+PATIENCE = timedelta(seconds=60)  # of silence before a warning
+LAST_WORD = timedelta(seconds=20)  # that a rank which failed waits for the others to hear of it
+SAID = {
+    Doing.EVALUATES: "passes a batch through to a model in eval mode",
+    Doing.PASSES: "passes a batch through",
+    Doing.SIFTS: "sifts",
+    Doing.HANDS_OUT: "hands out what it sifted",
+    Doing.ENDS: "has no more batches",
+    Doing.FAILED: "failed (its own error says why)",
+}
+
+
+@final
+class Agreement:
+    """Of the ranks of ``process_group`` (all); where no process group runs, everything is agreed.
+
+    The first question makes a group of their own, on the host (gloo), so all of them must come to it.
+    """
+
+    def __init__(self, process_group: Any = None) -> None:
+        self._given = process_group
+        self._own: Any = None
+        self._home: Any = None  # the default group when that was made
+
+    @property
+    def ranks(self) -> int:
+        """How many must agree."""
+        running = dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self._given) if running else 1
+
+    @property
+    def rank(self) -> int:
+        """This one among them."""
+        return dist.get_rank(self._given) if self.ranks > 1 else 0
+
+    def step(self, doing: Doing, step: int, settings: int) -> bool:
+        """Whether there is a batch at this step; RanksDisagree, on all ranks, where they do different things.
+
+        Where some have no more batches, all end here. ``settings`` is a number that stands for how each of
+        them sifts (``number_of``).
+        """
+        if self.ranks == 1:
+            return doing is not Doing.ENDS
+        words = torch.tensor([doing, step, settings])
+        low, high = self._extremes(words)
+        if torch.equal(low, high):
+            return doing is not Doing.ENDS
+        if high[0] == Doing.ENDS and torch.equal(low[1:], high[1:]):
+            return False
+        raise RanksDisagree(_told(self.gathered(words)))
+
+    def failed(self) -> None:
+        """Tell the others, who wait for this rank, that it goes no further; its own error is on the way."""
+        if self.ranks == 1 or self._own is None or self._home is not dist.group.WORLD:
+            return
+        words = torch.tensor([Doing.FAILED, -1, -1])
+        try:
+            self._extremes(words, LAST_WORD)
+            self.gathered(words)
+        except RuntimeError:
+            pass  # they are gone, or never come
+
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """What each rank gives, [n, ...] of any n, on the host, in rank order."""
+        values = values.cpu()
+        if self.ranks == 1:
+            return [values]
+        length = torch.tensor([len(values)])
+        lengths = [torch.empty_like(length) for _ in range(self.ranks)]
+        dist.all_gather(lengths, length, self._group())
+        counts = [int(each) for each in lengths]
+        longest = values.new_zeros(max(counts), *values.shape[1:])
+        longest[: len(values)] = values
+        found = [torch.empty_like(longest) for _ in counts]
+        dist.all_gather(found, longest, self._group())
+        return [each[:count] for each, count in zip(found, counts, strict=True)]
+
+    def _extremes(self, words: Tensor, wait: timedelta | None = None) -> tuple[Tensor, Tensor]:
+        # One reduction finds the lowest and the highest of each.
+        both = torch.cat((words, -words))
+        work: Any = dist.all_reduce(both, dist.ReduceOp.MIN, self._group(), async_op=True)
+        try:
+            work.wait(wait or PATIENCE)
+        except RuntimeError:
+            if wait is not None or work.is_completed():
+                raise
+            warnings.warn(
+                f"the other ranks did not come to this step of their loaders for {PATIENCE.seconds} seconds; "
+                f"waiting on: is a model in eval mode there, or does one rank work alone?",
+                stacklevel=6,
+            )
+            work.wait()
+        return both[: len(words)], -both[len(words) :]
+
+    def _group(self) -> Any:
+        home = dist.group.WORLD
+        if self._own is None or self._home is not home:
+            ranks = None if self._given is None else dist.get_process_group_ranks(self._given)
+            self._own = dist.new_group(
+                ranks, backend="gloo", use_local_synchronization=ranks is not None
+            )
+            self._home = home
+        return self._own
+
+
+def number_of(*settings: Any) -> int:
+    """A number that is equal where the settings are written alike."""
+    digest = hashlib.sha256(repr(settings).encode()).digest()
+    return int.from_bytes(digest[:7], "big")  # its negative fits into 64 bits, too
+
+
+def _told(words: list[Tensor]) -> str:
+    said: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for rank, word in enumerate(words):
+        said[tuple(word.tolist())].append(rank)
+    doings, steps, settings = (
+        ({each[n] for each in said if each[0] < Doing.FAILED}) for n in range(3)
+    )
+    parts = [
+        f"{_ranks(ranks)} {SAID[Doing(doing)]}" + (f" at step {step}" if step >= 0 else "")
+        for (doing, step, _), ranks in said.items()
+    ]
+    advice = (
+        "every rank must take the same steps: build the loader alike and call model.train() on all"
+    )
+    if any(doing == Doing.FAILED for doing, _, _ in said):
+        advice = "all stop, as no rank can go on without the others"
+    elif len(doings) == len(steps) == 1 and len(settings) > 1:
+        parts = [
+            " and ".join(_ranks(ranks) for ranks in said.values()) + " sift with different options"
+        ]
+        advice = "build the loader with the same options (keep, warmup_steps, exit_layer, ...) on all ranks"
+    return f"the ranks disagree: {'; '.join(parts)}. {advice[0].upper()}{advice[1:]}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank{'s' * (len(ranks) > 1)} {shown}"

@@ -1,0 +1,279 @@
+"""Ranks that would do different things stop together, within seconds; spawned gloo processes."""
+
+from __future__ import annotations
+
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from siftloader import SiftingDataLoader, agreement as agreement_module
+from siftloader.agreement import Agreement, Doing, number_of
+
+
+RANKS = 2
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def batches(count: int, rank: int) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(rank)
+    return [
+        {"x": torch.randn(4, 4, generator=generator), "labels": torch.arange(4)}
+        for _ in range(count)
+    ]
+
+
+def make(rank: int, count: int = 8, **options: Any) -> SiftingDataLoader:
+    torch.manual_seed(0)
+    loader: Any = options.pop("loader", None) or batches(count, rank)
+    options = {"warmup_steps": 2, **options}
+    return SiftingDataLoader.wrap(loader, model=Net(), sharded=True, **options)
+
+
+def run(loader: SiftingDataLoader) -> int:
+    """Batches handed out; a training step has a collective of its own, as that of DDP."""
+    handed = 0
+    for _ in loader:
+        dist.all_reduce(torch.ones(1))
+        handed += 1
+    return handed
+
+
+# What two ranks do, by name: it returns what each of them found.
+
+
+def alike(rank: int) -> Any:
+    return run(make(rank))
+
+
+def late(rank: int) -> Any:
+    agreement_module.PATIENCE = timedelta(seconds=1)  # in this process alone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handed = 0
+        for _ in make(rank):
+            handed += 1
+            if rank and handed == 3:
+                time.sleep(2)
+    return handed, [str(each.message) for each in caught]
+
+
+def uneven_while_sifting(rank: int) -> Any:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loader = make(rank, count=8 + 3 * rank)
+        handed = run(loader)
+    return handed, loader.stats["tail_dropped"], [str(each.message) for each in caught]
+
+
+def uneven_in_the_warm_up(rank: int) -> Any:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        handed = run(make(rank, count=3 + rank, warmup_steps=50))
+    return handed, [str(each.message) for each in caught]
+
+
+def other_warm_up(rank: int) -> Any:
+    return run(make(rank, warmup_steps=2 + rank))
+
+
+def other_layer(rank: int) -> Any:
+    return run(make(rank, exit_layer=1 + rank))
+
+
+def forgets_to_train(rank: int) -> Any:
+    loader = make(rank)
+    for number, _ in enumerate(loader):
+        dist.all_reduce(torch.ones(1))
+        if rank and number == 3:
+            loader._sifter.scorer.model.eval()
+
+
+def other_step(rank: int) -> Any:
+    loader = make(rank)
+    state = loader.state_dict()
+    if rank:
+        loader.load_state_dict({**state, "stats": {**state["stats"], "steps": 4}})
+    return run(loader)
+
+
+def fails_to_score(rank: int) -> Any:
+    def score(early: Any, batch: Any) -> Tensor:
+        if rank and len(batch["x"]) == 8:
+            raise OverflowError("planted")
+        return batch["x"].sum(1)
+
+    return run(make(rank, score_fn=score))
+
+
+class Broken(IterableDataset[dict[str, Tensor]]):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return 8
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from batches(3 + 5 * (not self.rank), self.rank)
+        if self.rank:
+            raise OverflowError("planted")
+
+
+def fails_to_draw(rank: int) -> Any:
+    loader = torch.utils.data.DataLoader(Broken(rank), batch_size=None)
+    return run(make(rank, loader=loader))
+
+
+def evaluates_alone(rank: int) -> Any:
+    loader = make(rank)
+    if rank == 0:  # as scripts do: only the first rank, with the model in eval mode
+        loader._sifter.scorer.model.eval()
+        handed = len(list(loader))
+        loader._sifter.scorer.model.train()
+        assert handed == 8
+    return run(loader)
+
+
+def of_a_few(rank: int) -> Any:
+    group = dist.new_group([0])
+    return run_alone(make(rank, process_group=group)) if rank == 0 else None
+
+
+def run_alone(loader: SiftingDataLoader) -> int:
+    return len(list(loader))
+
+
+def gathers(rank: int) -> Any:
+    agreement = Agreement()
+    found = agreement.gathered(torch.arange(rank * 2).view(-1, 2))
+    return [each.tolist() for each in found]
+
+
+CASES: dict[str, Callable[[int], Any]] = {
+    each.__name__: each
+    for each in (
+        alike,
+        late,
+        uneven_while_sifting,
+        uneven_in_the_warm_up,
+        other_warm_up,
+        other_layer,
+        other_step,
+        forgets_to_train,
+        fails_to_score,
+        fails_to_draw,
+        evaluates_alone,
+        of_a_few,
+        gathers,
+    )
+}
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        file = f"file://{folder}/{name}"
+        dist.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS)
+        begin = time.monotonic()
+        try:
+            found: Any = case(rank)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+            if not isinstance(error, (OverflowError,)) and "disagree" not in str(error):
+                found += traceback.format_exc()
+        torch.save((found, time.monotonic() - begin), f"{folder}/{name}-{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What every rank found in every case; all within seconds."""
+    folder: Path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, (str(folder),), nprocs=RANKS)
+    results: dict[str, list[Any]] = {}
+    for name in CASES:
+        files = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(RANKS)]
+        assert max(seconds for _, seconds in files) < 15
+        results[name] = [value for value, _ in files]
+    return results
+
+
+def test_ranks_that_agree_go_on(found: dict[str, list[Any]]) -> None:
+    assert found["alike"] == [5, 5]
+    first, second = found["late"]
+    assert second == (5, []) and first[0] == 5 and len(first[1]) == 1
+    assert "did not come to this step" in first[1][0]
+    assert found["evaluates_alone"] == [5, 5]
+    assert found["of_a_few"] == [5, None]
+    assert found["gathers"] == [[[], [[0, 1]]]] * 2
+
+
+def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]) -> None:
+    first, second = found["uneven_while_sifting"]
+    assert first == (5, 0, [])
+    assert second[:2] == (5, 8) and "8 rows that this rank has drawn are dropped" in second[2][0]
+    first, second = found["uneven_in_the_warm_up"]
+    assert first[0] == second[0] == 3
+    assert any("another rank has no more batches" in each for each in second[1])
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("other_warm_up", "rank 0 and rank 1 sift with different options"),
+        (
+            "forgets_to_train",
+            "rank 0 sifts at step 4; rank 1 passes a batch through to a model in eval",
+        ),
+        ("other_layer", "rank 0 and rank 1 sift with different options"),
+        ("other_step", "passes a batch through at step 0; rank 1 sifts at step 4"),
+    ],
+)
+def test_ranks_that_would_diverge_all_stop(
+    found: dict[str, list[Any]], name: str, text: str
+) -> None:
+    for each in found[name]:
+        assert each.startswith("RanksDisagree: the ranks disagree: ") and text in each
+
+
+@pytest.mark.parametrize("name", ["fails_to_score", "fails_to_draw"])
+def test_where_one_rank_fails_the_others_do_not_wait(
+    found: dict[str, list[Any]], name: str
+) -> None:
+    first, second = found[name]
+    assert second == "OverflowError: planted"
+    assert first.startswith("RanksDisagree") and "rank 1 failed" in first
+
+
+def test_alone_everything_is_agreed() -> None:
+    agreement = Agreement()
+    assert agreement.step(Doing.SIFTS, 0, 1) and not agreement.step(Doing.ENDS, 0, 1)
+    agreement.failed()
+    assert agreement.gathered(torch.ones(2))[0].tolist() == [1, 1]
+
+
+def test_a_number_stands_for_settings() -> None:
+    assert number_of(1, "a") == number_of(1, "a") != number_of(1, "b")
+    assert 0 <= number_of() < 1 << 62
