@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from siftloader.exits import EarlyExit as EarlyExit
     from siftloader.heads import ExitHead as ExitHead
+    from siftloader.integrations import attach as attach
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
     from siftloader.masking import Mlm as Mlm
     from siftloader.opened import Budget as Budget
@@ -67,6 +68,7 @@ _NAMES = {
     "ShardError SiftError Stalled StateError WorkerDied",
     "exits": "EarlyExit",
     "heads": "ExitHead",
+    "integrations": "attach",
     "loader": "SiftingDataLoader",
     "masking": "Mlm",
     "opened": "Budget",

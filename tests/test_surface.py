@@ -16,7 +16,7 @@ PUBLIC = """
     BatchError Budget CorpusError CorruptShard Coverage Criterion EarlyExit EmptyEpoch Entropy ExitHead FetchError
     First GradNorm Gumbel LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample
     RanksDisagree Rarity Reducible Residual Robust Schedule ScoringError Selection ShardError SiftError Sifter
-    SiftingDataLoader Stalled StateError Stratified Stride TokenShards TopK TrimmedTopK WorkerDied World
+    SiftingDataLoader Stalled StateError Stratified Stride TokenShards TopK TrimmedTopK WorkerDied World attach
 """.split()  # noqa: SIM905 - a list of names reads better without quotes
 
 
