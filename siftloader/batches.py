@@ -216,19 +216,23 @@ def _children(batch: Batch, count: int | None = None) -> Sequence[Any] | None:
     if isinstance(batch, (tuple, list)):
         if hasattr(batch, "_fields"):
             return batch
-        if not any(_holds_tensor(child) for child in batch):
+        if not any(holds_tensor(child) for child in batch):
             return None
-        per_sample = len(batch) == count and not all(count in _sizes(each, True) for each in batch)
+        fields = [each for each in batch if holds_tensor(each)]
+        per_sample = len(batch) == count and not all(
+            count in _sizes(each, True) for each in fields
+        )
         return None if per_sample else batch
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
     return None
 
 
-def _holds_tensor(batch: Batch) -> bool:
+def holds_tensor(batch: Batch) -> bool:
+    """Whether there is a tensor or an array anywhere in it."""
     if _is_array(batch):
         return True
-    return any(_holds_tensor(child) for child in _children(batch) or ())
+    return any(holds_tensor(child) for child in _children(batch) or ())
 
 
 def _names(batch: Batch, count: int, name: str = "") -> list[str]:

@@ -8,27 +8,38 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from siftloader.batches import IGNORED, Batch, leaves
+from siftloader.batches import IGNORED, Batch, holds_tensor, leaves
 
 
 Labels: TypeAlias = str | Callable[[Batch], Tensor]
 
 
 def find_labels(batch: Batch, name: str) -> Tensor | None:
-    """The field ``name`` of a batch, else the last element of a tuple, None where that is no tensor."""
+    """The field ``name`` of a batch, else the last of the arguments in a tuple, None where that is no tensor."""
     found: Any = None
     if isinstance(batch, Mapping):
         found = batch.get(name)
     elif hasattr(batch, name):
         found = getattr(batch, name)
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[-1]
+    elif isinstance(batch, (tuple, list)) and len(given := arguments(batch)) > 1:
+        found = given[-1]
     return found if isinstance(found, Tensor) else None
+
+
+def arguments(batch: Sequence[Any]) -> Sequence[Any]:
+    """The elements of a tuple without those at its end that hold no tensor, which no model is given.
+
+    arguments((x, y, {"row_group": 7})) == (x, y): some loaders tell there where to resume from, or names.
+    """
+    count = len(batch)
+    while count > 1 and not holds_tensor(batch[count - 1]):
+        count -= 1
+    return batch[:count]
 
 
 def without_padding(labels: Tensor, batch: Batch) -> Tensor:
@@ -76,7 +87,8 @@ def with_labels(batch: Batch, name: str, labels: Tensor) -> Batch | None:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return dataclasses.replace(batch, **{name: labels})
     if isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
-        return type(batch)([*batch[:-1], labels])
+        last = len(arguments(batch)) - 1
+        return type(batch)([*batch[:last], labels, *batch[last + 1 :]])
     return None
 
 
@@ -86,8 +98,8 @@ def are_inputs(labels: Tensor, batch: Batch, name: str) -> bool:
         return False
     if isinstance(batch, Mapping):
         batch = [value for key, value in batch.items() if key != name]
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        batch = batch[:-1]
+    elif isinstance(batch, (tuple, list)) and len(given := arguments(batch)) > 1:
+        batch = given[:-1]
     wanted = labels != IGNORED
     return bool(wanted.any()) and any(
         isinstance(ids, Tensor)
