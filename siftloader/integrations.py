@@ -176,13 +176,17 @@ class Attached:
     def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
         """Find the epoch to resume in, and how many batches of it were trained on."""
         epoch, batches = self._plain["_init_training_state"](*args, **options)
-        trainer, loader = self._trainer, self.loader
-        done = trainer.state.global_step
-        if self._checkpoint is None or loader is None or not done or not _has_length(loader):
+        loader, args, done = self.loader, self._trainer.args, self._trainer.state.global_step
+        if self._checkpoint is None or loader is None or not done:
             return epoch, batches
-        ends = [0, *_until(self._ends(loader), done + 1)]
-        batches = (done - ends[-1]) * trainer.args.gradient_accumulation_steps
-        return len(ends) - 1, 0 if trainer.args.ignore_data_skip else batches
+        if _has_length(loader):
+            ends = [0, *_until(self._ends(loader), done + 1)]
+            epoch, updates = len(ends) - 1, done - ends[-1]
+            batches = updates * args.gradient_accumulation_steps
+        elif self._options.get("count") != "optimizer":
+            state = loader.state_dict()  # Trainer takes the whole run for one epoch
+            epoch, batches = state["epoch"], state["stats"]["steps"] - state["epoch_step"]
+        return epoch, 0 if args.ignore_data_skip else batches
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         """Run an epoch of its own length."""
