@@ -24,6 +24,7 @@ from torch.utils.data import (
     default_collate,
 )
 
+from siftloader.accelerated import Prepared, is_prepared, prepared
 from siftloader.ahead import prefetched
 from siftloader.batches import Batch, clone, cut, pin, rows
 from siftloader.coverage import Coverage
@@ -129,6 +130,14 @@ class ShardCandidates:
     def set_epoch(self, epoch: int) -> None:
         """Nothing to tell: the epoch is given to ``draw``."""
 
+    @property
+    def ended(self) -> bool | None:
+        """Whether the last batch was drawn: not known before another one is asked for."""
+        return None
+
+    def prepare(self, accelerator: Any) -> None:
+        """Nothing to prepare: the shards give each rank its own share."""
+
     def _at(self, position: int) -> Cursor:
         return {**self._identity(), "position": position}
 
@@ -167,12 +176,22 @@ class LoaderCandidates:
     """The batches of any iterable, untouched: ``iter`` draws what it would draw without us."""
 
     def __init__(self, loader: Iterable[Batch], sharded: bool = False) -> None:
-        self.loader, self._sharded = loader, sharded
+        self.loader, self._sharded = _taken(loader), sharded
         self._told: int | None = None  # the last epoch that was announced
         # Batches that torch collates are new ones; anything else may hand out one buffer again and again.
         self._fresh = isinstance(loader, DataLoader) and (
             loader.num_workers > 0 or loader.collate_fn is default_collate
         )
+
+    @property
+    def ended(self) -> bool | None:
+        """Whether the last batch was drawn, None where that is not known before another one is asked for."""
+        return self.loader.ended if isinstance(self.loader, Prepared) else None
+
+    def prepare(self, accelerator: Any) -> None:
+        """Have the Accelerator shard the inner loader, unless something gives each rank its share already."""
+        if isinstance(self.loader, DataLoader) and not (self._sharded or _shares(self.loader)):
+            self.loader = Prepared(prepared(accelerator, self.loader))
 
     @property
     def batch_size(self) -> int | None:
@@ -323,6 +342,8 @@ class LoaderCandidates:
 
     def _identity(self) -> Cursor:
         # What can be told of the data and its order without reading it.
+        if isinstance(self.loader, Prepared):
+            return self.loader.identity()
         if not is_indexed(self.loader):
             return {}
         loader: Any = self.loader
@@ -372,20 +393,39 @@ class LoaderCandidates:
         ranks = World.detect().ranks
         if ranks == 1 or self._sharded:
             return
-        loader = self.loader
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
-        if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
-            return
-        if isinstance(getattr(loader, "dataset", None), (TokenShards, TarStream)):
-            return
-        if type(loader).__module__.partition(".")[0] == "accelerate":
+        if _shares(self.loader):
             return
         raise ValueError(
-            f"{ranks} ranks run, but nothing says that the inner {type(loader).__name__} gives each "
+            f"{ranks} ranks run, but nothing says that the inner {type(self.loader).__name__} gives each "
             f"its own share: every rank would train on the same samples; use a DistributedSampler, "
-            f"or SiftingDataLoader.wrap(loader, sharded=True) if it is split already"
+            f"accelerator.prepare(loader), or SiftingDataLoader.wrap(loader, sharded=True) if it is split "
+            f"already"
         )
+
+
+def _taken(loader: Iterable[Batch]) -> Iterable[Batch]:
+    # As it is, but for one that accelerate prepared: that is taken with a state to go on from.
+    if not hasattr(loader, "base_dataloader") or not is_prepared(loader):
+        return loader
+    dataset: Any = loader.base_dataloader.dataset
+    own = getattr(dataset, "dataset", dataset)
+    if isinstance(own, (TokenShards, TarStream)):
+        raise ValueError(
+            f"accelerate prepared a loader over {type(own).__name__}, which gives each rank its own share by "
+            f"itself: it would be divided twice; prepare the SiftingDataLoader over it, and nothing inside"
+        )
+    return Prepared(loader)
+
+
+def _shares(loader: Any) -> bool:
+    # Whether each rank is known to get a share of its own.
+    if is_prepared(loader) or isinstance(loader, Prepared):
+        return True
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    samplers = (getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        return True
+    return isinstance(getattr(loader, "dataset", None), (TokenShards, TarStream))
 
 
 def candidates_of(
@@ -479,6 +519,8 @@ def _rows_or_none(batch: Batch) -> int:
 
 
 def _epoch_rows(loader: Any, size: int) -> int:
+    if isinstance(loader, Prepared):
+        return loader.rows(size)
     if not isinstance(loader, DataLoader):
         return len(loader) * size
     if isinstance(loader.dataset, IterableDataset):

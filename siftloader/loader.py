@@ -15,15 +15,26 @@ import copy
 import functools
 import math
 import os
+import sys
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from itertools import chain, islice, repeat
 from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from siftloader.accelerated import (
+    accumulates,
+    announce,
+    asking,
+    begun_by,
+    leave,
+    save_with,
+)
 from siftloader.agreement import Agreement, Doing, number_of
 from siftloader.batches import (
     IGNORED,
@@ -67,7 +78,7 @@ WARMUP, SPARSE = 0.05, 8
 PATIENCE = (
     100  # batches handed out, none ever sifted (or no optimizer step seen), before a warning
 )
-_END = object()
+_END, _PASSED = object(), object()
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
 
@@ -81,7 +92,16 @@ class _Finished(IterableDataset[Batch]):
         self._owner = owner
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._owner)
+        loader = begun_by(self)
+        if loader is None:
+            return iter(self._owner)
+        if type(loader).__name__ != "SkipDataLoader":
+            raise ValueError(
+                f"accelerate made a {type(loader).__name__} of the data set of a SiftingDataLoader: ranks would "
+                f"no longer have shares of their own, and no state would be saved; give accelerator.prepare() "
+                f"the SiftingDataLoader itself"
+            )
+        return self._owner._without_first(loader.skip_batches)
 
     def __len__(self) -> int:
         """Samples handed out per epoch."""
@@ -199,7 +219,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = not self._schedule.ever_sifts
-        self._warned = self._told_accumulation = False
+        self._warned = self._told_accumulation = self._warned_unprepared = False
         self._learned: dict[str, str] | None = None  # digests of the tensors a loaded state needs
         data = (
             getattr(dataset.loader, "dataset", None) if isinstance(dataset, Existing) else dataset
@@ -210,11 +230,17 @@ class SiftingDataLoader(DataLoader[Any]):
         self._fits = self._vocabulary is None  # whether the model was seen to embed every id
         if isinstance(model, nn.Module):
             self._check_vocabulary()
+        self._joined = False  # whether an Accelerator prepared this loader
+        self._hosts: weakref.WeakSet[Any] = weakref.WeakSet()  # they save the state
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
             self._set_sizes(size)
-        super().__init__(_Finished(self), batch_size=None)
+        # A generator and a collate_fn of its own: who rebuilds this loader draws nothing from the global
+        # stream with it, and changes no batch.
+        super().__init__(
+            _Finished(self), batch_size=None, generator=torch.Generator(), collate_fn=_unchanged
+        )
 
     @classmethod
     def wrap(
@@ -261,6 +287,19 @@ class SiftingDataLoader(DataLoader[Any]):
         return cls(dataset, *loader_args, model=model, **{**chosen, **options})
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        resumed, joined = self._resumes, self._joins
+        if not joined and accumulates() and not self._warned_unprepared:
+            self._warned_unprepared = True
+            warnings.warn(
+                "an Accelerator accumulates gradients, but this loader was not prepared: the last steps of an epoch "
+                "would be left out; give it to accelerator.prepare()",
+                stacklevel=2,
+            )
+        batches = self._begin(joined)
+        return self._or_next(batches) if resumed and joined else batches
+
+    def _begin(self, joined: bool, over: int = 0) -> Iterator[Batch]:
+        # The next epoch, or where a state left one, for accelerate to hear of; without its first batches.
         self._check_learned()
         epoch, cursor = (self._epoch + 1, {}) if self._begun else (self._epoch, self._cursor)
         resumed = bool(cursor)
@@ -274,7 +313,43 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch, self._cursor, self._begun = epoch, start, True
         self._turn += 1
         self._asks = False
-        return self._batches(pieces, resumed, self._turn)
+        return self._batches(pieces, resumed, self._turn, joined, over)
+
+    def _or_next(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        # A state that was saved while an epoch's last batch was out goes on with the next epoch, as those of
+        # accelerate's own stateful loaders do: its scripts count the epoch as done.
+        first = list(islice(batches, 1))
+        if not first:
+            batches = self._begin(joined=True)
+        while first:
+            yield first.pop()
+        yield from batches
+
+    def _without_first(self, count: int) -> Iterator[Batch]:
+        # For accelerate's skip_first_batches, which drops the first `count` of these. A script that restored a
+        # state skips what that has done already, so there it drops nothing that counts.
+        if not self._resumes:
+            return chain(repeat(None, count), self._begin(joined=True, over=count))
+        return chain(repeat(None, count), self._where_it_was(count))
+
+    def _where_it_was(self, count: int) -> Iterator[Batch]:
+        place = self._sifter.counts.steps - self._epoch_step if self._updates is None else count
+        batches = self._begin(joined=True)
+        first = list(islice(batches, 1))
+        if not first and count == place:
+            return  # it skips the whole epoch that was under way
+        if not first:
+            place, batches = 0, self._begin(joined=True)
+        if count != place:
+            warnings.warn(
+                f"skip_first_batches was told {count}, but in the state that was restored {place} batches of this "
+                f"epoch are done: it goes on after those (optimizer steps times accumulation are too many "
+                f"batches where an epoch ends with a partial step)",
+                stacklevel=3,
+            )
+        while first:
+            yield first.pop()
+        yield from batches
 
     def __next__(self) -> Batch:
         """The next batch of a running iterator, for loops that draw by hand; it begins at the first call.
@@ -294,6 +369,24 @@ class SiftingDataLoader(DataLoader[Any]):
         if isinstance(self._running, Generator):
             self._running.close()
         self._running = None
+
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        # All that accelerate asks before it would rebuild this loader, and lose the sifting: asked by an
+        # Accelerator, the inner loader is given to it to be sharded; anybody else hears whether it was.
+        accelerator = asking(sys._getframe(1))
+        if accelerator is not None and accelerator not in self._hosts:
+            self._source.prepare(accelerator)
+            if (size := self._source.batch_size) is not None:
+                self._set_sizes(size)  # split_batches divides them among the ranks
+            self._hosts.add(accelerator)
+            self._joined = True
+            save_with(accelerator, self)
+        return self._joined
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        pass  # accelerate marks what it prepared; nobody else can
 
     def __len__(self) -> int:
         """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
@@ -416,36 +509,70 @@ class SiftingDataLoader(DataLoader[Any]):
             "a SiftingDataLoader holds the live model and is not pickled; save state_dict() instead"
         )
 
-    def _batches(self, pieces: Iterator[Piece], resumed: bool, turn: int) -> Iterator[Batch]:
+    def _batches(
+        self, pieces: Iterator[Piece], resumed: bool, turn: int, joined: bool, over: int
+    ) -> Iterator[Batch]:
         held: deque[Drawn] = deque()
         handed, loads = 0, self._loads
+        owed: BaseException | None = None  # of the next batch
         try:
-            while (batch := self._next(pieces, held, turn)) is not None:
+            while (batch := self._next(pieces, held, turn, handed >= over)) is not None:
                 if loads != self._loads:
                     raise StateError(
                         "a state was loaded while this iterator ran, which cannot follow it; load it "
                         "before iter(), or begin a new iterator"
                     )
                 handed += 1
+                if handed <= over:
+                    continue
+                if joined:
+                    owed = self._announce(pieces, held)
                 # Counted before it leaves: the loop may never come back. And let go of: what the loop
                 # drops must not live on here while the next pool is scored.
                 out = [batch]
                 del batch
                 yield out.pop()
+                if owed is not None:
+                    raise owed
         finally:
+            if joined:
+                leave(self)
             self._scorer.precision.unwatch()  # whoever keeps the model keeps no hook of ours
             if hasattr(pieces, "close"):
                 pieces.close()
         if turn == self._turn:
             self._end_epoch(handed, resumed)
 
-    def _next(self, pieces: Iterator[Piece], held: deque[Drawn], turn: int) -> Batch | None:
+    def _announce(self, pieces: Iterator[Piece], held: deque[Drawn]) -> BaseException | None:
+        # Accelerate is to know while the last batch is out; what goes wrong beyond this one is the next one's.
+        try:
+            announce(self, self._is_last(pieces, held))
+        except BaseException as error:
+            announce(self, False)
+            return error
+        return None
+
+    def _is_last(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
+        # Whether no batch follows. While sifting that takes the rows of a batch, drawn but not scored.
+        if not self._sifts():
+            ended = self._source.ended
+            return not held and (not self._draw(pieces, held) if ended is None else ended)
+        while _rows(held) < (self._batch_size or 1):
+            if not self._draw(pieces, held):
+                return True
+            if self._split and _rows(held) < (self._batch_size or 1):
+                self._drop(held)
+        return False
+
+    def _next(
+        self, pieces: Iterator[Piece], held: deque[Drawn], turn: int, wanted: bool = True
+    ) -> Batch | None:
         self._scorer.precision.unwatch()
         self._check_vocabulary()
         counts, training = self._sifter.counts, self._scorer.model.training
         try:
             if training and self._schedule.sifts(self._step):
-                found = self._next_sifted(pieces, held)
+                found = self._next_sifted(pieces, held, wanted)
             else:
                 found = self._next_plain(pieces, held, training)
         except RanksDisagree:
@@ -498,7 +625,7 @@ class SiftingDataLoader(DataLoader[Any]):
         return batch, taken
 
     def _next_sifted(
-        self, pieces: Iterator[Piece], held: deque[Drawn]
+        self, pieces: Iterator[Piece], held: deque[Drawn], wanted: bool
     ) -> tuple[Batch, Taken] | None:
         while True:
             while not (held and self._split) and _rows(held) < (self._pool() or math.inf):
@@ -512,7 +639,8 @@ class SiftingDataLoader(DataLoader[Any]):
             return None
         pool = self._pool()
         assert pool is not None and self._batch_size is not None
-        return self._sifted(take(held, min(_rows(held), pool)), self._batch_size)
+        taken = take(held, min(_rows(held), pool))
+        return self._sifted(taken, self._batch_size) if wanted else self._passed_over(taken)
 
     def _agreed(self, doing: Doing, training: bool = True) -> bool:
         # Whether there is a batch. An iterator that was never drawn from in training mode is a rank's own: some
@@ -543,6 +671,12 @@ class SiftingDataLoader(DataLoader[Any]):
         return number_of(
             self._schedule, self._split, scorer.exit_layer, self._sifter.scope, *kinds
         )
+
+    def _passed_over(self, taken: Taken) -> tuple[Batch, Taken]:
+        # A pool of before a restart that nobody looks at again: not scored, counted as it was then.
+        self._sifter.pools += 1
+        self._sifter.counts.samples += self._batch_size or 0
+        return _PASSED, taken
 
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
@@ -593,6 +727,16 @@ class SiftingDataLoader(DataLoader[Any]):
     def _step(self) -> int:
         # What the schedule counts in.
         return self._sifter.counts.steps if self._updates is None else self._updates.steps
+
+    @property
+    def _resumes(self) -> bool:
+        # Whether the next iter() continues an epoch.
+        return bool(self._cursor) and not self._begun
+
+    @property
+    def _joins(self) -> bool:
+        # Whether accelerate wants to hear of the batches.
+        return self._joined or self._source.ended is not None
 
     @property
     def _scorer(self) -> Scorer:
@@ -812,6 +956,10 @@ def _checked_count(count: str, accumulation: int) -> str:
 
 def _as_json(keep: Keep) -> Any:
     return sorted([*pair] for pair in keep.items()) if isinstance(keep, Mapping) else keep
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 def _rows(held: deque[Drawn]) -> int:
