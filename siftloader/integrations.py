@@ -5,16 +5,20 @@ from siftloader import attach
 trainer = Trainer(model, args, train_dataset=dataset)
 attach(trainer, exit_layer=1, keep=0.5)                # the one line
 trainer.train()
+
+get_batch = sift_calls(get_batch, model=lambda: model)  # for loops that draw by calling a function
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import update_wrapper
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, final
@@ -22,12 +26,15 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from siftloader.batches import Batch, holds_tensor, leaves, rows
 from siftloader.errors import EmptyEpoch, SiftError, StateError
-from siftloader.loader import SiftingDataLoader
-from siftloader.schedule import Keep, Schedule
+from siftloader.loader import PATIENCE, SiftingDataLoader
+from siftloader.schedule import Keep, Schedule, whole
+from siftloader.scorer import Model
 from siftloader.scores import ScoreOf
 from siftloader.stack import unwrap
 from siftloader.stream import TokenShards
+from siftloader.world import World, first_word
 
 
 def attach(
@@ -383,3 +390,184 @@ def _in_training(model: nn.Module) -> Iterator[None]:
     finally:
         for each, mode in modes:
             each.training = mode
+
+
+# Loops that draw a batch by calling a function, as nanoGPT's do.
+
+
+def sift_calls(
+    get_batch: Callable[..., Batch],
+    *,
+    model: Model,
+    keep: Keep = 0.5,
+    sharded: bool = False,
+    **options: Any,
+) -> SiftedCalls:
+    """Make a function that draws a batch draw the samples worth training on.
+
+    get_batch = sift_calls(get_batch, model=lambda: model)    # anywhere after get_batch, before the loop
+    x, y = get_batch("train")                                 # unchanged
+    get_batch.stats, get_batch.state_dict()                   # as of a SiftingDataLoader
+
+    A call while the model is in training mode makes ``1 / keep`` calls with the same arguments and returns the
+    best rows of what they drew; other arguments are another pool. A call while it is in eval mode, or warming
+    up, is one call of the original: an evaluation before the first sifted batch sees what it saw without us.
+    ``keep=1.0`` is the original, bit for bit. ``lambda: model`` finds the model as it is when a batch is
+    drawn: compiled, in DDP, or not yet there.
+
+    The other options are those of ``SiftingDataLoader``; ``warmup_steps`` counts calls in training mode (or
+    updates, with ``count="optimizer"``: several calls make one, where gradients are accumulated).
+
+    * A loop that draws the next batch between forward and backward has it scored by the weights of before the
+      update: one step stale.
+    * Ranks draw at random, each with a seed of its own. Two that drew the same first batch raise ValueError:
+      ``sharded=True`` says that this is meant to be (tensor parallel ranks), or looked after.
+    * ``state_dict()`` counts; where the next draw comes from is known to the random streams only. Save those
+      with it (``torch.get_rng_state()``), and a restart draws and keeps the same rows.
+
+    Raises TypeError for what is no function, ValueError for a ``keep`` that is no whole number of calls.
+    """
+    if isinstance(get_batch, SiftedCalls):
+        raise ValueError("get_batch is sifted already: sift_calls() once is enough")
+    if not callable(get_batch) or isinstance(get_batch, type):
+        raise TypeError(
+            f"sift_calls takes a function that draws a batch, got {type(get_batch).__name__}; for an "
+            f"iterable of batches use SiftingDataLoader.wrap(loader, model=model)"
+        )
+    if options.get("pool", "merge") == "merge":
+        for share in Schedule(keep=keep).shares:
+            if whole(1 / share) is None:
+                raise ValueError(
+                    f"keep must be 1, 1/2, 1/3 or so for a function, which is called 1 / keep times: got {share}"
+                )
+    return SiftedCalls(get_batch, model, sharded, {"keep": keep, **options})
+
+
+@final
+class SiftedCalls:
+    """What ``sift_calls`` returns: called like the function it was given; ``loader`` does the sifting."""
+
+    def __init__(
+        self, get_batch: Callable[..., Batch], model: Model, sharded: bool, options: dict[str, Any]
+    ) -> None:
+        update_wrapper(self, get_batch, updated=())
+        self._draws = _Draws(get_batch, sharded)
+        self.loader = SiftingDataLoader.wrap(self._draws, model=model, sharded=True, **options)
+        self._evaluations: int | None = 0  # in a row, before the first call in training mode
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """What happened so far, a plain dict; reading it may wait for the GPU."""
+        return self.loader.stats
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was handed to the loop so far, JSON-able; not where the function draws from."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from where ``state`` was taken."""
+        self.loader.load_state_dict(state)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Batch:
+        """The next batch, drawn with these arguments."""
+        if not self.loader._scorer.model.training:
+            self._warn_of_eval_mode()
+            return self._draws.function(*args, **kwargs)
+        self._evaluations = None
+        self._draws.begin(args, kwargs)
+        try:
+            return next(self.loader)
+        except BaseException:
+            self.loader.close()  # the next call draws anew
+            raise
+
+    def _warn_of_eval_mode(self) -> None:
+        if self._evaluations is None:
+            return
+        self._evaluations += 1
+        if self._evaluations == PATIENCE:
+            warnings.warn(
+                f"{PATIENCE} batches were drawn and none was sifted, because the model is in eval mode; call "
+                f"model.train() if this is training, or see that model= finds the model that is trained",
+                stacklevel=3,
+            )
+
+
+@final
+class _Draws:
+    """The function as an endless loader: every batch is one call of it."""
+
+    def __init__(self, function: Callable[..., Batch], sharded: bool) -> None:
+        self.function = function
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+        self._rows: int | None = None
+        self._first: str | None = None  # what the first call for the batch under way drew
+        self._compares, self._asks = True, not sharded
+        self._number = next(_FUNCTIONS)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The calls for the next batch have these arguments."""
+        self._arguments, self._first = (args, kwargs), None
+
+    def __iter__(self) -> _Draws:
+        return self
+
+    def __next__(self) -> Batch:
+        args, kwargs = self._arguments
+        batch = self.function(*args, **kwargs)
+        if not holds_tensor(batch):
+            return batch  # the loader says what is wrong with it
+        found, self._rows = rows(batch), self._rows or rows(batch)
+        if found != self._rows:
+            raise ValueError(
+                f"{_named(self.function)} drew {found} rows, and {self._rows} before; batches are sifted in one "
+                f"size: give those of another size a sift_calls of their own"
+            )
+        if self._compares or self._asks:
+            self._compare(_digest(batch))
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the function draws from streams of its own."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def _compare(self, digest: str) -> None:
+        if self._asks:
+            self._asks = False
+            rank = str(World.detect().rank)
+            said = first_word(f"calls/{self._number}", f"{rank} {digest}")
+            other, _, drawn = said.partition(" ")
+            if other != rank and drawn == digest:
+                raise ValueError(
+                    f"{_named(self.function)} drew the same batch on ranks {other} and {rank}: seed every rank "
+                    f"differently, as torch.manual_seed(seed + rank) does; or pass sharded=True if it is meant"
+                )
+        if self._first is None:
+            self._first = digest
+            return
+        self._compares = False
+        if self._first == digest:
+            warnings.warn(
+                f"{_named(self.function)} drew the same batch twice for the same arguments, so there is nothing "
+                f"to choose from: it must draw anew at every call, at random or one after the other",
+                stacklevel=2,
+            )
+
+
+_FUNCTIONS = count()  # that were given to sift_calls in this process
+
+
+def _named(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__name__', type(function).__name__)}()"
+
+
+def _digest(batch: Batch) -> str:
+    found = hashlib.sha256()
+    for leaf in leaves(batch):
+        if isinstance(leaf, torch.Tensor):
+            flat = leaf.detach().cpu().reshape(-1).contiguous()
+            found.update(flat.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from siftloader import EarlyExit, ScoringError, Sifter, SiftingDataLoader
+from siftloader.integrations import sift_calls
 
 
 T = 24  # positions of a row
@@ -146,3 +148,249 @@ def test_what_holds_no_tensor_at_the_end_of_a_tuple_is_no_label():
     assert torch.equal(Sifter(model).score((x, y, list("abcd"), None)), scores)
     with pytest.raises(ScoringError, match="last in a tuple"):
         Sifter(model).score((x, place))
+
+
+# nanoGPT: a function draws at random, for training and for evaluation; the next batch is drawn between forward and
+# backward, the loop owns autocast, gradients are accumulated, the model may be compiled or in DDP.
+
+
+GPT = """
+def get_batch(split):
+    data = texts[split]
+    starts = torch.randint(len(data) - T, (rows, 1))
+    places = starts + torch.arange(T)
+    return data[places], data[places + 1]
+# here
+
+@torch.no_grad()
+def evaluate():
+    model.eval()
+    found = [model(*get_batch(split))[1].item() for split in texts for _ in range(2)]
+    model.train()
+    return found
+
+if "wrap" in globals():
+    model = wrap(model)
+evaluations = []
+x, y = get_batch("train")
+for step in range(steps):
+    if step % 3 == 0:
+        evaluations.append(evaluate())
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits, loss = model(x, y)
+        losses.append(loss.item())
+        x, y = get_batch("train")
+        scaler.scale(loss / 3).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+"""
+GPT_SIFTED = "get_batch = sift_calls(get_batch, model=lambda: model, warmup_steps=2, keep=keep)"
+
+
+def gpt(script: str = GPT, **names: Any) -> dict[str, Any]:
+    torch.manual_seed(1)
+    model = FAMILIES["nanogpt"].model()
+    draw = torch.Generator().manual_seed(2)
+    texts = {split: torch.randint(VOCAB, (200,), generator=draw) for split in ("train", "val")}
+    defaults = {
+        "texts": texts,
+        "rows": 4,
+        "T": T,
+        "bf16": False,
+        "steps": 4,
+        "keep": 0.5,
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+    }
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.05)}
+    return run(script, torch=torch, sift_calls=sift_calls, **given, **defaults | names)
+
+
+def gpt_sifted(**names: Any) -> dict[str, Any]:
+    return gpt(with_line(GPT, "# here", GPT_SIFTED), **names)
+
+
+def gpt_by_hand(**names: Any) -> dict[str, Any]:
+    """The same by a function that draws twice and keeps the half with the higher loss at layer 1."""
+
+    def by_hand(draw: Any, found: dict[str, Any], bf16: bool) -> Any:
+        calls = []
+
+        def get_batch(split: str) -> Any:
+            model = found["model"]
+            if not model.training or len(calls) < 2:
+                calls.extend([split] * model.training)
+                return draw(split)
+            x, y = (torch.cat(each) for each in zip(draw(split), draw(split), strict=True))
+            bare = getattr(model, "module", model)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                logits, _ = EarlyExit(getattr(bare, "_orig_mod", bare), 1)(x, y)
+            kept = best(mean_loss(logits.float(), y), len(x) // 2)
+            return x[kept], y[kept]
+
+        return get_batch
+
+    line = "get_batch = by_hand(get_batch, globals(), bf16)"
+    return gpt(with_line(GPT, "# here", line), by_hand=by_hand, **names)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_function_that_draws_is_sifted_by_one_line(bf16):
+    sifted, hand, plain = gpt_sifted(bf16=bf16), gpt_by_hand(bf16=bf16), gpt(bf16=bf16)
+    assert sifted["losses"] == hand["losses"] != plain["losses"]
+    assert sifted["evaluations"] == hand["evaluations"]
+    assert sifted["evaluations"][0] == plain["evaluations"][0], "the same random numbers"
+    stats, drawn = sifted["get_batch"].stats, 1 + 3 * 4
+    assert stats["steps"] == drawn and stats["candidates"] == 2 * 4 * (drawn - 2)
+    assert stats["sifting"] and stats["score_kept"] > stats["score_dropped"]
+    state = sifted["get_batch"].state_dict()
+    assert state["precision"] == ("bfloat16" if bf16 else None), (
+        "heard from the loop's own forward"
+    )
+
+
+def test_a_function_that_draws_is_itself_while_nothing_is_sifted():
+    plain = gpt()
+    end = torch.get_rng_state()
+    off = gpt_sifted(keep=1.0)
+    assert torch.equal(torch.get_rng_state(), end)
+    assert off["losses"] == plain["losses"] and off["evaluations"] == plain["evaluations"]
+    assert off["get_batch"].__name__ == "get_batch" and not off["get_batch"].stats["sifting"]
+
+
+def test_updates_may_be_counted_in_the_place_of_calls():
+    line = GPT_SIFTED.replace("keep=keep", 'keep=keep, count="optimizer", accumulation=3')
+    found = gpt(with_line(GPT, "# here", line))["get_batch"].stats
+    assert found["updates"] == 4 and found["steps"] == 1 + 3 * 4
+    assert found["candidates"] == 2 * 4 * (3 * 2), (
+        "the draws after two updates, not after two calls"
+    )
+
+
+def test_a_compiled_model_is_scored_as_it_is():
+    def wrap(model: nn.Module) -> Any:
+        return torch.compile(model, backend="eager")
+
+    torch._dynamo.reset()
+    sifted = gpt_sifted(wrap=wrap, steps=2)
+    torch._dynamo.reset()
+    assert sifted["losses"] == gpt_by_hand(wrap=wrap, steps=2)["losses"]
+    torch._dynamo.reset()
+
+
+def test_a_run_that_goes_on_draws_and_keeps_the_same_rows():
+    model = FAMILIES["nanogpt"].model()
+
+    def draw(split: str) -> tuple[Tensor, Tensor]:
+        drawn = torch.randint(VOCAB, (4, T + 1))
+        return drawn[:, :-1], drawn[:, 1:]
+
+    def sifted() -> Any:
+        return sift_calls(draw, model=model, warmup_steps=3, criterion="loss")
+
+    first = sifted()
+    for _ in range(5):
+        first("train")
+    state, streams = json.loads(json.dumps(first.state_dict())), torch.get_rng_state()
+    straight = [first("train") for _ in range(3)]
+    second = sifted()
+    second.load_state_dict(state)
+    torch.set_rng_state(streams)
+    for (x, y), (again, wanted) in zip(straight, (second("train") for _ in range(3)), strict=True):
+        assert torch.equal(x, again) and torch.equal(y, wanted)
+    assert second.stats["steps"] == first.stats["steps"] == 8
+    assert second.stats["candidates"] == first.stats["candidates"] == 8 * 5
+
+
+def drawing(rows: int = 4) -> Any:
+    def draw(split: Any = 0, rows: int = rows) -> tuple[Tensor, Tensor]:
+        first = 10 if split == "b" else 50
+        drawn = torch.randint(first, first + 20, (rows, T + 1))
+        return drawn[:, :-1], drawn[:, 1:]
+
+    return draw
+
+
+def test_other_arguments_are_another_pool():
+    get_batch = sift_calls(drawing(), model=FAMILIES["nanogpt"].model(), warmup_steps=0)
+    for split in "abbabaab":
+        x, y = get_batch(split)
+        assert len(x) == len(y) == 4 and bool((x >= 50).all()) is (split == "a")
+
+
+def test_eval_mode_passes_through_and_counts_nothing():
+    model, drawn = FAMILIES["nanogpt"].model(), []
+    original = drawing()
+    get_batch = sift_calls(lambda s: drawn.append(s) or original(s), model=model, warmup_steps=1)
+    get_batch("a")
+    model.eval()
+    before = get_batch.state_dict()
+    for _ in range(3):
+        get_batch("b")
+    assert get_batch.state_dict() == before and drawn == list("abbb")
+    model.train()
+    get_batch("a")
+    assert drawn == list("abbbaa") and get_batch.stats["steps"] == 2
+
+
+def test_an_error_of_the_function_leaves_it_usable():
+    model, fails = FAMILIES["nanogpt"].model(), [False, True, False, False]
+    original = drawing()
+
+    def draw() -> Any:
+        if fails and fails.pop(0):
+            raise OSError("the disk is gone")
+        return original()
+
+    get_batch = sift_calls(draw, model=model, warmup_steps=0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        get_batch()
+    assert len(get_batch()[0]) == 4 and get_batch.stats["steps"] == 1
+
+
+# What would not sift says so.
+
+
+def test_what_draws_the_same_again_is_told():
+    fixed = drawing()()
+    get_batch = sift_calls(lambda i: fixed, model=FAMILIES["nanogpt"].model(), warmup_steps=0)
+    with pytest.warns(UserWarning, match="same batch twice for the same arguments"):
+        get_batch(0)
+    get_batch(1)  # once is enough
+
+
+def test_a_model_that_never_trains_is_told():
+    get_batch = sift_calls(drawing(), model=FAMILIES["nanogpt"].model().eval())
+    with pytest.warns(UserWarning, match="none was sifted, because the model is in eval mode"):
+        for _ in range(100):
+            get_batch()
+    trained = sift_calls(drawing(), model=(model := FAMILIES["nanogpt"].model()))
+    trained()
+    model.eval()
+    for _ in range(100):  # an evaluation is no reason to warn
+        trained()
+
+
+def test_draws_of_another_size_are_refused():
+    get_batch = sift_calls(drawing(), model=FAMILIES["nanogpt"].model(), warmup_steps=0)
+    get_batch("a")
+    with pytest.raises(ValueError, match=r"draw\(\) drew 6 rows, and 4 before"):
+        get_batch("b", rows=6)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "error", "text"),
+    [
+        (buffered(), {}, TypeError, "takes a function that draws a batch, got generator"),
+        ([], {}, TypeError, r"for an iterable of batches use SiftingDataLoader.wrap"),
+        (nn.Identity, {}, TypeError, "got type"),
+        (drawing(), {"keep": 0.4}, ValueError, "keep must be 1, 1/2, 1/3 or so"),
+        (drawing(), {"keep": {0: 0.5, 9: 0.75}}, ValueError, "called 1 / keep times: got 0.75"),
+        (drawing(), {"warmup": 3}, TypeError, "warmup"),
+        (sift_calls(drawing(), model=nn.Identity), {}, ValueError, "sifted already"),
+    ],
+)
+def test_wrong_arguments_of_sift_calls_fail_at_once(given, options, error, text):
+    with pytest.raises(error, match=text):
+        sift_calls(given, model=lambda: nn.Identity(), **options)
