@@ -63,7 +63,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(shards: Path, out: Path, *more: str) -> Any:
     out.mkdir(parents=True, exist_ok=True)
     least = ("--steps=8", "--batch-size=4", "--final-samples=8", "--workers=1", "--preset=cpu")
-    return compare.parse([f"--shards={shards}", f"--out={out}", *least, *more])
+    return compare.parse([f"--shards={shards}", f"--out={out}", *least, "--threads=1", *more])
 
 
 @pytest.fixture

@@ -15,6 +15,21 @@ from pathlib import Path
 
 import pytest
 from effort import examples
+from engine_tasks import (
+    CountedJob,
+    dying,
+    environment,
+    failing,
+    finishing,
+    large,
+    length,
+    scaled,
+    sleepy,
+    slow_first,
+    undecodable,
+    unpicklable,
+    untransportable,
+)
 from hypothesis import given, strategies as st
 
 from siftloader.engines import ONE_THREAD, WorkerTraceback, run_here, run_processes
@@ -23,108 +38,6 @@ from siftloader.errors import CorpusError, CorruptShard
 
 TESTS = Path(__file__).parent
 SOON = 10.0  # seconds: "at once", on a busy machine
-
-
-# ---- what the workers run: they import this file
-
-
-def scaled(job: int, task: int) -> int:
-    return job * task
-
-
-def slow_first(job: float, task: int) -> int:
-    time.sleep(job if task == 0 else 0)
-    return task
-
-
-def slow_but_first(job: float, task: int) -> int:
-    time.sleep(job if task else 0)
-    return task
-
-
-def sleepy(job: float, task: int) -> int:
-    time.sleep(job)
-    return os.getpid()
-
-
-def failing(job: dict[int, float], task: int) -> int:
-    # job: the tasks that fail, and after how many seconds.
-    if task in job:
-        time.sleep(job[task])
-        raise CorruptShard(f"task {task}")
-    return task
-
-
-class TwoArguments(Exception):
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} and {second}")
-
-
-def untransportable(job: object, task: int) -> int:
-    raise TwoArguments("this", "that")
-
-
-def unpicklable(job: object, task: int) -> object:
-    return lambda: task
-
-
-def undecodable(job: object, task: bytes) -> str:
-    return task.decode()
-
-
-def finishing(job: str, task: int) -> int:
-    # Task 0 fails as soon as task 1 has begun; the others take a while and leave a file.
-    Path(job, f"begun-{task}").touch()
-    if task == 0:
-        while not Path(job, "begun-1").exists():
-            time.sleep(0.01)
-        raise CorpusError("task 0")
-    time.sleep(0.5)
-    Path(job, f"done-{task}").touch()
-    return task
-
-
-def eavesdropping(job: object, task: int) -> str:
-    return sys.stdin.read()
-
-
-def environment(job: object, task: str) -> tuple[str | None, bool, bool]:
-    return (
-        os.environ.get(task),
-        "numpy" in sys.modules,
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
-    )
-
-
-def large(job: bytes, task: bytes) -> bytes:
-    return task + job
-
-
-def dying(job: int, task: int) -> int:
-    if task == 3:
-        os.kill(os.getpid(), job)
-    time.sleep(0.01)
-    return task
-
-
-class CountedJob:
-    """Writes a line each time it is unpickled."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        self.filling = b"x" * 3_000_000
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        with self.log.open("a") as log:
-            log.write(f"{os.getpid()}\n")
-
-
-def length(job: CountedJob, task: int) -> int:
-    return len(job.filling) + task
 
 
 # ---- helpers
@@ -385,7 +298,7 @@ def test_tasks_do_not_wait_behind_one_another_while_workers_start():
 
 def test_workers_do_not_read_what_is_meant_for_the_caller(tmp_path, started):
     body = """
-        from test_engines import eavesdropping
+        from engine_tasks import eavesdropping
         from siftloader.engines import run_processes
         print(list(run_processes(eavesdropping, None, [1], 1)), sys.stdin.read())
     """
@@ -408,7 +321,7 @@ def test_a_function_of_the_main_script_is_refused(tmp_path, started):
 
 
 BODY = """
-    from test_engines import scaled
+    from engine_tasks import scaled
     from siftloader.engines import run_processes
     print(list(run_processes(scaled, 10, range(4), 2)))
 """
@@ -464,7 +377,7 @@ def test_forgotten_results_end_the_workers(there):
 
 ENDLESS = """
     import os, time
-    from test_engines import sleepy
+    from engine_tasks import sleepy
     from siftloader.engines import run_processes
     results = run_processes(sleepy, {sleep}, range(10_000), 2)
     pids = set()
@@ -484,7 +397,7 @@ def endless(folder: Path, then: str, sleep: float = 0.2) -> Path:
 def test_a_killed_caller_leaves_nobody(tmp_path, started, sleep):
     body = f"""
         import time
-        from test_engines import slow_but_first
+        from engine_tasks import slow_but_first
         from siftloader.engines import run_processes
         results = run_processes(slow_but_first, {sleep}, range(1000), 2)
         print(next(results), flush=True)
@@ -492,8 +405,8 @@ def test_a_killed_caller_leaves_nobody(tmp_path, started, sleep):
     """
     caller = started(script(tmp_path, body))
     assert caller.stdout.readline() == "0\n"
+    time.sleep(0.6)  # both are at work
     workers = children(caller.pid)
-    time.sleep(1.5)
     assert len(workers) == 2
     assert all(map(alive, workers))
     caller.kill()
@@ -516,7 +429,7 @@ def test_an_interrupt_is_for_the_caller_alone(tmp_path, started):
 @pytest.mark.parametrize("after", [0.0, 0.02, 0.05, 0.1, 0.2])
 def test_an_interrupt_while_workers_start_is_for_the_caller_alone(tmp_path, started, after):
     body = """
-        from test_engines import sleepy
+        from engine_tasks import sleepy
         from siftloader.engines import run_processes
         print("go", flush=True)
         list(run_processes(sleepy, 0.1, range(10_000), 2))

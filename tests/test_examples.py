@@ -192,12 +192,10 @@ def test_an_evaluation_is_the_mean_over_the_first_samples(
 
 @pytest.mark.parametrize("sift", ARMS)
 @pytest.mark.parametrize("objective", ["mlm-nsp", "clm"])
-@pytest.mark.parametrize("killed_at", [5, 10, 13])
 def test_a_killed_run_resumes_as_if_never_interrupted(
     folders: dict[str, Path],
     sift: str,
     objective: str,
-    killed_at: int,
     tmp_path: Path,
     small: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -205,36 +203,39 @@ def test_a_killed_run_resumes_as_if_never_interrupted(
     # 42 samples: ten plain batches of four and two samples over, five sifted ones
     main = pretrain_gpt.main if objective == "clm" else pretrain_bert.main
     arguments = [f"--shards={folders[objective]}", f"--sift={sift}", *SHORT, *SIFTED, "--steps=15"]
-    assert_resumes_exactly(main, arguments, killed_at, tmp_path, monkeypatch)
+    assert_resumes_exactly(main, arguments, [5, 10, 13], tmp_path, monkeypatch)
 
 
 def test_a_run_in_bf16_resumes_as_if_never_interrupted(
     folders: dict[str, Path], tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [f"--shards={folders['mlm']}", "--sift=loss", *SHORT, *SIFTED, "--precision=bf16"]
-    assert_resumes_exactly(pretrain_bert.main, arguments, 5, tmp_path, monkeypatch)
+    assert_resumes_exactly(pretrain_bert.main, arguments, [5], tmp_path, monkeypatch)
 
 
 def assert_resumes_exactly(
     main: Callable[[list[str]], None],
     arguments: list[str],
-    killed_at: int,
+    killed_at: list[int],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def run(name: str) -> None:
-        files = [f"--checkpoint={folder / name}.pt", f"--log={folder / name}.jsonl"]
-        main([*arguments, *files, f"--checkpoint-every={killed_at}", "--continue"])
+    """One run never stopped, and one killed at each of these steps, are the same run."""
 
-    run("straight")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pretrain_bert.Checkpoint, "save", save_and_die)
-        run("killed")
-    assert load(folder / "killed.pt")["step"] == killed_at
-    run("killed")
+    def run(name: str, save_at: int) -> None:
+        files = [f"--checkpoint={folder / name}.pt", f"--log={folder / name}.jsonl"]
+        main([*arguments, *files, f"--checkpoint-every={save_at}", "--continue"])
+
+    run("straight", 1000)
+    for step in killed_at:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pretrain_bert.Checkpoint, "save", save_and_die)
+            run("killed", step)
+        assert load(folder / "killed.pt")["step"] == step
+    run("killed", 1000)
     assert_same_runs(folder)
     before = (folder / "killed.jsonl").read_bytes()
-    run("killed")  # it is done
+    run("killed", 1000)  # it is done
     assert (folder / "killed.jsonl").read_bytes() == before
 
 
