@@ -10,5 +10,8 @@ from hypothesis import settings
 FACTOR = int(os.environ.get("SIFTLOADER_EXAMPLES", "1"))
 
 
-def examples(count: int) -> settings:
+def examples(count: int, large: int | None = None) -> settings:
+    """``count`` of them in `make test`; in `make test-all` ten times as many, or ten times ``large``."""
+    if FACTOR > 1 and large is not None:
+        count = large
     return settings(max_examples=count * FACTOR, deadline=None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from test_examples import (
     SHORT,
     SIFTED,
@@ -76,7 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     letters(folder / "shards", "mlm-nsp")
     ports = [free_port() for _ in range(3)]
-    mp.spawn(train_thrice, (ports, str(folder / "shards"), folder), nprocs=2)
+    on_ranks(train_thrice, ports, str(folder / "shards"), folder)
     return folder
 
 

@@ -412,7 +412,7 @@ def test_any_number_of_restarts_changes_nothing(kind, cuts):
 
 
 @given(cuts=st.lists(st.integers(0, 9), max_size=4))
-@examples(4)  # each starts workers several times
+@examples(4, large=12)  # each starts workers several times
 def test_any_number_of_restarts_changes_nothing_with_workers(cuts):
     restart_at("workers", cuts)
 
@@ -462,7 +462,7 @@ def test_a_restart_skips_indices_and_fetches_nothing_for_them():
 
 
 @given(cuts=st.lists(st.integers(0, 12), max_size=5))
-@examples(8)
+@examples(8, large=15)
 def test_any_number_of_restarts_changes_nothing_with_shards(cuts):
     model = classifier()
 

@@ -373,7 +373,7 @@ def damages(size: int):
     return st.one_of(flip, flip, flip, cut, more, hole, lost)
 
 
-@examples(600)
+@examples(150, large=600)
 @given(data=st.data())
 def test_damage_anywhere_is_found_before_a_wrong_sample_is_read(finished, data):
     """Law 8. In the JSON files a change of form, white space say, may pass: it means the same."""
@@ -411,7 +411,7 @@ def complaint(folder: Path) -> ShardError | None:
     return None
 
 
-@examples(400)
+@examples(120, large=400)
 @given(data=st.data(), xor=st.integers(1, 255), by_verify=st.booleans())
 def test_a_changed_byte_is_named(finished, data, xor, by_verify):
     """In a tar: sample, byte, what was written and what is found. In any other file: the file."""
@@ -470,7 +470,7 @@ def test_a_single_byte_is_found_by_its_crc_alone(data, at, xor):
     assert single_byte(len(data) - at - 1, difference) is None, "too short to hold it"
 
 
-@examples(200)
+@examples(70, large=200)
 @given(data=st.data(), written=st.binary(min_size=1, max_size=2_500), hole=st.booleans())
 def test_damage_of_many_bytes_is_named_by_its_first_sample_and_a_range(
     finished, data, written, hole
@@ -501,7 +501,7 @@ def test_damage_of_many_bytes_is_named_by_its_first_sample_and_a_range(
     assert error.byte == low <= first <= high < (first // stride + 1) * stride
 
 
-@examples(100)
+@examples(60, large=100)
 @given(data=st.data())
 def test_a_shard_of_another_length_is_named_with_where_it_ends(finished, data):
     path = finished / "train-000000.tar"

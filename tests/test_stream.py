@@ -663,8 +663,14 @@ def test_torch_dataloader_reads_an_epoch_whatever_its_workers(make, workers):
             assert found == straight
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cut", [1, 5, 10, 11])
+@pytest.mark.parametrize(
+    ("workers", "cut"),
+    [
+        *((0, cut) for cut in (1, 5, 10, 11)),
+        *(pytest.param(2, cut, marks=pytest.mark.slow) for cut in (1, 11)),
+        *((2, cut) for cut in (5, 10)),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 def test_stateful_dataloader_resumes_exactly(make, workers, cut):
     torchdata = pytest.importorskip("torchdata.stateful_dataloader")
