@@ -57,7 +57,7 @@ class Agreement:
     """
 
     def __init__(self, process_group: Any = None) -> None:
-        self._given = process_group
+        self.process_group = process_group
         self._own: Any = None
         self._home: Any = None  # the default group when that was made
 
@@ -65,12 +65,12 @@ class Agreement:
     def ranks(self) -> int:
         """How many must agree."""
         running = dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self._given) if running else 1
+        return dist.get_world_size(self.process_group) if running else 1
 
     @property
     def rank(self) -> int:
         """This one among them."""
-        return dist.get_rank(self._given) if self.ranks > 1 else 0
+        return dist.get_rank(self.process_group) if self.ranks > 1 else 0
 
     def step(self, doing: Doing, step: int, settings: int) -> bool:
         """Whether there is a batch at this step; RanksDisagree, on all ranks, where they do different things.
@@ -134,7 +134,7 @@ class Agreement:
     def _group(self) -> Any:
         home = dist.group.WORLD
         if self._own is None or self._home is not home:
-            ranks = None if self._given is None else dist.get_process_group_ranks(self._given)
+            ranks = None if self.process_group is None else dist.get_process_group_ranks(self.process_group)
             self._own = dist.new_group(
                 ranks, backend="gloo", use_local_synchronization=ranks is not None
             )

@@ -105,6 +105,47 @@ def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return _map(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 
 
+def tensor_fields(batch: Batch) -> list[Tensor]:
+    """The fields of a batch, all of them tensors; BatchError where one is a list or an array."""
+    count = rows(batch)
+    fields = [leaf for leaf in leaves(batch, count) if _is_field(leaf, count)]
+    for each in fields:
+        if not isinstance(each, Tensor):
+            raise BatchError(
+                f"a field of the batch is a {type(each).__name__} with one entry per sample; only tensors "
+                f"move between ranks: leave it out, or number what it says"
+            )
+    return fields
+
+
+def replaced(batch: Batch, fields: Sequence[Tensor]) -> Batch:
+    """The batch with these tensors in the place of its ``tensor_fields``."""
+    count, new = rows(batch), iter(fields)
+    return _map(batch, lambda leaf: next(new) if _is_field(leaf, count) else leaf, count)
+
+
+def stretched(
+    batch: Batch, shapes: Sequence[Sequence[int]], pad_id: int, label: str, ignored: int
+) -> Batch:
+    """The batch with its ``tensor_fields`` padded to these shapes of a row, as ``merge`` pads them.
+
+    Only a batch that ``has_mask`` may be.
+    """
+    count = rows(batch)
+    named = zip(_names(batch, count), leaves(batch, count), strict=True)
+    names = [name for name, leaf in named if _is_field(leaf, count)]
+    padded = [
+        _pad(tensor, shape, _padding(name, pad_id, label, ignored))
+        for name, tensor, shape in zip(names, tensor_fields(batch), shapes, strict=True)
+    ]
+    return replaced(batch, padded)
+
+
+def has_mask(batch: Batch) -> bool:
+    """Whether padding can be told from text."""
+    return isinstance(batch, Mapping) and "attention_mask" in batch
+
+
 def merge(
     batches: Sequence[Batch], pad_id: int = 0, label: str = "labels", ignored: int = IGNORED
 ) -> Batch:
@@ -126,7 +167,7 @@ def merge(
             f"needs the same fields in the same order"
         )
     flat = [list(leaves(batch, count)) for batch, count in zip(batches, counts, strict=True)]
-    masked = isinstance(batches[0], Mapping) and "attention_mask" in batches[0]
+    masked = has_mask(batches[0])
     merged = iter(
         [
             _concatenate(
@@ -178,7 +219,7 @@ def _concatenate(
     return torch.cat(column)
 
 
-def _pad(tensor: Tensor, shape: list[int], value: int) -> Tensor:
+def _pad(tensor: Tensor, shape: Sequence[int], value: int) -> Tensor:
     # torch pads from the last dimension backwards: (0, missing) for each
     missing = [
         amount

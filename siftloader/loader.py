@@ -25,17 +25,19 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from siftloader.accelerated import (
+    Prepared,
     accumulates,
     announce,
     asking,
     begun_by,
+    is_prepared,
     leave,
     save_with,
 )
-from siftloader.agreement import Agreement, Doing, number_of
+from siftloader.agreement import Doing, number_of
 from siftloader.batches import (
     IGNORED,
     Batch,
@@ -43,7 +45,6 @@ from siftloader.batches import (
     leaves,
     move,
     rows,
-    select,
 )
 from siftloader.candidates import (
     Cursor,
@@ -106,6 +107,16 @@ class _Finished(IterableDataset[Batch]):
     def __len__(self) -> int:
         """Samples handed out per epoch."""
         return self._owner.epoch().samples
+
+
+class _EpochTold(Sampler[None]):
+    """What ``loader.sampler`` is for: loops that tell it the epoch, meant for the sampler inside."""
+
+    def __init__(self, told: Callable[[int], None]) -> None:
+        self.set_epoch = told
+
+    def __iter__(self) -> Iterator[None]:
+        return repeat(None)
 
 
 @final
@@ -196,8 +207,8 @@ class SiftingDataLoader(DataLoader[Any]):
             score_fn=score_fn,
             shift_labels=shift_labels,
             autocast=autocast,
+            process_group=process_group,
         )
-        self._agreement = Agreement(process_group)
         for share in self._schedule.shares:
             if share < 1:
                 check_share(self._sifter.selection, share)
@@ -231,7 +242,9 @@ class SiftingDataLoader(DataLoader[Any]):
         if isinstance(model, nn.Module):
             self._check_vocabulary()
         self._joined = False  # whether an Accelerator prepared this loader
-        self._hosts: weakref.WeakSet[Any] = weakref.WeakSet()  # they save the state
+        self._hosts: weakref.WeakSet[Any] = (
+            weakref.WeakSet()
+        )  # they save the state
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
@@ -241,6 +254,8 @@ class SiftingDataLoader(DataLoader[Any]):
         super().__init__(
             _Finished(self), batch_size=None, generator=torch.Generator(), collate_fn=_unchanged
         )
+        self.__dict__["sampler"] = _EpochTold(self._tell)  # torch lets nobody set it
+        self._built = True
 
     @classmethod
     def wrap(
@@ -388,6 +403,32 @@ class SiftingDataLoader(DataLoader[Any]):
     def _is_accelerate_prepared(self, value: bool) -> None:
         pass  # accelerate marks what it prepared; nobody else can
 
+    def __getattr__(self, name: str) -> Any:
+        # Asked for what this object lacks: what the loop knows of its own loader (cramming's epoch_counter).
+        if not self._is_of_inner(name):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
+        return getattr(self._extras, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # And set there where it is read there (timm's mixup_enabled).
+        if name not in self.__dict__ and self._is_of_inner(name):
+            setattr(self._extras, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_inner(self, name: str) -> bool:
+        # Figures and flags, not methods: those would move it under our feet.
+        if name.startswith("_") or hasattr(type(self), name) or self._extras is None:
+            return False
+        found = getattr(self._extras, name, _END)
+        return found is not _END and not callable(found)
+
+    @property
+    def _extras(self) -> Any:
+        # The inner loader, if the loop may know it. Accelerate, which asks what it made, must not find it here.
+        loader = getattr(self._source, "loader", None) if "_built" in self.__dict__ else None
+        return None if isinstance(loader, Prepared) or is_prepared(loader) else loader
+
     def __len__(self) -> int:
         """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
         return self.epoch().batches
@@ -446,6 +487,9 @@ class SiftingDataLoader(DataLoader[Any]):
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
         if self._begun or epoch != self._epoch:
             self._epoch, self._cursor, self._begun = epoch, {}, False
+        self._tell(epoch)
+
+    def _tell(self, epoch: int) -> None:
         self._told_epoch = epoch
         self._source.set_epoch(epoch)
 
@@ -579,7 +623,7 @@ class SiftingDataLoader(DataLoader[Any]):
             raise
         except BaseException:
             if self._asks:
-                self._agreement.failed()
+                self._sifter.agreement.failed()
             raise
         if found is None:
             return None
@@ -647,7 +691,7 @@ class SiftingDataLoader(DataLoader[Any]):
         # evaluate on the first rank alone.
         self._asks |= training and self._schedule.ever_sifts
         if self._asks:
-            return self._agreement.step(doing, self._step, self._settings)
+            return self._sifter.agreement.step(doing, self._step, self._settings)
         return doing is not Doing.ENDS
 
     def _end_with_others(self, held: deque[Drawn]) -> None:
@@ -682,19 +726,19 @@ class SiftingDataLoader(DataLoader[Any]):
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
             if not self._tested and (
-                taken.ragged or self._agreement.ranks > 1
+                taken.ragged or self._sifter.agreement.ranks > 1
             ):  # they are padded with the mark that it hears
                 self._test(taken.first)
             scorer = self._scorer
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
             labels, fields = taken.labels(scorer.labels_of), taken.fields()
-            won = self._sifter.winners(candidates, labels, keep, fields)
+            won = self._sifter.winners(
+                candidates, labels, keep, fields, scored=lambda: self._agreed(Doing.HANDS_OUT)
+            )
             self._tested = True
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep
-            batch = weighted(select(candidates, won.kept), won.weights, won.kept)
-            self._agreed(Doing.HANDS_OUT)
-            return batch, taken
+            return self._sifter.handed(candidates, won, self._pad_id), taken
         except BaseException:
             # Not handed out, so a restart draws and counts them again, under the same number.
             self._sifter.counts, self._sifter.pools = counts, pools
@@ -754,7 +798,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _report(self, labels: Tensor | None, fields: Mapping[str, Tensor], won: Winners) -> None:
         if self._on_select is None and self._log is None:
             return
-        counts, (index, scores, _) = self._sifter.counts, won
+        counts, (index, scores, *_) = self._sifter.counts, won
         ids, numbered = fields.get("id"), "candidates"
         if ids is None:
             ids = torch.arange(counts.candidates - len(scores), counts.candidates)
@@ -914,20 +958,21 @@ class SiftingDataLoader(DataLoader[Any]):
         self._learned = None
 
     def _check_topology(self, state: Mapping[str, Any]) -> None:
-        ranks = World.detect().ranks
-        keep = _as_json(self._schedule.keep)
-        for name, here in (
-            ("batch_size", self._batch_size),
-            ("keep", keep),
-            ("count", self._count),
-        ):
+        ranks, scope = World.detect().ranks, self._sifter.scope
+        own = {"keep": _as_json(self._schedule.keep), "count": self._count, "scope": scope}
+        own["batch_size"] = self._batch_size
+        # Where all ranks of a stream select together, only the rows of all of them must stay as many.
+        as_one = isinstance(self._source, ShardCandidates) and scope == state["scope"] == "global"
+        if as_one and state["batch_size"] * state["ranks"] == (self._batch_size or 0) * ranks:
+            own.pop("batch_size")
+        for name, here in own.items():
             if here is not None and state[name] not in (None, here):
                 found, wanted = (repr(e).replace("'", '"') for e in (state[name], here))
                 raise StateError(
                     f"the state was saved with {name} {found}, this loader has {wanted}; build "
                     f"it with {name}={found}, or start afresh without the state"
                 )
-        if state["ranks"] == ranks:
+        if state["ranks"] == ranks or "batch_size" not in own:
             return
         if isinstance(self._source, LoaderCandidates):
             raise StateError(

@@ -22,7 +22,8 @@ from siftloader.errors import ScoringError
 class Pool:
     """What criteria and selections may look at, beside predictions and scores.
 
-    ``number`` counts the pools scored before this one on this ``rank``. ``fields`` [P] are known of the
+    ``number`` counts the pools scored before this one on this ``rank``, one of ``ranks`` whose pools are selected
+    from together (1: each selects from its own). ``fields`` [P] are known of the
     rows without being part of the batch: ``id`` and ``source`` where the candidates come from shards.
     """
 
@@ -30,6 +31,7 @@ class Pool:
     number: int = 0
     rank: int = 0
     fields: Mapping[str, Tensor] = field(default_factory=dict)
+    ranks: int = 1
 
     def field(self, name: str) -> Tensor:
         """One value per candidate, [P]; ScoringError where neither the loader nor the batch has it."""
@@ -49,13 +51,16 @@ class Pool:
     def part(self, first: int, last: int) -> Pool:
         """The rows ``first`` to ``last`` alone."""
         fields = {name: values[first:last] for name, values in self.fields.items()}
-        return Pool(cut(self.batch, first, last), self.number, self.rank, fields)
+        return Pool(cut(self.batch, first, last), self.number, self.rank, fields, self.ranks)
 
     def uniform(self, seed: int, samples: int) -> Tensor:
-        """[P] float64 on the host, in (0, 1): a function of (seed, rank, number) alone."""
-        key = np.random.SeedSequence((seed, self.rank, self.number)).generate_state(1, np.uint64)[
-            0
-        ]
-        generator = torch.Generator().manual_seed(int(key >> np.uint64(1)))
-        drawn = torch.rand(samples, generator=generator, dtype=torch.float64)
+        """[P] float64 on the host, in (0, 1): a function of (seed, rank, number) alone.
+
+        Where ranks select together: what one rank would draw for the candidates of all of them.
+        """
+        rank, first = (self.rank, 0) if self.ranks == 1 else (0, self.rank)
+        keys = np.random.SeedSequence((seed, rank, self.number)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(keys[0] >> np.uint64(1)))
+        drawn = torch.rand(samples * self.ranks, generator=generator, dtype=torch.float64)
+        drawn = drawn[first :: self.ranks]
         return drawn.clamp_min(2.0**-53)  # a logarithm may follow

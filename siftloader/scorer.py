@@ -30,7 +30,7 @@ from siftloader.pool import Pool
 from siftloader.precision import Precision
 from siftloader.predictions import Predictions
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
-from siftloader.sharded import agreed, check_alike, replica_groups
+from siftloader.sharded import agreed, check_alike, data_rank, replica_groups
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
 from siftloader.targets import Positions, Targets, check_soft, to_device
@@ -129,7 +129,7 @@ class Scorer:
 
     def digests(self) -> dict[str, str]:
         """What was learned beside the model, by name: the sha256 of each, for a state to refer to."""
-        named: dict[str, Any] = {f"criterion {n}": e for n, e in enumerate(_terms(self.criterion))}
+        named: dict[str, Any] = {f"criterion {n}": e for n, e in enumerate(terms(self.criterion))}
         named["exit_head"] = self.exit_head
         return {name: each.digest() for name, each in named.items() if hasattr(each, "digest")}
 
@@ -193,8 +193,8 @@ class Scorer:
         With ``learn`` the exit head, if there is one, is trained on them, after it scored them.
         """
         device, samples = self.device, rows(pool.batch)
-        if self._replica_groups() and not self._alike:
-            check_alike(pool.batch, self._replica_groups(), device)
+        if self.replica_groups and not self._alike:
+            check_alike(pool.batch, self.replica_groups, device)
             self._alike = True
         # Within it the ranks need nothing of each other, however much each has to run.
         with torch.no_grad(), self.precision.context(device), self._opened():
@@ -214,9 +214,16 @@ class Scorer:
 
     def agreed(self, values: Tensor) -> Tensor:
         """``values``, on the model's device, of the first of the ranks that hold one replica together."""
-        return agreed(values, self._replica_groups())
+        return agreed(values, self.replica_groups)
 
-    def _replica_groups(self) -> list[Any]:
+    @property
+    def data_rank(self) -> int:
+        """This rank, or the first of those that hold one replica together: they are handed the same data."""
+        return data_rank(self.replica_groups)
+
+    @property
+    def replica_groups(self) -> list[Any]:
+        """Process groups of the ranks that hold one replica together (tensor parallel); none is the rule."""
         model = self.model
         if self._replica is None or self._replica[0] is not model:
             self._replica = model, replica_groups(model)
@@ -435,9 +442,10 @@ def _nothing(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
     return iter(())
 
 
-def _terms(criterion: ScoreOf) -> Iterator[ScoreOf]:
+def terms(criterion: ScoreOf) -> Iterator[ScoreOf]:
+    """The criteria that a weighted sum is made of, or the one that it is."""
     if isinstance(criterion, Weighted):
         for _, each in criterion.terms:
-            yield from _terms(each)
+            yield from terms(each)
     else:
         yield criterion

@@ -9,31 +9,39 @@ Letters: b rows kept, P candidates, T positions of a row, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from siftloader.agreement import Agreement
 from siftloader.batches import Batch, move, rows, select
+from siftloader.exchange import Deal, deal_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
 from siftloader.pool import Pool
+from siftloader.predicted import Predicted
 from siftloader.schedule import check_keep, whole
-from siftloader.scorer import Model, ScoreFunction, Scorer
+from siftloader.scorer import Model, ScoreFunction, Scorer, terms
 from siftloader.scores import Random, ScoreOf
 from siftloader.selection import Selection, TopK, check_share, samples, weights
 from siftloader.stats import Stats
-from siftloader.targets import Positions
+from siftloader.targets import Positions, to_device
 from siftloader.world import World
 
 
 class Winners(NamedTuple):
-    """Of a pool: the indices of the kept [b], rising; scores [P]; weights [P] if they are wanted."""
+    """Of a pool: the indices of those that won, rising; scores [P]; weights if they are wanted.
+
+    With ``scope="rank"`` b of them, and weights [P]; with "global" any number, of which some go to other ranks as
+    the deal says, and weights [b] of what is handed out.
+    """
 
     kept: Tensor
     scores: Tensor
     weights: Tensor | None
+    deal: Deal | None = None
 
 
 class Sifter:
@@ -56,6 +64,9 @@ class Sifter:
     whose own head does not fit their middle. ``sift_weight`` adds that field [b] to the batch: with it
     the weighted mean over the kept estimates the mean over all candidates, unbiased.
 
+    ``scope="global"`` selects from the pools of all ranks of ``process_group`` (all ranks) together, as one rank
+    would that drew them all, and moves winners until each has as many; the scores of a step then come to the host.
+
     Labels of -100 are not predicted. Rows without labels and rows whose score is not finite score
     ``-inf``, so they rank last. Nothing of the model is touched: no parameter, buffer, flag, hook or
     random stream. (Paper, section 7.)
@@ -77,6 +88,7 @@ class Sifter:
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
         autocast: torch.dtype | None = None,
+        process_group: Any = None,
     ) -> None:
         check_keep(keep)
         if isinstance(keep, Mapping):
@@ -96,7 +108,13 @@ class Sifter:
         )
         if scope not in ("rank", "global"):
             raise ValueError(f'scope must be "rank" or "global", got {scope!r}')
-        self.keep, self.scope = keep, scope
+        learns = any(isinstance(each, Predicted) for each in terms(self.scorer.criterion))
+        if scope == "global" and (exit_head is not None or learns):
+            raise ValueError(
+                'scope="global" compares scores of all ranks, but exit_head and Predicted learn on every rank by '
+                'itself; use scope="rank", or a criterion that does not learn'
+            )
+        self.keep, self.scope, self.agreement = keep, scope, Agreement(process_group)
         self.selection = selection or TopK()
         if keep < 1:
             check_share(self.selection, keep)
@@ -129,8 +147,7 @@ class Sifter:
             )
         labels = self.scorer.labels_of(candidates)
         candidates = move(candidates, self.scorer.device)
-        won = self.winners(candidates, labels, keep)
-        return weighted(select(candidates, won.kept), won.weights, won.kept)
+        return self.handed(candidates, self.winners(candidates, labels, keep))
 
     def score(self, candidates: Batch) -> Tensor:
         """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
@@ -139,6 +156,9 @@ class Sifter:
 
     def pool(self, candidates: Batch, fields: Mapping[str, Tensor] | None = None) -> Pool:
         """Candidates on the model's device as the next pool, with what else is known of them, [P]."""
+        if self._is_global:
+            agreement = self.agreement
+            return Pool(candidates, self.pools, agreement.rank, fields or {}, agreement.ranks)
         return Pool(candidates, self.pools, World.detect().rank, fields or {})
 
     def winners(
@@ -147,16 +167,38 @@ class Sifter:
         labels: Tensor | None,
         keep: int,
         fields: Mapping[str, Tensor] | None = None,
+        scored: Callable[[], object] = lambda: None,
     ) -> Winners:
-        """Which rows of ``candidates``, on the model's device, are kept; counted."""
-        pool = self.pool(candidates, fields)
+        """Which rows of ``candidates``, on the model's device, are kept; counted.
+
+        ``scored`` is called between scoring and selecting.
+        """
+        pool, deal = self.pool(candidates, fields), None
         with self.counts.timing(self.scorer.device):
             scores, nonfinite, unlabelled = self.scorer.score(pool, labels, learn=True)
-            kept = self.selection(scores, keep, pool)
-            found = self._weights_of(scores, keep, pool) if self.weighs else None
+            scored()
+            weigh = self._weights_of if self.weighs else None
+            if self._is_global:
+                deal = deal_of(self.agreement, scores, keep, self.selection, pool, weigh)
+                kept = to_device(deal.kept, scores.device)
+                found = None if deal.weights is None else to_device(deal.weights, scores.device)
+            else:
+                kept = self.selection(scores, keep, pool)
+                found = None if weigh is None else weigh(scores, keep, pool)
         self.pools += 1
         self.counts.count_pool(scores, kept, nonfinite, unlabelled)
-        return Winners(kept, scores, found)
+        return Winners(kept, scores, found, deal)
+
+    def handed(self, candidates: Batch, won: Winners, pad_id: int = 0) -> Batch:
+        """The batch that these winners make; with ``scope="global"`` all ranks must call it."""
+        if won.deal is None:
+            return weighted(select(candidates, won.kept), won.weights, won.kept)
+        batch = won.deal.handed(candidates, pad_id, self.scorer.label_name, self.scorer.ignored)
+        return weighted(batch, won.weights, None)
+
+    @property
+    def _is_global(self) -> bool:
+        return self.scope == "global" and self.agreement.ranks > 1
 
     @property
     def _is_random(self) -> bool:
