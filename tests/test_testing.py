@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from effort import FACTOR
 from models import classifier
 from test_loader import DEMO, Rows, make, planted
 from test_tars import numbered as tars
