@@ -15,8 +15,16 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCAB
+from models import classifier
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from siftloader import EarlyExit, ScoringError, Sifter, SiftingDataLoader
 from siftloader.integrations import sift_calls
@@ -394,3 +402,424 @@ def test_draws_of_another_size_are_refused():
 def test_wrong_arguments_of_sift_calls_fail_at_once(given, options, error, text):
     with pytest.raises(error, match=text):
         sift_calls(given, model=lambda: nn.Identity(), **options)
+
+
+class ByHand:
+    """Two batches of ``size`` rows drawn, the better half handed out: ``SiftingDataLoader`` in its simplest words."""
+
+    def __init__(
+        self, inner: Any, model: nn.Module, score: Any, size: int, warmup: int = 0
+    ) -> None:
+        self.inner, self.model, self.score, self.size = inner, model, score, size
+        self.handed, self.warmup = 0, warmup
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        held: list[list[Tensor]] = []
+        for batch in self.inner:
+            held.append([each.clone() for each in batch])
+            plain = self.handed < self.warmup
+            if plain or sum(len(each[0]) for each in held) == 2 * self.size:
+                yield held.pop() if plain else self._best(held)
+                held, self.handed = [], self.handed + 1
+        if sum(len(each[0]) for each in held) >= self.size:
+            yield self._best(held)
+            self.handed += 1
+
+    def _best(self, held: list[list[Tensor]]) -> list[Tensor]:
+        pool = [torch.cat(each) for each in zip(*held, strict=True)]
+        kept = best(self.score(self.model, *pool), self.size)
+        return [each[kept] for each in pool]
+
+
+# PyTorch's quickstart: a model that is no stack of equal layers, `len(dataloader.dataset)`, a test after each epoch.
+
+
+QUICKSTART = """
+def train(dataloader, model, loss_fn, optimizer):
+    size = len(dataloader.dataset)
+    model.train()
+    for batch, (X, y) in enumerate(dataloader):
+        X, y = X.to(device), y.to(device)
+        pred = model(X)
+        loss = loss_fn(pred, y)
+        loss.backward()
+        if (batch + 1) % 3 == 0 or batch + 1 == len(dataloader):
+            optimizer.step()
+            optimizer.zero_grad()
+            updates.append(batch)
+        losses.append(loss.item())
+        told.append(((batch + 1) * len(X), size))
+
+def test(dataloader, model, loss_fn):
+    model.eval()
+    with torch.no_grad():
+        found = [loss_fn(model(X.to(device)), y.to(device)).item() for X, y in dataloader]
+    tests.append((sum(found) / len(dataloader), len(dataloader.dataset)))
+
+told, tests, updates = [], [], []
+train_dataloader = DataLoader(training_data, batch_size=8, shuffle=True)
+test_dataloader = DataLoader(test_data, batch_size=8)
+for epoch in range(2):
+    train(train_dataloader, model, loss_fn, optimizer)
+    test(test_dataloader, model, loss_fn)
+"""
+QUICK_LINE = "train_dataloader = DataLoader(training_data, batch_size=8, shuffle=True)"
+QUICK_SIFTED = (
+    "train_dataloader = SiftingDataLoader(training_data, batch_size=8, shuffle=True, model=model, "
+    "exit_layer=exit_layer, exit_head=exit_head, warmup_steps=0, keep=keep)"
+)
+
+
+def quick(script: str = QUICKSTART, **names: Any) -> dict[str, Any]:
+    torch.manual_seed(3)
+    layers = [nn.Linear(28 * 28, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)]
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(*layers))
+    images, classes = torch.randn(110, 1, 28, 28), torch.randint(10, (110,))
+    defaults = {
+        "training_data": TensorDataset(images[:90], classes[:90]),
+        "test_data": TensorDataset(images[90:], classes[90:]),
+        "device": "cpu",
+        "loss_fn": nn.CrossEntropyLoss(),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "SiftingDataLoader": SiftingDataLoader,
+        "keep": 0.5,
+        "exit_layer": "full",
+        "exit_head": None,
+    }
+    return run(script, torch=torch, DataLoader=DataLoader, model=model, **defaults | names)
+
+
+def loss_of_all(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
+    logits = EarlyExit(model, "full").logits(images)
+    return functional.cross_entropy(logits, classes, reduction="none")
+
+
+def test_the_quickstart_is_sifted_by_one_line():
+    sifted = quick(with_line(QUICKSTART, QUICK_LINE, QUICK_SIFTED))
+    line = (
+        "train_dataloader = by_hand(DataLoader(training_data, batch_size=8, shuffle=True), model)"
+    )
+
+    class Sized(ByHand):
+        dataset = range(48)  # 90 rows: five pools of 16, and a sixth of 10
+
+        def __len__(self) -> int:
+            return 6
+
+    def by_hand(inner: Any, model: nn.Module) -> ByHand:
+        return Sized(inner, model, loss_of_all, 8)
+
+    hand = quick(with_line(QUICKSTART, QUICK_LINE, line), by_hand=by_hand)
+    assert sifted["losses"] == hand["losses"] and sifted["tests"] == hand["tests"]
+    assert sifted["told"] == [((batch + 1) * 8, 48) for batch in range(6)] * 2
+    assert sifted["updates"] == [2, 5] * 2
+    plain = quick()
+    assert plain["losses"][0] != sifted["losses"][0] and plain["updates"] == [2, 5, 8, 11] * 2
+
+
+def test_the_last_partial_step_happens():
+    # 75 rows: five batches, so that the second step of an epoch has two of them.
+    data = quick()["training_data"]
+    few = TensorDataset(*(each[:75] for each in data.tensors))
+    sifted = quick(with_line(QUICKSTART, QUICK_LINE, QUICK_SIFTED), training_data=few)
+    assert sifted["updates"] == [2, 4] * 2 and sifted["told"][-1] == (40, 40)
+
+
+def test_the_quickstart_is_itself_while_nothing_is_sifted():
+    plain, off = quick(), quick(with_line(QUICKSTART, QUICK_LINE, QUICK_SIFTED), keep=1.0)
+    assert off["losses"] == plain["losses"] and off["tests"] == plain["tests"]
+    assert off["told"] == plain["told"]
+
+
+def test_the_quickstart_with_a_head_beside_its_model():
+    line = with_line(QUICKSTART, QUICK_LINE, QUICK_SIFTED)
+    with pytest.raises(ScoringError, match="exit_head"):  # no stack of layers that are alike
+        quick(line, exit_layer=1)
+    found = quick(line, exit_layer="1:2", exit_head="probe")["train_dataloader"].stats
+    assert found["kept"] == 96
+
+
+# cramming: an endless loader that is its own iterator, with a counter; an engine that owns autocast and steps.
+
+
+CRAMMING = """
+for step, batch in enumerate(loader, 1):
+    loss = engine.step({name: batch[name] for name in ("input_ids", "labels")})
+    losses.append(loss.item())
+    epochs.append(loader.epoch_counter)
+    if step == steps:
+        break
+"""
+
+
+class Endless(DataLoader[Any]):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.batches, self.epoch_counter = super().__iter__(), 0
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        if (batch := next(self.batches, None)) is None:
+            self.batches, self.epoch_counter = super().__iter__(), self.epoch_counter + 1
+            batch = next(self.batches)
+        return batch
+
+
+class Engine(nn.Module):
+    def __init__(self, model: nn.Module, bf16: bool) -> None:
+        super().__init__()
+        self.model, self.bf16, self.steps = torch.compile(model, backend="eager"), bf16, 0
+        self.optimizer = torch.optim.SGD(model.parameters(), 0.05)
+
+    def step(self, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss = self.model(**batch)["loss"]
+        (loss / 3).backward()
+        self.steps += 1
+        if self.steps % 3 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def cramming(sifted: str = "loader", bf16: bool = True, **names: Any) -> dict[str, Any]:
+    torch.manual_seed(4)
+    ids = torch.randint(5, VOCAB, (30, T))
+    hidden = torch.rand(ids.shape) < 0.2
+    fields = {"input_ids": ids.masked_fill(hidden, 4), "labels": ids.masked_fill(~hidden, -100)}
+    data = [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+    loader = Endless(data, sampler=RandomSampler(data), batch_size=4, drop_last=True)
+    engine = Engine(FAMILIES["cramming"].model(), bf16).train()
+    given = {"engine": engine, "epochs": [], "steps": 12, "loader": loader}
+    given["SiftingDataLoader"] = SiftingDataLoader
+    return run(f"loader = {sifted}\n{CRAMMING}", **given, **names)
+
+
+def test_an_endless_loader_with_a_counter_is_sifted_by_one_line():
+    torch._dynamo.reset()
+    line = "SiftingDataLoader.wrap(loader, model=lambda: engine.model, warmup_steps=2)"
+    sifted = cramming(line)
+
+    class Cramming(ByHand):
+        @property
+        def epoch_counter(self) -> int:
+            return self.inner.epoch_counter
+
+        def __iter__(self) -> Any:
+            names = ("input_ids", "labels")
+            inner, self.inner = self.inner, _Pairs(self.inner, names)
+            for batch in super().__iter__():
+                self.inner = inner
+                yield dict(zip(names, batch, strict=True))
+
+    def score(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = EarlyExit(model._orig_mod, 1).logits({"input_ids": ids, "labels": labels})
+        return mean_loss(logits.float().view(len(ids), T, -1), labels)
+
+    hand = cramming(
+        "by_hand(loader, engine.model)", by_hand=lambda a, b: Cramming(a, b, score, 4, 2)
+    )
+    assert sifted["losses"] == hand["losses"]
+    assert sifted["epochs"] == hand["epochs"] and sifted["epochs"][-1] == (2 + 2 * 10 - 1) // 7
+    assert sifted["loader"].state_dict()["precision"] == "bfloat16"
+    plain = cramming()
+    assert plain["losses"] != sifted["losses"] and plain["losses"][:2] == sifted["losses"][:2]
+    off = cramming("SiftingDataLoader.wrap(loader, model=lambda: engine.model, keep=1.0)")
+    assert off["losses"] == plain["losses"] and off["epochs"] == plain["epochs"]
+    torch._dynamo.reset()
+
+
+class _Pairs:
+    def __init__(self, inner: Any, names: tuple[str, ...]) -> None:
+        self.inner, self.names = inner, names
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return ([batch[name] for name in self.names] for batch in self.inner)
+
+
+# timm: a loader around the loader that moves and normalises, one batch ahead; mixup in its collate_fn, turned off
+# by the loop through an attribute of the loader; soft targets; the epoch told to `loader.sampler`.
+
+
+TIMM = """
+for epoch in range(3):
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(epoch)
+    if epoch >= 2 and loader.mixup_enabled:
+        loader.mixup_enabled = False
+    last = len(loader) - 1
+    for index, (images, targets) in enumerate(loader):
+        loss = -(targets * model(images).log_softmax(-1)).sum(-1).mean()
+        (loss / 2).backward()
+        losses.append(loss.item())
+        soft.append(bool(((targets > 0) & (targets < 0.9)).any()))
+        if index % 2 or index == last:
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+
+
+class Mixup:
+    def __init__(self) -> None:
+        self.mixup_enabled = True
+
+    def __call__(self, rows: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        images = torch.stack([row[0] for row in rows])
+        classes = functional.one_hot(torch.tensor([row[1] for row in rows]), 10).float()
+        if not self.mixup_enabled:
+            return images, classes
+        share = float(torch.rand(())) / 4 + 0.5
+        return images.lerp(images.flip(0), 1 - share), classes.lerp(classes.flip(0), 1 - share)
+
+
+class Prefetch:
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        before = None
+        for images, targets in self.loader:
+            if before is not None:
+                yield before
+            before = images.sub(0.5), targets
+        yield before
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    @property
+    def sampler(self) -> Any:
+        return self.loader.sampler
+
+    @property
+    def batch_sampler(self) -> Any:
+        return self.loader.batch_sampler
+
+    @property
+    def dataset(self) -> Any:
+        return self.loader.dataset
+
+    @property
+    def mixup_enabled(self) -> bool:
+        return self.loader.collate_fn.mixup_enabled
+
+    @mixup_enabled.setter
+    def mixup_enabled(self, on: bool) -> None:
+        self.loader.collate_fn.mixup_enabled = on
+
+
+def timm(sifted: str = "loader", **names: Any) -> dict[str, Any]:
+    torch.manual_seed(5)
+    data = TensorDataset(torch.randn(24, 3, 32, 32), torch.randint(10, (24,)))
+    sampler = DistributedSampler(data, 1, 0, seed=7)
+    inner = DataLoader(data, 4, sampler=sampler, collate_fn=Mixup(), drop_last=True)
+    model = FAMILIES["timm-vit"].model()
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.02), "soft": []}
+    given |= {"SiftingDataLoader": SiftingDataLoader, "loader": Prefetch(inner)}
+    return run(f"loader = {sifted}\n{TIMM}", **given, **names)
+
+
+def test_a_timm_loop_is_sifted_by_one_line():
+    line = "SiftingDataLoader.wrap(loader, model=model, exit_layer=2, warmup_steps=0)"
+    sifted = timm(line)
+
+    class Timm(ByHand):
+        def __len__(self) -> int:
+            return 3
+
+        sampler = property(lambda self: self.inner.sampler)
+        mixup_enabled = property(
+            lambda self: self.inner.mixup_enabled,
+            lambda self, on: setattr(self.inner, "mixup_enabled", on),
+        )
+
+    def score(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        return -(targets * EarlyExit(model, 2).logits(images).log_softmax(-1)).sum(-1)
+
+    hand = timm("by_hand(loader, model)", by_hand=lambda a, b: Timm(a, b, score, 4))
+    assert sifted["losses"] == hand["losses"] and sifted["soft"] == hand["soft"]
+    assert sifted["soft"] == [True] * 6 + [False] * 3, "mixup goes off where the loop says so"
+    plain, off = timm(), timm("SiftingDataLoader.wrap(loader, model=model, keep=1.0)")
+    assert off["losses"] == plain["losses"] and off["soft"] == plain["soft"]
+
+
+def test_attributes_of_the_inner_loader_are_its_own_and_no_others():
+    inner = Prefetch(DataLoader(TensorDataset(torch.zeros(8, 3)), 2, collate_fn=Mixup()))
+    inner.note, inner._private, inner.reset = "a word", 1, lambda: None  # type: ignore[attr-defined]
+    loader = SiftingDataLoader.wrap(inner, model=FAMILIES["timm-vit"].model())
+    assert loader.note == "a word" and loader.mixup_enabled
+    loader.note = "another"
+    loader.of_the_loop = "stays"
+    assert inner.note == "another" and not hasattr(inner, "of_the_loop")  # type: ignore[attr-defined]
+    assert loader.of_the_loop == "stays"
+    assert loader.dataset is not inner.dataset and loader.batch_sampler is None
+    for name in ("_private", "reset", "nothing"):
+        with pytest.raises(AttributeError, match=f"SiftingDataLoader.*{name}"):
+            getattr(loader, name)
+    with pytest.raises(ValueError, match="dataset attribute should not be set"):
+        loader.dataset = inner.dataset
+
+
+# torchdata.nodes, and its StatefulDataLoader
+
+
+def nodes(stateful: bool) -> Any:
+    data = [
+        {"x": torch.full((8,), float(row)), "labels": torch.tensor(row % 10)} for row in range(50)
+    ]
+    if stateful:
+        torchdata = pytest.importorskip("torchdata.stateful_dataloader")
+        return torchdata.StatefulDataLoader(data, batch_size=4, shuffle=True)
+    torchdata = pytest.importorskip("torchdata.nodes")
+    # Its own RandomSampler does not go on exactly after the first epoch, whoever draws from it.
+    sampler = DistributedSampler(data, 1, 0, seed=6)
+    rows = torchdata.Mapper(torchdata.SamplerWrapper(sampler), data.__getitem__)
+    batches = torchdata.Batcher(rows, 4, drop_last=False)
+    return torchdata.Loader(torchdata.Prefetcher(torchdata.Mapper(batches, default_collate), 2))
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_stateful_inner_loader_goes_on_where_it_was(stateful):
+    model = classifier()
+
+    def sifting() -> SiftingDataLoader:
+        torch.manual_seed(8)
+        return SiftingDataLoader.wrap(nodes(stateful), model=model, warmup_steps=3)
+
+    def drawn(loader: SiftingDataLoader, batches: int) -> list[list[float]]:
+        found = zip(range(batches), repeated(loader), strict=False)
+        return [batch["x"][:, 0].tolist() for _, batch in found]
+
+    straight = drawn(sifting(), 14)
+    first_epoch = [row for batch in straight[:8] for row in batch]
+    assert len({*first_epoch}) == len(first_epoch) == 32
+    for stop in (1, 4, 8, 9, 12):
+        first, second = sifting(), sifting()
+        found = drawn(first, stop)
+        state, streams = json.loads(json.dumps(first.state_dict())), torch.get_rng_state()
+        second.load_state_dict(state)
+        torch.set_rng_state(streams)
+        assert found + drawn(second, 14 - stop) == straight, stop
+
+
+def test_nodes_are_sifted_as_by_hand():
+    model = classifier()
+    batches = [batch["x"][:, 0] for batch in nodes(False)]
+    sifted = SiftingDataLoader.wrap(nodes(False), model=model, warmup_steps=0)
+
+    def score(model: nn.Module, ids: Tensor) -> Tensor:
+        logits = EarlyExit(model, 1).logits(ids[:, None].expand(-1, 8))
+        return functional.cross_entropy(logits, ids.long() % 10, reduction="none")
+
+    hand = ByHand([[ids] for ids in batches], model, score, 4)
+    found = [batch["x"][:, 0].tolist() for batch in sifted]
+    assert found == [ids.tolist() for (ids,) in hand] and len(found) == 6
+
+
+def repeated(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
