@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.errors import ScoringError
 from siftloader.labels import arguments, with_labels
+from siftloader.sharded import gathered, is_fsdp1, within
 from siftloader.stack import exit_at, unwrap
 from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
@@ -57,7 +58,8 @@ class EarlyExit:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._root = unwrap(model)
-        self._exit = exit_at(self._root, layer)
+        with gathered(filter(is_fsdp1, self._root.modules())):  # only then they have their shapes
+            self._exit = exit_at(self._root, layer)
         self.layer, self.layers = self._exit.layer, self._exit.layers
         self._twin: Twin | None = None
         self._capture: bool | None = None  # whether the head at M positions was seen to be right
@@ -115,7 +117,7 @@ class EarlyExit:
         """Whether the model's forward has a place for the labels of such a batch."""
         args, kwargs = model_inputs(self._root, batch, labels=True)
         try:
-            bound = inspect.signature(self._root.forward).bind(*args, **kwargs)
+            bound = inspect.signature(within(self._root).forward).bind(*args, **kwargs)
         except TypeError:
             return False
         # The last of a tuple may only go where labels belong, not into an optional mask.
@@ -247,7 +249,7 @@ def model_inputs(
 
 
 def _takes_any(model: nn.Module) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(within(model).forward).parameters.values()
     return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -256,7 +258,7 @@ def _is_label(name: str) -> bool:
 
 
 def _parameters_of(model: nn.Module) -> tuple[set[str], bool]:
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(within(model).forward).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     # forward(labels=None, **inputs) names no input: then everything is one.
     nameless = all("label" in name for name in named)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -27,40 +27,65 @@ from torch import Tensor, nn
 
 from siftloader.batches import Batch, leaves
 from siftloader.errors import ScoringError
+from siftloader.world import World
 
 
 @contextmanager
 def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """The weights of FSDP2's modules among these whole inside; afterwards each as it was found.
+    """The weights of FSDP's modules among these whole inside; afterwards each as it was found.
 
-    Collectives: one all-gather for each group of ``fully_shard`` that was not whole, in the order of
-    ``modules``. Without putting back, training would go on with these very copies: where scoring stands between
-    ``backward()`` and ``step()``, with weights of before the step.
+    Collectives: one all-gather for each group of ``fully_shard`` that was not whole (for each module of FSDP1), in
+    the order of ``modules``. Without putting back, training would go on with these very copies: where scoring
+    stands between ``backward()`` and ``step()``, with weights of before the step.
     """
-    opened: list[Any] = []
-    try:
+    with ExitStack() as stack:
         for module in modules:
+            each: Any = module
             if is_fsdp(module) and not _is_whole(module):
-                opened.append(module)
-                opened[-1].unshard()
+                stack.callback(each.reshard)
+                each.unshard()
+            elif is_fsdp1(module):
+                stack.enter_context(each.summon_full_params(each, recurse=False, writeback=False))
         yield
-    finally:
-        for module in reversed(opened):
-            module.reshard()
 
 
 def is_fsdp(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to this very module."""
-    # Looked up rather than imported: a process that never imported FSDP has no such module.
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return kind is not None and isinstance(module, kind)
+    return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether this is a ``FullyShardedDataParallel``."""
+    return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def within(model: nn.Module) -> nn.Module:
+    """The module that a FullyShardedDataParallel wraps, whose forward has names for what it takes."""
+    while is_fsdp1(model):
+        model = model._modules["_fsdp_wrapped_module"]  # type: ignore[assignment]
+    return model
+
+
+def check_root(model: nn.Module) -> None:
+    """Raise ScoringError where weights are parts of an FSDP1 module around this one."""
+    inside = {id(each) for fsdp in filter(is_fsdp1, model.modules()) for each in fsdp.modules()}
+    for name, module in model.named_modules():
+        if id(module) not in inside and _is_flattened(module):
+            raise ScoringError(
+                f"the weights of {name or type(model).__name__!r} lie in a FullyShardedDataParallel around it, "
+                f"which the loader was not given; pass model=wrapped, or after wrapping "
+                f"loader.attach_model(wrapped)"
+            )
 
 
 def silence(live: nn.Module, shell: nn.Module) -> None:
     """Take the collectives out of a shell's forward: FSDP's hooks there only cast, as its policy says.
 
-    The weights are to be gathered around it. Nothing where the live module is none of FSDP2's.
+    The weights are to be gathered around it. Nothing where the live module is none of FSDP's. FSDP1 gathers in
+    full precision, so there is nothing to cast.
     """
+    if is_fsdp1(live):
+        shell.__dict__["forward"] = shell._modules["_fsdp_wrapped_module"]
     if not is_fsdp(live):
         return
     policy = _state(live)._mp_policy
@@ -142,6 +167,12 @@ def agreed(values: Tensor, groups: list[Any]) -> Tensor:
     return values
 
 
+def data_rank(groups: list[Any]) -> int:
+    """The first rank of the replica that this one belongs to: random draws are keyed by it, so that all draw alike."""
+    rank = World.detect().rank
+    return rank - sum(rank - _ranks(group)[0] for group in groups)
+
+
 def _is_whole(module: Any) -> bool:
     return all(group.is_unsharded for group in _param_groups(module))
 
@@ -173,8 +204,22 @@ def _ranks(group: Any) -> tuple[int, ...]:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
+    return _is_a(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def _is_flattened(module: nn.Module) -> bool:
+    # By FSDP1, whose marks these are: into one parameter, which stands in the place of the others or behind them.
+    return any(
+        getattr(each, mark, False)
+        for each in module._parameters.values()
+        for mark in ("_is_flat_param", "_fsdp_flattened")
+    )
+
+
+def _is_a(value: object, module: str, kind: str) -> bool:
+    # Looked up rather than imported: a process that never imported it has none of the kind.
+    found = getattr(sys.modules.get(module), kind, None)
+    return found is not None and isinstance(value, found)
 
 
 def _cast_inputs(

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from siftloader.errors import ScoringError
-from siftloader.sharded import gathered, rows_of, silence, whole
+from siftloader.sharded import check_root, gathered, is_fsdp1, rows_of, silence, whole
 from siftloader.stack import Exit, unwrap
 
 
@@ -64,6 +64,7 @@ class Twin:
     """The shells of one moment's module tree, and the few among them that have a forward of their own."""
 
     def __init__(self, root: nn.Module, where: Exit) -> None:
+        check_root(root)
         self._identity = _identity(root)
         self._live = list(root.modules())  # kept alive, so that an id is never used again
         memo: dict[int, nn.Module] = {}
@@ -88,6 +89,9 @@ class Twin:
         for live, shell in self._shells:
             silence(live, shell)
         self._is_open = False
+        self._moves = any(
+            map(is_fsdp1, self._live)
+        )  # weights to other attributes when they are gathered
         self._seen = [dict(live.__dict__) for live, _ in self._shells]
         self._memo = memo
         self._mutated: set[tuple[int, str]] | None = None  # (shell, buffer); unknown before a run
@@ -95,7 +99,7 @@ class Twin:
         self._spoiled = False
         self._draws = False  # whether the forward was seen to draw random numbers
         heads, trunks = _heads_and_trunks(root, list(where.cuts))
-        self._vocabulary = int(cast(Tensor, heads[-1].weight).shape[0]) if heads else 0
+        self._vocabulary = _width(heads[-1]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
         self._trunks = {path: _Replay(memo[id(module)]) for path, module in trunks.items()}
 
@@ -115,6 +119,10 @@ class Twin:
         """
         lent: dict[int, Any] = {}  # modules that share a list share its copy, too
         for (live, shell), seen in zip(self._shells, self._seen, strict=True):
+            if seen.keys() != live.__dict__.keys():
+                for name in seen.keys() - live.__dict__.keys() - OWN:
+                    shell.__dict__.pop(name, None)
+                    del seen[name]
             for name, value in live.__dict__.items():
                 if type(value) in CONTAINERS and name not in SHARED:
                     if id(value) not in lent:
@@ -180,6 +188,8 @@ class Twin:
         self._is_open = True
         try:
             with gathered(live for live, _ in self._shells):
+                if self._moves:
+                    self.refresh()
                 yield
         finally:
             self._is_open = False
@@ -414,6 +424,12 @@ class _Replay(_Overridden):
 
     def forget(self) -> None:
         self._output, self._calls, self.replaying = None, 0, False
+
+
+def _width(head: nn.Module) -> int:
+    # Of its output; a weight that is flattened and cut among ranks does not tell.
+    found = getattr(head, "out_features", None)
+    return found if isinstance(found, int) else int(cast(Tensor, head.weight).shape[0])
 
 
 def _heads_and_trunks(
