@@ -52,7 +52,6 @@ import siftloader.twin
 from siftloader import (
     EarlyExit,
     Random,
-    RankSample,
     RanksDisagree,
     ScoringError,
     Sifter,
@@ -498,7 +497,6 @@ def tensor_parallel_members_train_on_the_same_samples() -> None:
     for options in (
         {"criterion": "entropy"},
         {"criterion": Random(3)},
-        {"selection": RankSample()},
     ):
         kept = Sifter(net, **options)(batch)["input_ids"]  # type: ignore[arg-type]
         one, other = gather(kept)
