@@ -76,9 +76,7 @@ from siftloader.world import World
 STATE_VERSION = 2
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
-PATIENCE = (
-    100  # batches handed out, none ever sifted (or no optimizer step seen), before a warning
-)
+PATIENCE = 100  # batches handed out, nothing sifted (or no optimizer step seen), before a warning
 _END, _PASSED = object(), object()
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -242,9 +240,7 @@ class SiftingDataLoader(DataLoader[Any]):
         if isinstance(model, nn.Module):
             self._check_vocabulary()
         self._joined = False  # whether an Accelerator prepared this loader
-        self._hosts: weakref.WeakSet[Any] = (
-            weakref.WeakSet()
-        )  # they save the state
+        self._hosts: weakref.WeakSet[Any] = weakref.WeakSet()  # they save the state
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch
         if (size := self._source.batch_size) is not None:
@@ -725,9 +721,8 @@ class SiftingDataLoader(DataLoader[Any]):
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
-            if not self._tested and (
-                taken.ragged or self._sifter.agreement.ranks > 1
-            ):  # they are padded with the mark that it hears
+            # Ragged ones are padded with the mark that the test hears; on several ranks all must test alike.
+            if not self._tested and (taken.ragged or self._sifter.agreement.ranks > 1):
                 self._test(taken.first)
             scorer = self._scorer
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
