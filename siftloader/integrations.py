@@ -180,9 +180,9 @@ class Attached:
         # A sifting loader counts what this rank hands out, Trainer what all of them do.
         return epochs, updates, samples * args.world_size, trained, *others, max_steps
 
-    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
+    def _init_training_state(self, *given: Any, **options: Any) -> tuple[int, int]:
         """Find the epoch to resume in, and how many batches of it were trained on."""
-        epoch, batches = self._plain["_init_training_state"](*args, **options)
+        epoch, batches = self._plain["_init_training_state"](*given, **options)
         loader, args, done = self.loader, self._trainer.args, self._trainer.state.global_step
         if self._checkpoint is None or loader is None or not done:
             return epoch, batches

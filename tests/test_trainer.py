@@ -7,8 +7,11 @@ kept half is then trained with.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import LENGTH, VOCAB, bert
+from ranks import on_ranks
+from test_examples_ddp import free_port
 from test_laws import write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -60,7 +65,7 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.batches: list[Tensor] = []
         self.updates: list[int] = []  # batches trained on when each was done
-        self.evaluated = 0
+        self.evaluated = self.sifted = 0
         self.expect: Iterator[list[Batch]] = iter([])  # the pools
         self.model: nn.Module = trainer.model
         self.model.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -79,17 +84,19 @@ class Watch(TrainerCallback):
         self.batches.append(ids)
         if pool := next(self.expect, None):
             assert torch.equal(ids, self._best(pool))
+            self.sifted += len(pool) > B
 
     def _best(self, pool: list[Batch]) -> Tensor:
-        ids, labels = (
-            torch.stack([row[name] for row in pool]) for name in ("input_ids", "labels")
-        )
+        batch = {name: torch.stack([row[name] for row in pool]) for name in pool[0]}
+        batch.pop("unused", None)
+        ids, labels = batch["input_ids"], batch.pop("labels")
         if len(ids) <= B:
             return ids
         with torch.no_grad():
-            logits = EarlyExit(self.model, layer=1).logits({"input_ids": ids})
+            logits = EarlyExit(self.model, layer=1).logits(batch)
         losses = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
-        return ids[(losses.sum(1) / (labels != -100).sum(1)).topk(B).indices.sort().values]
+        scores = (losses.sum(1) / (labels != -100).sum(1)).nan_to_num(-torch.inf)
+        return ids[scores.sort(descending=True, stable=True).indices[:B].sort().values]
 
 
 def pools(drawn: list[Batch], rows: int, warmup: int) -> Iterator[list[Batch]]:
@@ -105,18 +112,18 @@ def pools(drawn: list[Batch], rows: int, warmup: int) -> Iterator[list[Batch]]:
             begin += size
 
 
-def trainer_of(folder: Path, data: Any = None, **options: Any) -> Trainer:
+def trainer_of(folder: Path, data: Any = None, **options: Any) -> Any:
     """A script, as it would be without siftloader; its model in eval mode, as from_pretrained leaves it."""
     torch.manual_seed(0)
     collator, model = options.pop("data_collator", None), options.pop("model", None)
     kind = options.pop("kind", Trainer)
-    given = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no", **options}
+    given = {"num_train_epochs": 2, "eval_strategy": "no", "save_strategy": "no"}
+    given |= {"logging_steps": 1, **options}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=B,
         per_device_eval_batch_size=EVALUATED,
         learning_rate=1e-3,
-        logging_steps=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
@@ -297,3 +304,289 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_samples(
     assert found == stats, "nothing is scored twice"
     assert same_weights(trainer, straight) and losses(trainer) == losses(straight)
     assert trainer.state.global_step == straight.state.global_step == straight.state.max_steps
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"dataloader_drop_last": True, "max_steps": 11, "logging_steps": 5}, 48),
+        ({"train_sampling_strategy": "group_by_length", "bf16": True}, ROWS),
+        ({"max_steps": 9, "num_train_epochs": 1, "gradient_accumulation_steps": 3}, ROWS),
+    ],
+)
+def test_the_options_of_the_trainer_stay_what_they_are(tmp_path, options, rows):
+    collator = Collator()
+    unused = torch.arange(ROWS)  # which the trainer removes
+    trainer = trainer_of(tmp_path, Rows(unused=unused), data_collator=collator, **options)
+    attach(trainer, warmup_steps=2)
+    watch = Watch(trainer)
+    watch.expect = pools(collator.drawn, rows, 2)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == len(watch.updates)
+    assert watch.sifted > 2
+
+
+@pytest.mark.slow
+def test_workers_and_a_compiled_model_change_nothing(tmp_path, monkeypatch):
+    for name in ("BACKEND", "MODE"):  # which TrainingArguments set and leave
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    pools: list[list[Tensor]] = [[], []]
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    for seen, options in zip(pools, ({}, {**compiled, "dataloader_num_workers": 1}), strict=True):
+        trainer = trainer_of(tmp_path, num_train_epochs=1, **options)
+        attach(
+            trainer, warmup_steps=1, on_select=lambda i, scores, k, seen=seen: seen.append(scores)
+        )
+        trainer.train()
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    assert equal(*pools) and len(pools[0]) == 6
+
+
+def rows_of(batches: Iterable[Batch]) -> list[Batch]:
+    return [
+        dict(zip(each, row, strict=True))
+        for each in batches
+        for row in zip(*each.values(), strict=True)
+    ]
+
+
+class Masking(Collator):
+    """Labels of its own."""
+
+    def __call__(self, samples: list[Batch]) -> Batch:
+        return super().__call__([{**row, "labels": row["input_ids"]} for row in samples])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_shards_are_read_directly_or_through_the_collator_that_was_given(tmp_path, own):
+    collator = Masking() if own else None
+    trainer = trainer_of(tmp_path, shards(tmp_path), num_train_epochs=1, data_collator=collator)
+    attach(trainer, warmup_steps=0)
+    watch = Watch(trainer)
+    plain = rows_of(TokenShards(tmp_path / "mlm-0", seed=3).batches(B))
+    watch.expect = pools(collator.drawn if own else plain, ROWS, 0)
+    trainer.train()
+    assert watch.sifted == 6
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_draw_leaves_the_modes_of_the_model_as_they_were(tmp_path, mode):
+    trainer = trainer_of(tmp_path)
+    attach(trainer, warmup_steps=0)
+    model = trainer.model.train(mode)
+    model.bert.pooler = None
+    model.bert.embeddings.eval()  # frozen, say
+    before = [each.training for each in model.modules()]
+    loader = trainer.get_train_dataloader()
+    batches, _ = trainer.get_batch_samples(iter(loader), 2, torch.device("cpu"))
+    assert [each.training for each in model.modules()] == before
+    assert loader.stats["steps"] == 2 and loader.stats["kept"] == 2 * B and len(batches) == 2
+
+
+def test_what_is_wrong_is_said_when_it_is_attached(tmp_path):
+    trainer = trainer_of(tmp_path)
+    with pytest.raises(
+        TypeError, match=r"attach got \['warm_up'\], which SiftingDataLoader does not"
+    ):
+        attach(trainer, warm_up=3)
+    with pytest.raises(ValueError, match=r"batch_size 4 / keep 0.3 must be a whole number"):
+        attach(trainer, keep=0.3)
+    with pytest.raises(
+        TypeError, match=r"attach takes a transformers.Trainer, got BertForMaskedLM"
+    ):
+        attach(trainer.model)
+    attach(trainer)
+    with pytest.raises(ValueError, match="sifts already"):
+        attach(trainer)
+
+
+def test_a_loader_that_replaces_the_sifted_one_is_noticed_before_the_first_step(tmp_path):
+    trainer = trainer_of(tmp_path)
+    plain = trainer.get_train_dataloader
+    attach(trainer, warmup_steps=0)
+    trainer.get_train_dataloader = plain
+    with pytest.raises(SiftError, match="drew its first batches from a loader that attach"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer = trainer_of(tmp_path)
+    attach(trainer, warmup_steps=0)
+    sifted = trainer.get_train_dataloader
+    trainer.get_train_dataloader = lambda: sifted() and plain()
+    with pytest.raises(SiftError, match="attach last"):
+        trainer.train()
+
+
+class Own(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return SiftingDataLoader(self.train_dataset, B, model=self.model, warmup_steps=0)
+
+
+def test_a_trainer_that_sifts_by_itself_is_not_sifted_twice(tmp_path):
+    trainer = trainer_of(tmp_path, kind=Own)
+    attach(trainer)
+    with pytest.raises(ValueError, match="gives a SiftingDataLoader already"):
+        trainer.train()
+
+
+class Sifted(Trainer):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.attached = attach(self, warmup_steps=0, criterion="entropy")
+
+
+def test_in_a_subclass_and_after_training_and_twice(tmp_path):
+    trainer = trainer_of(tmp_path, kind=Sifted, max_steps=2)
+    trainer.train()
+    first = trainer.attached.loader
+    trainer.train()
+    second = trainer.attached.loader
+    assert first is not second and first.stats["kept"] == second.stats["kept"] == 2 * B
+    plain = trainer_of(tmp_path, max_steps=2)
+    plain.train()
+    attached = attach(plain, warmup_steps=0)
+    plain.train()
+    assert attached.loader.stats["kept"] == 2 * B
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped in its first epoch."""
+    folder = tmp_path_factory.mktemp("saved")
+    trainer = trainer_of(folder, save_strategy="steps", save_steps=2, max_steps=3)
+    attach(trainer, warmup_steps=0)
+    trainer.train()
+    return folder / "checkpoint-2"
+
+
+def altered(saved: Path, folder: Path, **changes: Any) -> Path:
+    copy = Path(shutil.copytree(saved, folder / saved.name))
+    file = copy / "siftloader-0.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return copy
+
+
+def test_a_checkpoint_that_does_not_say_where_the_loader_was_is_refused(tmp_path, saved):
+    cases = {
+        "was saved with {'ranks': 2, 'accumulation': 1}, this run has {'ranks': 1": {"ranks": 2},
+        "was saved with {'ranks': 1, 'accumulation': 4}, this run has": {"accumulation": 4},
+        "the state lacks": {"loader": {}},
+    }
+    for number, (words, changes) in enumerate(cases.items()):
+        trainer = trainer_of(tmp_path)
+        attach(trainer, warmup_steps=0)
+        with pytest.raises(StateError, match=words):
+            trainer.train(altered(saved, tmp_path / str(number), **changes))
+    (altered(saved, tmp_path) / "siftloader-0.json").unlink()
+    trainer = trainer_of(tmp_path)
+    attach(trainer, warmup_steps=0)
+    with pytest.raises(
+        StateError, match=r"siftloader-0.json is missing, .* resume a checkpoint of this"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+    trainer = trainer_of(tmp_path, ignore_data_skip=True)
+    attach(trainer, warmup_steps=0)
+    with pytest.warns(UserWarning, match="is missing: the epoch, and the warm-up, begin anew"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_an_epoch_that_begins_anew_does_not_warm_up_again(tmp_path, saved):
+    trainer = trainer_of(tmp_path, num_train_epochs=1, ignore_data_skip=True)
+    attached, watch = attach(trainer, warmup_steps=2), Watch(trainer)
+    plain = trainer_of(tmp_path)
+    drawn = rows_of(plain.get_train_dataloader())
+    watch.expect = pools(drawn, ROWS, 0)
+    trainer.train(str(saved))
+    assert watch.sifted == 5 and attached.loader.stats["steps"] == 7 == trainer.state.max_steps
+
+
+def test_a_head_that_is_trained_beside_the_model_is_resumed_with_it(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    weights = []
+    for resume in (None, str(tmp_path / "checkpoint-3")):
+        trainer = trainer_of(tmp_path, **options)
+        attached = attach(trainer, warmup_steps=0, exit_head="probe")
+        trainer.train(resume)
+        weights.append(attached.loader.exit_head.state_dict()["module"]["weight"])
+    assert torch.equal(*weights)
+
+
+class Unsharded(Trainer):
+    def get_train_dataloader(self) -> Any:
+        return DataLoader(self.train_dataset, B)
+
+
+def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
+    """All that two ranks have to show, in two processes: what each found is left in files."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", message="resuming by drawing")
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    found: dict[str, Any] = {}
+    for kind, data, every in [("rows", Rows(48), 3), ("shards", TokenShards(folder / "mlm-0"), 5)]:
+        steps = {"num_train_epochs": 3, "gradient_accumulation_steps": 2 if kind == "rows" else 1}
+        for name, stop in [("straight", None), ("again", every + 1), ("again", None)]:
+            collator = Collator() if kind == "rows" else None
+            saves = {"save_strategy": "steps", "save_steps": every if name == "again" else 99}
+            trainer = trainer_of(
+                folder / kind / name,
+                data,
+                data_collator=collator,
+                ddp_backend="gloo",
+                **steps,
+                **saves,
+            )
+            ids: list[Tensor] = []
+            attached = attach(
+                trainer, warmup_steps=2, on_select=lambda i, s, k, to=ids: to.append(i)
+            )
+            watch = Watch(trainer)
+            trainer.add_callback(Stop(stop))
+            resume = name == "again" and stop is None
+            if collator is not None and not resume:
+                watch.expect = pools(collator.drawn, 24, 2)
+            with suppress(KeyboardInterrupt):
+                trainer.train(resume_from_checkpoint=resume)
+            found[f"{kind} {name}{' resumed' * resume}"] = {
+                "batches": watch.batches,
+                "updates": watch.updates,
+                "sifted": watch.sifted,
+                "ids": ids,
+                "stats": {**attached.loader.stats, "seconds_scoring": None},
+                "weights": trainer.model.state_dict(),
+                "wrapped": type(trainer.model_wrapped).__name__,
+            }
+    trainer = trainer_of(folder, Rows(48), kind=Unsharded, ddp_backend="gloo")
+    attach(trainer)
+    with pytest.raises(ValueError, match="every rank would train on the same samples"):
+        trainer.train()
+    torch.save(found, folder / f"found-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_ranks_train_on_samples_of_their_own_and_resume(tmp_path):
+    write(tmp_path / "mlm-0", (30, 17, 3), "mlm")
+    on_ranks(train_on_two_ranks, tmp_path, [free_port()])
+    one, two = (torch.load(tmp_path / f"found-{rank}.pt") for rank in range(2))
+    for kind, every in (("rows", 3), ("shards", 5)):
+        straight = [each[f"{kind} straight"] for each in (one, two)]
+        for mine, ranks in zip(straight, (one, two), strict=True):
+            assert mine["wrapped"] == "DistributedDataParallel"
+            stopped, resumed = ranks[f"{kind} again"], ranks[f"{kind} again resumed"]
+            done = mine["updates"][every - 1]
+            assert equal(stopped["batches"], mine["batches"][: mine["updates"][every]])
+            assert equal(resumed["batches"], mine["batches"][done:])
+            assert resumed["stats"] == mine["stats"]
+        assert straight[0]["updates"] == straight[1]["updates"]
+        for name in ("straight", "again resumed"):
+            both = [each[f"{kind} {name}"]["weights"].values() for each in (one, two)]
+            assert all(torch.equal(*pair) for pair in zip(*both, strict=True)), "one model"
+    rows = [
+        {tuple(row.tolist()) for batch in ranks["rows straight"]["batches"][:4] for row in batch}
+        for ranks in (one, two)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 4 * B and not rows[0] & rows[1], "of the first epoch"
+    ids = [{int(i) for i in torch.cat(each["shards straight"]["ids"][:2])} for each in (one, two)]
+    assert len(ids[0]) == len(ids[1]) == 4 * B and not ids[0] & ids[1]
+    assert one["rows straight"]["sifted"] == two["rows straight"]["sifted"] == 8
