@@ -26,7 +26,6 @@ from siftloader.errors import StateError
 from siftloader.indices import (
     decoded,
     encoded,
-    is_indexed,
     recorded_order,
     too_short,
     unknown_samplers,
@@ -47,11 +46,17 @@ def asking(frame: FrameType) -> Any:
 
 def prepared(accelerator: Any, loader: DataLoader[Any]) -> Any:
     """The loader as the Accelerator shards it; its state is its owner's to save, not accelerate's."""
+    options = accelerator.dataloader_config
+    stateful = options.use_stateful_dataloader
     try:
+        # Indices are skipped by us; torchdata would draw them again from a stream that has gone on.
+        options.use_stateful_dataloader = stateful and isinstance(loader.dataset, IterableDataset)
         made = accelerator.prepare_data_loader(loader)
     except AttributeError as error:
         # Raised while accelerate looks at an attribute of ours, it would mean that we have none.
         raise RuntimeError(f"accelerate could not prepare the inner loader: {error}") from error
+    finally:
+        options.use_stateful_dataloader = stateful
     accelerator._dataloaders.remove(made)
     return made
 
@@ -75,7 +80,8 @@ class Prepared:
     def __init__(self, loader: Any) -> None:
         self.loader, self.base = loader, loader.base_dataloader
         self._dispatches = type(loader).__name__ == "DataLoaderDispatcher"
-        self._stateful = hasattr(self.base, "state_dict")
+        self._indexed = not isinstance(self.base.dataset, IterableDataset)
+        self._stateful = hasattr(self.base, "state_dict") and not self._indexed
         self._begun: dict[str, Any] | None = None  # the order of the epoch under way
         self._drawn = 0  # batches of it that were drawn
         self._saved: dict[str, Any] | None = None  # the state to go on from
@@ -197,7 +203,7 @@ class Prepared:
 
     def _all_rows(self, sampler: Any, size: int) -> int:
         # Rows of all ranks, drawn by one of them, or by the only one.
-        if isinstance(self.base.dataset, IterableDataset):
+        if not self._indexed:
             total = _length(self.base.dataset)
         elif (inner := getattr(sampler, "sampler", None)) is None:
             return _length(sampler) * size
@@ -209,14 +215,13 @@ class Prepared:
 
     def _share(self, shard: Any, size: int) -> int:
         # As BatchSamplerShard deals: whole batches in turn, or every rank its part of each.
-        whole, rank, ranks = shard.batch_size, shard.process_index, shard.num_processes
-        if whole is None:
-            return len(shard) * size
-        batches = shard.batch_sampler
-        inner = getattr(batches, "sampler", None)
-        if inner is None:
-            return len(shard) * size
-        full, rest = divmod(len(inner), whole)
+        inner = getattr(shard.batch_sampler, "sampler", None)
+        if shard.batch_size is None or inner is None:
+            return _length(shard) * size
+        whole: int = shard.batch_size
+        rank: int = shard.process_index
+        ranks = self._ranks
+        full, rest = divmod(_length(inner), whole)
         if shard.drop_last:
             return full * size if shard.split_batches else full // ranks * size
         count = full + (rest > 0)
@@ -234,7 +239,7 @@ class Prepared:
             return order
         if (shared := getattr(self.loader, "synchronized_generator", None)) is not None:
             return {**order, "shared": encoded(shared.get_state())}
-        return {**order, **(recorded_order(self.base) if is_indexed(self.base) else {})}
+        return {**order, **(recorded_order(self.base) if self._indexed else {})}
 
     def _taken_up(self, state: dict[str, Any]) -> Any:
         # The same loader around the rest of its batches: what it does with them is accelerate's to say.
@@ -266,7 +271,7 @@ class _Rest:
 
     def __iter__(self) -> Iterator[Batch]:
         base, first = self._base, self._first
-        if is_indexed(base):
+        if not isinstance(base.dataset, IterableDataset):
             if first and (unknown := [n for n in unknown_samplers(base) if n not in _KNOWN]):
                 warnings.warn(
                     f"resuming {first} batches into the order of {', '.join(unknown)}: exact only "
@@ -286,6 +291,11 @@ class _Rest:
         return source
 
     def __getattr__(self, name: str) -> Any:
+        if name in (
+            "state_dict",
+            "load_state_dict",
+        ):  # of torchdata's, which would begin an iterator
+            raise AttributeError(name)
         return getattr(self._base, name)
 
 
