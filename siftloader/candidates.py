@@ -409,7 +409,7 @@ def _taken(loader: Iterable[Batch]) -> Iterable[Batch]:
         return loader
     dataset: Any = loader.base_dataloader.dataset
     own = getattr(dataset, "dataset", dataset)
-    if isinstance(own, (TokenShards, TarStream)):
+    if isinstance(own, (TokenShards, TarStream)) and World.detect().ranks > 1:
         raise ValueError(
             f"accelerate prepared a loader over {type(own).__name__}, which gives each rank its own share by "
             f"itself: it would be divided twice; prepare the SiftingDataLoader over it, and nothing inside"

@@ -554,7 +554,6 @@ class SiftingDataLoader(DataLoader[Any]):
     ) -> Iterator[Batch]:
         held: deque[Drawn] = deque()
         handed, loads = 0, self._loads
-        owed: BaseException | None = None  # of the next batch
         try:
             while (batch := self._next(pieces, held, turn, handed >= over)) is not None:
                 if loads != self._loads:
@@ -566,14 +565,12 @@ class SiftingDataLoader(DataLoader[Any]):
                 if handed <= over:
                     continue
                 if joined:
-                    owed = self._announce(pieces, held)
+                    pieces = self._announce(pieces, held)
                 # Counted before it leaves: the loop may never come back. And let go of: what the loop
                 # drops must not live on here while the next pool is scored.
                 out = [batch]
                 del batch
                 yield out.pop()
-                if owed is not None:
-                    raise owed
         finally:
             if joined:
                 leave(self)
@@ -583,14 +580,16 @@ class SiftingDataLoader(DataLoader[Any]):
         if turn == self._turn:
             self._end_epoch(handed, resumed)
 
-    def _announce(self, pieces: Iterator[Piece], held: deque[Drawn]) -> BaseException | None:
-        # Accelerate is to know while the last batch is out; what goes wrong beyond this one is the next one's.
+    def _announce(self, pieces: Iterator[Piece], held: deque[Drawn]) -> Iterator[Piece]:
+        # Accelerate is to know while the last batch is out. What goes wrong beyond this one is the next one's.
         try:
-            announce(self, self._is_last(pieces, held))
+            last = self._is_last(pieces, held)
         except BaseException as error:
-            announce(self, False)
-            return error
-        return None
+            last, pieces = False, _raising(error)
+        if accumulates():  # and all ranks must step together: where one has no more, all end
+            last = not self._agreed(Doing.ENDS if last else Doing.HANDS_OUT, training=False)
+        announce(self, last)
+        return pieces
 
     def _is_last(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
         # Whether no batch follows. While sifting that takes the rows of a batch, drawn but not scored.
@@ -996,6 +995,11 @@ def _checked_count(count: str, accumulation: int) -> str:
 
 def _as_json(keep: Keep) -> Any:
     return sorted([*pair] for pair in keep.items()) if isinstance(keep, Mapping) else keep
+
+
+def _raising(error: BaseException) -> Iterator[Piece]:
+    raise error
+    yield
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -295,9 +295,9 @@ def ids(batches: Any) -> list[list[int]]:
     return [batch["id"].tolist() for batch in batches]
 
 
-def fixed(model: nn.Module, **options: Any) -> SiftingDataLoader:
+def fixed(model: nn.Module, rows: int = ROWS, **options: Any) -> SiftingDataLoader:
     """Candidates in order and a model that stays: epochs differ in nothing but their steps."""
-    return SiftingDataLoader(Rows(), BATCH, model=model, **{"warmup_steps": 2} | options)
+    return SiftingDataLoader(Rows(rows), BATCH, model=model, **{"warmup_steps": 2} | options)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 11])
@@ -529,6 +529,8 @@ def rank_of_two(rank: int, port: int, folder: Path, kind: str) -> None:
     }
     if not kind:
         logs["errors"] = [mistake("unprepared"), mistake("rebuilt")]
+        uneven = DataLoaderConfiguration(even_batches=False)  # 28 and 24 rows: 5 and 4 batches
+        logs["uneven"] = script(lambda m: fixed(m, 52), configuration=uneven, epochs=1)
     torch.save(logs, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -574,6 +576,8 @@ def test_on_two_ranks_each_sifts_its_own_share_and_resumes_in_it(tmp_path, kind)
     for name in ("plain", "still"):
         seen = [row for log in (one, two) for row in rows_in(log[name], 0)]
         assert len(seen) - len({*seen}) <= filled < 8
+    if not kind:
+        assert one["uneven"].updates == two["uneven"].updates == [False, False, True, True]
     for log in (one, two):
         for text, expected in zip(
             log.get("errors", ()), ("2 ranks run", "the SiftingDataLoader itself"), strict=False
