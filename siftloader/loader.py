@@ -25,7 +25,7 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 
 from siftloader.accelerated import (
     Prepared,
@@ -117,6 +117,14 @@ class _EpochTold(Sampler[None]):
         return repeat(None)
 
 
+class _InOrder(_EpochTold, SequentialSampler):
+    """The same over candidates that are not shuffled: frameworks ask for that type before they change anything."""
+
+    def __init__(self, told: Callable[[int], None], batches: _Finished) -> None:
+        super().__init__(told)
+        self.data_source = batches
+
+
 @final
 class SiftingDataLoader(DataLoader[Any]):
     """Hand out the ``batch_size`` candidates of ``batch_size / keep`` that the model has most to learn from.
@@ -149,6 +157,16 @@ class SiftingDataLoader(DataLoader[Any]):
     The same number of epochs is about half the updates: build schedules from ``total_batches(epochs)``.
     Each ``iter()`` begins the next epoch, the first after ``load_state_dict`` continues.
     """
+
+    def __new__(cls, dataset: Any = None, *_: Any, **__: Any) -> SiftingDataLoader:
+        """Refuse to be built from finished batches: that is a framework's doing."""
+        if isinstance(dataset, _Finished):
+            raise TypeError(
+                "a framework wants to build this SiftingDataLoader anew with a sampler of its own (Lightning "
+                "does for overfit_batches and predict), which would be no sifting; give it a plain DataLoader "
+                "there, or one over candidates in a fixed order (shuffle=False)"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -218,6 +236,11 @@ class SiftingDataLoader(DataLoader[Any]):
         # The epoch to begin next, or the one under way; and where in it.
         self._epoch, self._cursor = self._source.first()
         self._begun = False
+        self._idle = False  # begun, and nothing handed out yet
+        self._resumed = False  # begun from a cursor
+        self._moved = False  # to another epoch, after iter()
+        self._restored = False  # a state, of which nothing was handed out yet
+        self._ahead = 0  # how far it is ahead of what is announced
         self._covered = Coverage()  # of the epoch under way, from where it was taken up
         self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
@@ -250,7 +273,13 @@ class SiftingDataLoader(DataLoader[Any]):
         super().__init__(
             _Finished(self), batch_size=None, generator=torch.Generator(), collate_fn=_unchanged
         )
-        self.__dict__["sampler"] = _EpochTold(self._tell)  # torch lets nobody set it
+        told = _EpochTold(self._announced)
+        if _in_order(self._source):
+            told = _InOrder(self._announced, _Finished(self))
+        self.__dict__["sampler"] = told  # torch lets nobody set it
+        # Lightning's, to build this loader anew: see __new__.
+        for name in [each for each in self.__dict__ if each.startswith("__pl_saved")]:
+            del self.__dict__[name]
         self._built = True
 
     @classmethod
@@ -312,7 +341,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _begin(self, joined: bool, over: int = 0) -> Iterator[Batch]:
         # The next epoch, or where a state left one, for accelerate to hear of; without its first batches.
         self._check_learned()
-        epoch, cursor = (self._epoch + 1, {}) if self._begun else (self._epoch, self._cursor)
+        epoch, cursor = self._upcoming()
         resumed = bool(cursor)
         if not resumed:
             self._refuse_empty_epoch()
@@ -321,7 +350,10 @@ class SiftingDataLoader(DataLoader[Any]):
         if not resumed:
             self._epoch_step = self._step
             self._covered, self._before = Coverage(), None
+        elif self._is_over(cursor):
+            self._epoch_step = self._step  # len() is that of the epoch to come
         self._epoch, self._cursor, self._begun = epoch, start, True
+        self._idle, self._resumed, self._moved = True, resumed, False
         self._turn += 1
         self._asks = False
         return self._batches(pieces, resumed, self._turn, joined, over)
@@ -481,8 +513,10 @@ class SiftingDataLoader(DataLoader[Any]):
         """Begin this epoch next, from its start; a state restored in it keeps its place."""
         if epoch < 0:
             raise ValueError(f"epoch must be 0 or more, got {epoch}")
-        if self._begun or epoch != self._epoch:
-            self._epoch, self._cursor, self._begun = epoch, {}, False
+        if epoch != self._epoch or (self._begun and not self._idle):
+            self._turn += not self._idle  # an iterator under way moves the state no more
+            self._epoch, self._cursor, self._begun = epoch, {}, self._idle
+            self._moved = self._idle
         self._tell(epoch)
 
     def _tell(self, epoch: int) -> None:
@@ -531,6 +565,7 @@ class SiftingDataLoader(DataLoader[Any]):
             self._told_epoch = told
             self._source.set_epoch(told)
         self._epoch, self._cursor, self._begun = state["epoch"], cursor, False
+        self._idle, self._restored, self._ahead = False, True, 0
         self._covered, self._before = Coverage(), (self._epoch, cursor)
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
@@ -544,6 +579,17 @@ class SiftingDataLoader(DataLoader[Any]):
             self._updates.steps = state["updates"]
         self.close()
 
+    @property
+    def worker_init_fn(self) -> Any:
+        """That of the inner loader, whose workers they are."""
+        return getattr(getattr(self._source, "loader", None), "worker_init_fn", None)
+
+    @worker_init_fn.setter
+    def worker_init_fn(self, function: Any) -> None:
+        inner = getattr(self._source, "loader", None)
+        if function is not None and isinstance(inner, DataLoader):  # Lightning seeds workers so
+            inner.worker_init_fn = function
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "a SiftingDataLoader holds the live model and is not pickled; save state_dict() instead"
@@ -554,6 +600,8 @@ class SiftingDataLoader(DataLoader[Any]):
     ) -> Iterator[Batch]:
         held: deque[Drawn] = deque()
         handed, loads = 0, self._loads
+        if self._moved and turn == self._turn:
+            pieces, resumed = self._drawn_anew(pieces), False
         try:
             while (batch := self._next(pieces, held, turn, handed >= over)) is not None:
                 if loads != self._loads:
@@ -624,7 +672,7 @@ class SiftingDataLoader(DataLoader[Any]):
             return None
         batch, taken = found
         if turn == self._turn:
-            self._cursor = taken.cursor
+            self._cursor, self._idle, self._restored = taken.cursor, False, False
             if isinstance(self._source, ShardCandidates):
                 self._covered += taken.covered()
         counts.steps += training
@@ -811,8 +859,49 @@ class SiftingDataLoader(DataLoader[Any]):
             self._log.ids = numbered
             self._log.add(counts.steps, pool, ids, scores, index, labelled, source)
 
+    def _upcoming(self) -> tuple[int, Cursor]:
+        # Where the next iter() begins.
+        over = self._begun and not self._moved
+        return (self._epoch + 1, {}) if over else (self._epoch, self._cursor)
+
+    def _announced(self, epoch: int) -> None:
+        # By whoever iterates, through `sampler`. A state weighs more where they count from a restart (Fabric).
+        if self._restored and epoch < self._epoch:
+            self._ahead = self._epoch - epoch
+        if epoch and self._idle and not self._loads and not self._sifter.counts.steps:
+            self._warn_of_anew(epoch)
+        self.set_epoch(epoch + self._ahead)
+
+    def _drawn_anew(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        # The epoch was announced after iter(), as Lightning does, and is another one than was begun.
+        self._moved = False
+        if not self._resumed and isinstance(self._source, LoaderCandidates):
+            return pieces  # its samplers were told, and are asked at the first next(), as in the plain loader
+        if hasattr(pieces, "close"):
+            pieces.close()
+        here = torch.get_rng_state()
+        self._cursor, pieces = self._source.draw(self._epoch, {})
+        if not self._resumed:
+            torch.set_rng_state(here)  # iter() drew its share
+        self._epoch_step, self._resumed = self._step, False
+        self._covered, self._before = Coverage(), None
+        return pieces
+
+    def _is_over(self, cursor: Cursor) -> bool:
+        # Whether too few rows are left in an epoch that is taken up again.
+        batch, inner = self._batch_size, self._inner
+        total = None if inner is None else self._source.epoch_rows(inner)
+        if batch is None or inner is None or total is None:
+            return False
+        if (position := cursor.get("position")) is not None:
+            used = position // World.detect().ranks
+        else:
+            used = cursor["batches"] * inner + cursor["offset"]
+        return bool(total - used < (batch if self._sifts() else 1))
+
     def _end_epoch(self, handed: int, resumed: bool) -> None:
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
+        self._idle = False
         if self._log is not None:
             self._log.flush()
         counts, steps = self._sifter.counts, self._schedule.warmup_steps
@@ -851,6 +940,15 @@ class SiftingDataLoader(DataLoader[Any]):
                 f"accumulation={each} was given, but {found:.1f} batches were handed out per optimizer "
                 f"step: len(loader) and total_batches() are planned with it",
                 stacklevel=3,
+            )
+
+    def _warn_of_anew(self, epoch: int) -> None:
+        if self._schedule.warmup_steps or self._schedule.total_steps:
+            warnings.warn(
+                f"epoch {epoch} begins, but this loader has no state and counts its steps from 0, so its warm-up "
+                f"begins anew: restore its state_dict() too (Lightning does that inside an epoch only, else it "
+                f"takes on_save_checkpoint and on_load_checkpoint), and build it once, not for every epoch",
+                stacklevel=4,
             )
 
     def _warn_of_eval_mode(self) -> None:
@@ -991,6 +1089,14 @@ def _checked_count(count: str, accumulation: int) -> str:
             f'count="optimizer"'
         )
     return count
+
+
+def _in_order(source: ShardCandidates | LoaderCandidates) -> bool:
+    inner = getattr(source, "loader", None)
+    if not isinstance(inner, DataLoader) or isinstance(inner.dataset, IterableDataset):
+        return False
+    sampler = getattr(inner.batch_sampler, "sampler", inner.batch_sampler or inner.sampler)
+    return isinstance(sampler, SequentialSampler)
 
 
 def _as_json(keep: Keep) -> Any:
