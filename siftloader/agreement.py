@@ -68,6 +68,13 @@ class Agreement:
         return dist.get_world_size(self.process_group) if running else 1
 
     @property
+    def members(self) -> list[int]:
+        """Their ranks among all."""
+        if self.process_group is None:
+            return list(range(self.ranks))
+        return [*dist.get_process_group_ranks(self.process_group)]
+
+    @property
     def rank(self) -> int:
         """This one among them."""
         return dist.get_rank(self.process_group) if self.ranks > 1 else 0
@@ -134,7 +141,11 @@ class Agreement:
     def _group(self) -> Any:
         home = dist.group.WORLD
         if self._own is None or self._home is not home:
-            ranks = None if self.process_group is None else dist.get_process_group_ranks(self.process_group)
+            ranks = (
+                None
+                if self.process_group is None
+                else dist.get_process_group_ranks(self.process_group)
+            )
             self._own = dist.new_group(
                 ranks, backend="gloo", use_local_synchronization=ranks is not None
             )

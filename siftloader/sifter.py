@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from siftloader.agreement import Agreement
 from siftloader.batches import Batch, move, rows, select
+from siftloader.errors import ScoringError
 from siftloader.exchange import Deal, deal_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
@@ -28,7 +30,6 @@ from siftloader.scores import Random, ScoreOf
 from siftloader.selection import Selection, TopK, check_share, samples, weights
 from siftloader.stats import Stats
 from siftloader.targets import Positions, to_device
-from siftloader.world import World
 
 
 class Winners(NamedTuple):
@@ -159,7 +160,7 @@ class Sifter:
         if self._is_global:
             agreement = self.agreement
             return Pool(candidates, self.pools, agreement.rank, fields or {}, agreement.ranks)
-        return Pool(candidates, self.pools, World.detect().rank, fields or {})
+        return Pool(candidates, self.pools, self.scorer.data_rank, fields or {})
 
     def winners(
         self,
@@ -174,6 +175,8 @@ class Sifter:
         ``scored`` is called between scoring and selecting.
         """
         pool, deal = self.pool(candidates, fields), None
+        if self._is_global:
+            self._check_replicas()
         with self.counts.timing(self.scorer.device):
             scores, nonfinite, unlabelled = self.scorer.score(pool, labels, learn=True)
             scored()
@@ -195,6 +198,15 @@ class Sifter:
             return weighted(select(candidates, won.kept), won.weights, won.kept)
         batch = won.deal.handed(candidates, pad_id, self.scorer.label_name, self.scorer.ignored)
         return weighted(batch, won.weights, None)
+
+    def _check_replicas(self) -> None:
+        own = set(self.agreement.members)
+        for group in self.scorer.replica_groups:
+            if len(own & set(dist.get_process_group_ranks(group))) > 1:
+                raise ScoringError(
+                    'scope="global" would count the candidates of a tensor parallel replica once for each of its '
+                    'ranks; name one rank of each replica, as process_group=mesh["dp"].get_group() does'
+                )
 
     @property
     def _is_global(self) -> bool:
