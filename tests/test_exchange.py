@@ -169,10 +169,14 @@ def odd(rank: int) -> dict[str, Any]:
         scope="global",
         selection=Stratified(lambda batch: batch["flag"].int()),
     )
-    try:
-        by(batch)
-    except ScoringError as error:
-        found["callable"] = str(error)
+    model = Net()
+    split = Sifter(model, score_fn=score, scope="global")
+    split.scorer._replica = (model, [dist.group.WORLD])  # as if its parameters lay on both ranks
+    for name, each in (("callable", by), ("split", split)):
+        try:
+            each(batch)
+        except ScoringError as error:
+            found[name] = str(error)
     return found
 
 
@@ -256,6 +260,7 @@ def test_what_cannot_move_is_refused_on_all_ranks(two: list[dict[str, Any]]) -> 
         assert found["fields"].startswith("RanksDisagree: the ranks disagree: their batches have")
         assert found["sizes"].startswith("RanksDisagree: the ranks disagree: they hand out [2, 1]")
         assert "name a field instead" in found["callable"]
+        assert 'process_group=mesh["dp"].get_group()' in found["split"]
         assert found["unmasked"].startswith("BatchError: the rows of the ranks differ in shape")
 
 
