@@ -52,6 +52,7 @@ import siftloader.twin
 from siftloader import (
     EarlyExit,
     Random,
+    RankSample,
     RanksDisagree,
     ScoringError,
     Sifter,
@@ -497,6 +498,7 @@ def tensor_parallel_members_train_on_the_same_samples() -> None:
     for options in (
         {"criterion": "entropy"},
         {"criterion": Random(3)},
+        {"selection": RankSample()},
     ):
         kept = Sifter(net, **options)(batch)["input_ids"]  # type: ignore[arg-type]
         one, other = gather(kept)
