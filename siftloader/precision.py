@@ -26,6 +26,7 @@ class Precision:
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = self._given = dtype
         self._left = WATCHES
+        self.seen = False  # whether a forward in training mode was
         self._hook: RemovableHandle | None = None
 
     @property
@@ -70,7 +71,7 @@ class Precision:
         """Learn from the autocast of now for devices of this kind, and watch no longer."""
         if torch.is_autocast_enabled(kind):
             self._dtype = torch.get_autocast_dtype(kind)
-        self._left = 0
+        self._left, self.seen = 0, True
         self.unwatch()
 
     def unwatch(self) -> None:
