@@ -77,6 +77,7 @@ STATE_VERSION = 2
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
 PATIENCE = 100  # batches handed out, nothing sifted (or no optimizer step seen), before a warning
+STILL = 256  # batches sifted by a model that does not change, before a warning
 _END, _PASSED = object(), object()
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -243,6 +244,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._ahead = 0  # how far it is ahead of what is announced
         self._covered = Coverage()  # of the epoch under way, from where it was taken up
         self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
+        self._still: int | None = 0  # batches sifted before the scored model was seen to train
+        self._signs: list[Any] = []  # of that
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._asks = False  # whether the other ranks are asked at every step of this iterator
         self._running: Iterator[Batch] | None = None  # what next(loader) draws from
@@ -681,6 +684,8 @@ class SiftingDataLoader(DataLoader[Any]):
             self._warn_of_eval_mode()
         if self._updates is not None and not self._updates.steps:
             self._warn_of_no_updates()
+        if self._still is not None and training and counts.candidates:
+            self._look_for_training()
         precision = self._scorer.precision
         if training and precision.watches and self._schedule.ahead(self._step):
             precision.watch(self._scorer.given_model, self._scorer.device)
@@ -951,6 +956,24 @@ class SiftingDataLoader(DataLoader[Any]):
                 stacklevel=4,
             )
 
+    def _look_for_training(self) -> None:
+        # It may be a model that the loop does not train: replaced by a framework, or a copy of it.
+        assert self._still is not None
+        tensors = [each for each in self._scorer.given_model.parameters() if each.requires_grad]
+        signs = [_sign(each) for each in tensors] + [_sign(each.grad) for each in tensors]
+        if not signs or self._scorer.precision.seen or (self._signs and signs != self._signs):
+            self._still, self._signs = None, []
+            return
+        self._still, self._signs = self._still + 1, signs
+        if self._still == STILL:
+            self._still, self._signs = None, []
+            warnings.warn(
+                f"{STILL} batches were sifted by a model that the loop neither called nor changed: is another one "
+                f"trained, made after the loader or copied? Give model= the one that is, or a function that finds "
+                f"it, or call attach_model(); a proxy that is meant to stay as it is wants requires_grad_(False)",
+                stacklevel=4,
+            )
+
     def _warn_of_eval_mode(self) -> None:
         if not self._warned:
             self._warned = True
@@ -1097,6 +1120,10 @@ def _in_order(source: ShardCandidates | LoaderCandidates) -> bool:
         return False
     sampler = getattr(inner.batch_sampler, "sampler", inner.batch_sampler or inner.sampler)
     return isinstance(sampler, SequentialSampler)
+
+
+def _sign(tensor: Tensor | None) -> Any:
+    return None if tensor is None or tensor.is_inference() else (id(tensor), tensor._version)
 
 
 def _as_json(keep: Keep) -> Any:
