@@ -302,7 +302,7 @@ _REPLACED = (
 
 def _checked(trainer: Any, options: dict[str, Any]) -> dict[str, Any]:
     # What is wrong fails here, not when training begins.
-    ours = inspect.signature(SiftingDataLoader).parameters.values()
+    ours = inspect.signature(SiftingDataLoader.__init__).parameters.values()
     known = {each.name for each in ours if each.kind is each.KEYWORD_ONLY} - {"model"}
     if unknown := options.keys() - known:
         raise TypeError(
