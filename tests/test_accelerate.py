@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 
-from siftloader import EarlyExit, SiftingDataLoader
+from siftloader import EarlyExit, SiftingDataLoader, TokenShards
 from siftloader.accelerated import Prepared
 
 
@@ -28,6 +28,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from accelerate.utils import set_seed  # noqa: E402
 
 
+DEMO = Path(__file__).resolve().parent.parent / "shards" / "demo"
 ROWS, BATCH, ACCUMULATION, EPOCHS = 83, 4, 3, 2
 
 
@@ -529,6 +530,7 @@ def rank_of_two(rank: int, port: int, folder: Path, kind: str) -> None:
     }
     if not kind:
         logs["errors"] = [mistake("unprepared"), mistake("rebuilt")]
+        logs["shards"] = own_shares(folder)
         uneven = DataLoaderConfiguration(even_batches=False)  # 28 and 24 rows: 5 and 4 batches
         logs["uneven"] = script(lambda m: fixed(m, 52), configuration=uneven, epochs=1)
     torch.save(logs, folder / f"{rank}.pt")
@@ -548,6 +550,35 @@ def mistake(kind: str) -> str:
     with pytest.raises(ValueError) as raised:
         next(iter(loader))
     return str(raised.value)
+
+
+def own_shares(folder: Path) -> tuple[list[list[int]], list[list[int]], int, str]:
+    """Batches of TokenShards, those after a restart in the middle, where the last was known, and an error."""
+
+    def made() -> tuple[Accelerator, SiftingDataLoader]:
+        accelerator = Accelerator(cpu=True)
+        shards = TokenShards(DEMO, with_ids=True)
+        loader = SiftingDataLoader(
+            shards, 64, model=classifier(), criterion="random", warmup_steps=1
+        )
+        return accelerator, accelerator.prepare(loader)
+
+    accelerator, loader = made()
+    found, last = [], []
+    for number, batch in enumerate(loader):
+        found.append(batch["id"].tolist())
+        if accelerator.gradient_state.end_of_dataloader:
+            last.append(number)
+        if number == 2:
+            accelerator.save_state(str(folder / "shards"))
+    assert last == [len(found) - 1]
+    accelerator, loader = made()
+    accelerator.load_state(str(folder / "shards"))
+    rest = ids(accelerator.skip_first_batches(loader, 3))
+    twice = accelerator.prepare(DataLoader(TokenShards(DEMO), 64))
+    with pytest.raises(ValueError) as raised:
+        SiftingDataLoader.wrap(twice, model=classifier())
+    return found, rest, len(TokenShards(DEMO)), str(raised.value)
 
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind]
@@ -577,6 +608,13 @@ def test_on_two_ranks_each_sifts_its_own_share_and_resumes_in_it(tmp_path, kind)
         seen = [row for log in (one, two) for row in rows_in(log[name], 0)]
         assert len(seen) - len({*seen}) <= filled < 8
     if not kind:
+        seen = []
+        for log in (one, two):
+            handed, rest, count, error = log["shards"]
+            assert rest == handed[3:]
+            assert "it would be divided twice" in error
+            seen += [row for batch in handed for row in batch]
+        assert len({*seen}) == len(seen) == 2 * 64 * (1 + (count - 64) // 128)
         assert one["uneven"].updates == two["uneven"].updates == [False, False, True, True]
     for log in (one, two):
         for text, expected in zip(
@@ -604,3 +642,16 @@ def kept_of(drawn: Log, count: int, size: int) -> list[list[int]]:
             scores = cross_entropy(logits, rows.labels[index], reduction="none")
             kept.append(index[scores.topk(size).indices.sort().values].tolist())
     return kept
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
+def test_the_example_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(DEMO.parent.parent / "examples"))
+    from accelerate_loop import main
+
+    given = ["--split=val", "--accumulation=3", f"--checkpoint={tmp_path}", "--save-after=6"]
+    straight = main(given)
+    assert "kept 80 of 160 candidates" in capsys.readouterr().out
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert main([*given, "--resume"]) == straight[6:]
