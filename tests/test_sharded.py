@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     FullyShardedDataParallel,
+    MixedPrecision,
     MixedPrecisionPolicy,
     fully_shard,
 )
@@ -224,13 +225,15 @@ def scores_are_cast_as_the_policy_says() -> None:
     low = full_copy(net).bfloat16()
     assert torch.equal(EarlyExit(net).logits(batch), EarlyExit(low).logits(batch).float())
     assert torch.equal(Sifter(net).score(batch), Sifter(low).score(batch))
-    # Where inputs are floats, they are cast, too.
-    seen = []
-    net.body.layers[0].up.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].dtype)
-    )
-    Sifter(net).score(batch)
-    assert set(seen) == {torch.bfloat16}
+    # Inputs and outputs of a part are cast, too; the whole of it is the model's own forward.
+    part: Any = Net().eval()
+    for layer in part.body.layers:
+        fully_shard(
+            layer, mp_policy=MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.float32)
+        )
+    found = EarlyExit(part, "full").logits(batch)
+    with torch.no_grad():
+        assert torch.equal(found, part(batch["input_ids"])["logits"])
 
 
 def checkpointed_and_compiled_blocks_are_scored() -> None:
@@ -415,12 +418,12 @@ def ddp_is_scored_without_collectives() -> None:
         assert seen.names == []
 
 
-def flat(by_block: bool = True, use_orig_params: bool = True) -> Any:
+def flat(by_block: bool = True, low: bool = False, use_orig_params: bool = True) -> Any:
     """FSDP1."""
-    policy = ModuleWrapPolicy({Block}) if by_block else None
     return FullyShardedDataParallel(
         Net(),
-        auto_wrap_policy=policy,
+        auto_wrap_policy=ModuleWrapPolicy({Block}) if by_block else None,
+        mixed_precision=MixedPrecision(torch.bfloat16) if low else None,
         use_orig_params=use_orig_params,
         device_id=torch.device("cpu"),
     )
@@ -429,8 +432,13 @@ def flat(by_block: bool = True, use_orig_params: bool = True) -> Any:
 def fsdp1_is_scored_through_its_root() -> None:
     batch, whole = pool_of(1), Net()
     whole(**batch)
-    for by_block, use_orig_params in ((True, True), (True, False), (False, True)):
-        model = flat(by_block, use_orig_params)
+    for by_block, low, use_orig_params in (
+        (True, False, True),
+        (True, True, False),
+        (False, False, True),
+        (True, False, False),
+    ):
+        model = flat(by_block, low, use_orig_params)
         expected = reference(whole, batch)
         for _ in range(2):  # also after the first training forward
             with small_chunks(), Collectives() as seen:
