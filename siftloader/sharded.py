@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from siftloader.batches import Batch, leaves
 from siftloader.errors import ScoringError
+from siftloader.stack import unwrap
 from siftloader.world import World
 
 
@@ -60,10 +61,15 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 
 def within(model: nn.Module) -> nn.Module:
-    """The module that a FullyShardedDataParallel wraps, whose forward has names for what it takes."""
-    while is_fsdp1(model):
-        model = model._modules["_fsdp_wrapped_module"]  # type: ignore[assignment]
-    return model
+    """The module that FSDP1 or Fabric wraps, whose forward has names for what it takes."""
+    wrapped: Any = model
+    while True:
+        if is_fsdp1(wrapped):
+            wrapped = wrapped._modules["_fsdp_wrapped_module"]
+        elif type(wrapped).__name__ == "_FabricModule":  # its forward holds the precision
+            wrapped = unwrap(wrapped._modules["_forward_module"])
+        else:
+            return wrapped  # type: ignore[no-any-return]
 
 
 def check_root(model: nn.Module) -> None:
