@@ -118,7 +118,7 @@ class _EpochTold(Sampler[None]):
         return repeat(None)
 
 
-class _InOrder(_EpochTold, SequentialSampler):
+class _InOrder(_EpochTold, SequentialSampler):  # type: ignore[misc]
     """The same over candidates that are not shuffled: frameworks ask for that type before they change anything."""
 
     def __init__(self, told: Callable[[int], None], batches: _Finished) -> None:
