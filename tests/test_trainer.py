@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -27,6 +28,11 @@ from test_laws import write
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import hf_trainer
 
 from siftloader import EarlyExit, SiftError, SiftingDataLoader, StateError, TokenShards, attach
 
@@ -518,6 +524,29 @@ def test_a_head_that_is_trained_beside_the_model_is_resumed_with_it(tmp_path):
         trainer.train(resume)
         weights.append(attached.loader.exit_head.state_dict()["module"]["weight"])
     assert torch.equal(*weights)
+
+
+def test_the_example_is_killed_and_goes_on(tmp_path, capsys):
+    shards = str(write(tmp_path / "mlm-0", (30, 17, 3), "mlm"))
+    command = [
+        shards,
+        "--epochs=2",
+        "--batch-size=4",
+        f"--out={tmp_path / 'out'}",
+        "--save-every=3",
+    ]
+    straight = hf_trainer.main(command)
+    assert straight.state.global_step == 8 + 6  # 4 of warm-up, then 34 rows; 50 rows
+    shutil.rmtree(tmp_path / "out" / "checkpoint-14")
+    again = hf_trainer.main([*command, "--resume"])
+    assert same_weights(straight, again)
+    plain = hf_trainer.main([*command, "--plain"])
+    assert plain.state.global_step == 26
+    evaluated = [
+        [e["eval_loss"] for e in t.state.log_history if "eval_loss" in e]
+        for t in (straight, again)
+    ]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 2
 
 
 class Unsharded(Trainer):
