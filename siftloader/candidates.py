@@ -138,6 +138,11 @@ class ShardCandidates:
     def prepare(self, accelerator: Any) -> None:
         """Nothing to prepare: the shards give each rank its own share."""
 
+    @property
+    def undivided(self) -> int:
+        """Among how many ranks the rows of an epoch are yet to be divided: they are."""
+        return 1
+
     def _at(self, position: int) -> Cursor:
         return {**self._identity(), "position": position}
 
@@ -192,6 +197,11 @@ class LoaderCandidates:
         """Have the Accelerator shard the inner loader, unless something gives each rank its share already."""
         if isinstance(self.loader, DataLoader) and not (self._sharded or _shares(self.loader)):
             self.loader = Prepared(prepared(accelerator, self.loader))
+
+    @property
+    def undivided(self) -> int:
+        """Among how many ranks the rows of an epoch are yet to be divided; 1 where that is done."""
+        return 1 if self._sharded or _shares(self.loader) else World.detect().ranks
 
     @property
     def batch_size(self) -> int | None:
@@ -390,10 +400,8 @@ class LoaderCandidates:
         return source
 
     def _refuse_unsharded(self) -> None:
-        ranks = World.detect().ranks
-        if ranks == 1 or self._sharded:
-            return
-        if _shares(self.loader):
+        ranks = self.undivided
+        if ranks == 1:
             return
         raise ValueError(
             f"{ranks} ranks run, but nothing says that the inner {type(self.loader).__name__} gives each "

@@ -428,6 +428,14 @@ class SiftingDataLoader(DataLoader[Any]):
             self._hosts.add(accelerator)
             self._joined = True
             save_with(accelerator, self)
+            own_shares = isinstance(self._source, ShardCandidates)
+            if self._measured and own_shares and accelerator.num_processes > 1:
+                warnings.warn(
+                    "len(loader) was asked for before accelerator.prepare(): over TokenShards it is that of this "
+                    "rank's share, and accelerate steps a prepared scheduler once for every rank; a schedule made "
+                    "from it must span len(loader) * accelerator.num_processes",
+                    stacklevel=2,
+                )
         return self._joined
 
     @_is_accelerate_prepared.setter
@@ -461,7 +469,11 @@ class SiftingDataLoader(DataLoader[Any]):
         return None if isinstance(loader, Prepared) or is_prepared(loader) else loader
 
     def __len__(self) -> int:
-        """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``."""
+        """Batches of the epoch under way, else of the next: ``w + n // P + (n % P >= b)``.
+
+        Of this rank; of all of them where an Accelerator is yet to divide the data among them.
+        """
+        self._measured = True
         return self.epoch().batches
 
     def epoch(self) -> Epoch:
@@ -470,7 +482,8 @@ class SiftingDataLoader(DataLoader[Any]):
         return self._plan(self._epoch_step if under_way else self._step)
 
     def total_batches(self, epochs: int) -> int:
-        """Batches of that many epochs from step 0: what a learning-rate schedule must span."""
+        """Batches of that many epochs from step 0, as ``len`` counts: what a learning-rate schedule must span."""
+        self._measured = True
         batches = steps = 0
         for _ in range(epochs):
             planned = self._plan(steps).batches
@@ -1029,6 +1042,13 @@ class SiftingDataLoader(DataLoader[Any]):
         drawn = self._source.epoch_rows(inner)
         if drawn is None:
             raise TypeError("the inner loader has no length, so this one has none")
+        if (ranks := self._source.undivided) > 1:
+            # As long for all of them together as it will be, like the plain loader's before it is prepared.
+            planned = self._planned(step, -(-drawn // ranks), batch, inner)
+            return Epoch(planned.batches * ranks, planned.samples * ranks)
+        return self._planned(step, drawn, batch, inner)
+
+    def _planned(self, step: int, drawn: int, batch: int, inner: int) -> Epoch:
         if not self._split:
             each = self._accumulation
             return self._schedule.scaled(each).epoch(step * each, drawn, batch)

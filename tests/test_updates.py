@@ -238,3 +238,23 @@ def test_a_running_iterator_is_drawn_from_with_next() -> None:
     assert torch.equal(next(loader)["x"], following)
     loader.close()
     assert loader.state_dict()["cursor"]["batches"] == 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_before_the_ranks_have_shares_the_length_is_that_of_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    alone = make(Net(), warmup_steps=2)
+    assert (len(alone), len(alone.dataset)) == (2 + 5, 16 + 40)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    loader = SiftingDataLoader.wrap(
+        torch.utils.data.DataLoader(Rows(), 8), model=Net(), warmup_steps=2, sharded=sharded
+    )
+    if sharded:  # there are 96 rows for each of them
+        assert len(loader) == loader.total_batches(1) == 7
+    else:  # 48 for each: 2 plain batches and 2 pools of 16
+        assert len(loader) == loader.total_batches(1) == 2 * (2 + 2)
+        assert len(loader.dataset) == 2 * (16 + 16)
+        with pytest.raises(ValueError, match="nothing says that the inner DataLoader gives each"):
+            next(iter(loader))
