@@ -57,7 +57,7 @@ class Rows(Dataset[Batch]):
         self.fields = {"input_ids": ids, "labels": ids.masked_fill(hidden, -100), **more}
 
     def __len__(self) -> int:
-        return len(self.fields["labels"])
+        return len(self.fields["input_ids"])
 
     def __getitem__(self, index: int) -> Batch:
         return {name: values[index] for name, values in self.fields.items()}
@@ -339,6 +339,51 @@ def test_the_options_of_the_trainer_stay_what_they_are(tmp_path, options, rows):
     trainer.train()
     assert trainer.state.global_step == trainer.state.max_steps == len(watch.updates)
     assert watch.sifted > 2
+
+
+class OutOfMemory(TrainerCallback):
+    """What CUDA says, once."""
+
+    def __init__(self) -> None:
+        self.said = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **at: Any) -> None:
+        if not self.said:
+            self.said = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+def test_a_smaller_batch_size_begins_anew_and_the_best_model_is_loaded(tmp_path):
+    best = {"load_best_model_at_end": True, "save_total_limit": 1, "eval_strategy": "epoch"}
+    trainer = trainer_of(tmp_path, auto_find_batch_size=True, save_strategy="epoch", **best)
+    attached, watch = attach(trainer, warmup_steps=1), Watch(trainer)
+    trainer.add_callback(OutOfMemory())
+    trainer.train()
+    sizes = [len(batch) for batch in watch.batches]
+    assert sizes[:1] == [4] and set(sizes[1:]) == {3}, "accelerate takes a tenth away"
+    assert trainer.state.global_step == len(sizes) - 1 == attached.loader.stats["steps"]
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*/siftloader-0.json")]
+
+
+class Named(nn.Module):
+    """Has its labels under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = bert(2)
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Any:
+        return self.inner(input_ids=input_ids, labels=targets)
+
+
+def test_labels_are_where_the_trainer_finds_them(tmp_path):
+    data = Rows()
+    data.fields["targets"] = data.fields.pop("labels")
+    options = {"label_names": ["targets"], "max_steps": 2}
+    trainer = trainer_of(tmp_path, [data[i] for i in range(20)], model=Named(), **options)
+    attached = attach(trainer, warmup_steps=0)
+    trainer.train()
+    assert attached.loader.stats["kept"] == 2 * B and attached.loader.stats["unlabelled"] == 0
 
 
 @pytest.mark.slow
