@@ -26,6 +26,7 @@ from typing import Any, final
 import torch
 from torch import nn
 
+from siftloader.agreement import Agreement
 from siftloader.batches import Batch, holds_tensor, leaves, rows
 from siftloader.errors import EmptyEpoch, SiftError, StateError
 from siftloader.loader import PATIENCE, SiftingDataLoader
@@ -34,7 +35,6 @@ from siftloader.scorer import Model
 from siftloader.scores import ScoreOf
 from siftloader.stack import unwrap
 from siftloader.stream import TokenShards
-from siftloader.world import World, first_word
 
 
 def attach(
@@ -451,8 +451,10 @@ class SiftedCalls:
         self, get_batch: Callable[..., Batch], model: Model, sharded: bool, options: dict[str, Any]
     ) -> None:
         update_wrapper(self, get_batch, updated=())
-        self._draws = _Draws(get_batch, sharded)
+        self._draws = _Draws(get_batch)
         self.loader = SiftingDataLoader.wrap(self._draws, model=model, sharded=True, **options)
+        if not sharded:
+            self._draws.agreement = self.loader._sifter.agreement
         self._evaluations: int | None = 0  # in a row, before the first call in training mode
 
     @property
@@ -497,13 +499,13 @@ class SiftedCalls:
 class _Draws:
     """The function as an endless loader: every batch is one call of it."""
 
-    def __init__(self, function: Callable[..., Batch], sharded: bool) -> None:
+    def __init__(self, function: Callable[..., Batch]) -> None:
         self.function = function
+        self.agreement: Agreement | None = None  # of the ranks, to be asked once
         self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._rows: int | None = None
-        self._first: str | None = None  # what the first call for the batch under way drew
-        self._compares, self._asks = True, not sharded
-        self._number = next(_FUNCTIONS)
+        self._first: bytes | None = None  # what the first call for the batch under way drew
+        self._compares = True
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The calls for the next batch have these arguments."""
@@ -523,7 +525,7 @@ class _Draws:
                 f"{_named(self.function)} drew {found} rows, and {self._rows} before; batches are sifted in one "
                 f"size: give those of another size a sift_calls of their own"
             )
-        if self._compares or self._asks:
+        if self._compares or self.agreement is not None:
             self._compare(_digest(batch))
         return batch
 
@@ -534,16 +536,16 @@ class _Draws:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to do."""
 
-    def _compare(self, digest: str) -> None:
-        if self._asks:
-            self._asks = False
-            rank = str(World.detect().rank)
-            said = first_word(f"calls/{self._number}", f"{rank} {digest}")
-            other, _, drawn = said.partition(" ")
-            if other != rank and drawn == digest:
+    def _compare(self, digest: bytes) -> None:
+        agreement, self.agreement = self.agreement, None
+        if agreement is not None and agreement.ranks > 1:
+            words = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+            drawn = [tuple(each.tolist()) for each in agreement.gathered(words)]
+            alike = [rank for rank, each in enumerate(drawn) if drawn.count(each) > 1]
+            if alike:  # the same on all ranks, so that they stop together
                 raise ValueError(
-                    f"{_named(self.function)} drew the same batch on ranks {other} and {rank}: seed every rank "
-                    f"differently, as torch.manual_seed(seed + rank) does; or pass sharded=True if it is meant"
+                    f"{_named(self.function)} drew the same batch on ranks {alike}: seed every rank differently, "
+                    f"as torch.manual_seed(seed + rank) does; or pass sharded=True if it is meant"
                 )
         if self._first is None:
             self._first = digest
@@ -557,17 +559,14 @@ class _Draws:
             )
 
 
-_FUNCTIONS = count()  # that were given to sift_calls in this process
-
-
 def _named(function: Callable[..., Any]) -> str:
     return f"{getattr(function, '__name__', type(function).__name__)}()"
 
 
-def _digest(batch: Batch) -> str:
+def _digest(batch: Batch) -> bytes:
     found = hashlib.sha256()
     for leaf in leaves(batch):
         if isinstance(leaf, torch.Tensor):
             flat = leaf.detach().cpu().reshape(-1).contiguous()
             found.update(flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return found.digest()

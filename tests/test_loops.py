@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib
 import json
+import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from families import FAMILIES, VOCAB
 from models import classifier
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -26,7 +33,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from siftloader import EarlyExit, ScoringError, Sifter, SiftingDataLoader
+from siftloader import EarlyExit, RanksDisagree, ScoringError, Sifter, SiftingDataLoader
 from siftloader.integrations import sift_calls
 
 
@@ -198,7 +205,7 @@ GPT_SIFTED = "get_batch = sift_calls(get_batch, model=lambda: model, warmup_step
 
 
 def gpt(script: str = GPT, **names: Any) -> dict[str, Any]:
-    torch.manual_seed(1)
+    torch.manual_seed(names.pop("seed", 1))
     model = FAMILIES["nanogpt"].model()
     draw = torch.Generator().manual_seed(2)
     texts = {split: torch.randint(VOCAB, (200,), generator=draw) for split in ("train", "val")}
@@ -823,3 +830,194 @@ def test_nodes_are_sifted_as_by_hand():
 def repeated(loader: Any) -> Iterator[Any]:
     while True:
         yield from loader
+
+
+# The examples
+
+
+def example(name: str) -> Any:
+    folder = str(Path(__file__).resolve().parent.parent / "examples")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+def test_the_plain_loop_runs_with_and_without(capsys):
+    example("plain_loop").main(["--steps=7"])
+    first, kept, scores = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 7: loss ") and kept.startswith("kept 16 of 32 candidates")
+    high, low = re.findall(r"\d+\.\d+", scores)
+    assert float(high) > float(low)
+    example("plain_loop").main(["--steps=1", "--plain"])
+    assert capsys.readouterr().out.startswith("step 1: loss ")
+
+
+def test_a_criterion_of_ones_own(capsys):
+    own = example("own_criterion")
+    own.main(["--steps=3"])
+    assert re.match(r"step 3: loss \d\.\d+; \d+% of what it kept", capsys.readouterr().out)
+    model, logits = FAMILIES["bert"].model(), None
+    batch = {k: v[:3] for k, v in FAMILIES["bert"].batch().items()}
+    logits = EarlyExit(model, 1).logits(batch)
+    expected = []
+    for row, labels in zip(logits, batch["labels"], strict=True):
+        losses = functional.cross_entropy(row, labels, reduction="none", ignore_index=-100)
+        losses = losses[labels != -100].sort(descending=True).values
+        expected.append(losses[: -(-len(losses) // 4)].mean())
+    scores = Sifter(model, criterion=own.hardest_quarter).score(batch)
+    assert torch.allclose(scores, torch.stack(expected), atol=1e-5)
+
+
+def test_the_example_that_resumes_goes_on_to_the_bit(capsys, tmp_path, monkeypatch):
+    resume = example("resume")
+    resume.main([str(tmp_path / "straight.pt"), "--steps=9", "--every=4"])
+    straight = capsys.readouterr().out.splitlines()
+    save = resume.save
+
+    def save_and_die(file: Path, step: int, *rest: Any) -> None:
+        save(file, step, *rest)
+        raise KeyboardInterrupt
+
+    killed = [str(tmp_path / "killed.pt"), "--steps=9", "--every=4"]
+    monkeypatch.setattr(resume, "save", save_and_die)
+    for _ in range(2):  # inside of the warm-up, and after it
+        with pytest.raises(KeyboardInterrupt):
+            resume.main(killed)
+    monkeypatch.undo()
+    resume.main(killed)
+    assert capsys.readouterr().out.splitlines() == straight and len(straight) == 9
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("straight", "killed"))
+    assert all(torch.equal(two["model"][name], value) for name, value in one["model"].items())
+
+
+def test_shards_behind_a_url(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("webdataset")
+    monkeypatch.setenv("SIFTLOADER_CACHE", str(tmp_path))
+    urls = example("webdataset_urls")
+    urls.main(["--steps=3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "TokenShards, step 3",
+        "webdataset, step 3",
+    ]
+    urls.main([Path("shards/demo").resolve().as_uri(), "--steps=3"])
+    # The order of tars hangs on their names, of which the port is a part; that of TokenShards does not.
+    assert capsys.readouterr().out.splitlines()[0] == lines[0]
+
+
+def test_the_loop_in_the_style_of_nanogpt(capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    example("nanogpt_style").main([str(text), "--steps=40"])
+    *steps, kept = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in steps]
+    assert [line.split(":")[0] for line in steps] == ["step 0", "step 30", "step 40"]
+    assert losses[0] > 2.5 > losses[-1]
+    assert kept.startswith(f"{8 * (1 + 2 * 40 - 20)} of {16 * (1 + 2 * 40 - 20)} rows kept")
+
+
+# Two ranks
+
+
+class Noting(DistributedDataParallel):
+    """DDP that keeps what it was trained on."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self.__dict__.setdefault("trained", []).append(args[0].clone())
+        return super().forward(*args, **kwargs)
+
+
+QUICK_RANKS = "train_dataloader = DataLoader(training_data, batch_size=8, sampler=sampler)"
+
+
+def quick_ranks(line: str, **names: Any) -> dict[str, Any]:
+    torch.manual_seed(3)
+    data = TensorDataset(torch.randn(108, 1, 28, 28), torch.randint(10, (108,)))
+    given = {"training_data": data, "sampler": DistributedSampler(data, seed=1), **names}
+    script = with_line(QUICKSTART, QUICK_LINE, f"model = wrap(model)\n{line}")
+    return quick(script, wrap=Noting, **given)
+
+
+def on_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
+    found: dict[str, Any] = {}
+    for name, script in (("sifted", gpt_sifted), ("hand", gpt_by_hand)):
+        run = script(wrap=Noting, seed=1 + rank, steps=2)
+        found[f"gpt {name}"] = run["losses"], torch.cat(run["model"].trained)
+    sifted = QUICK_RANKS.replace(
+        "sampler)", 'sampler, model=model, exit_layer="full", warmup_steps=0)'
+    )
+    sifted = sifted.replace("DataLoader(", "SiftingDataLoader(")
+    hand = QUICK_RANKS.replace("DataLoader(", "by_hand(DataLoader(") + ", model.module)"
+
+    class Sized(ByHand):
+        dataset = range(24)  # 54 rows a rank: three pools of 16, and 6 rows that are too few
+
+        def __len__(self) -> int:
+            return 3
+
+    def by_hand(inner: Any, model: nn.Module) -> ByHand:
+        return Sized(inner, model, loss_of_all, 8)
+
+    for name, run in (
+        ("sifted", quick_ranks(sifted)),
+        ("hand", quick_ranks(hand, by_hand=by_hand)),
+    ):
+        found[f"quick {name}"] = run["losses"], torch.cat(run["model"].trained), run["updates"]
+    model, chats = FAMILIES["nanochat"].model(), buffered(100 * rank)
+    chat = SiftingDataLoader.wrap(chats, model=model, warmup_steps=0, sharded=True)
+    found["chat"] = torch.cat([next(chat)[0] for _ in range(3)])
+    torch.manual_seed(0)  # the same on both ranks
+    for name, misplugged in (
+        ("same draws", lambda: sift_calls(drawing(), model=model, warmup_steps=0)()),
+        ("meant", lambda: sift_calls(drawing(), model=model, warmup_steps=0, sharded=True)()),
+        ("unsharded", lambda: next(SiftingDataLoader.wrap(buffered(), model=model))),
+    ):
+        try:
+            misplugged()
+            found[name] = None
+        except (ValueError, RanksDisagree) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        dist.barrier()
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    on_ranks(on_rank, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_ranks_that_draw_by_a_function_train_on_their_own_best_rows(two_ranks):
+    for found in two_ranks:
+        assert found["gpt sifted"][0] == found["gpt hand"][0]
+        assert torch.equal(found["gpt sifted"][1], found["gpt hand"][1])
+    mine, yours = ({tuple(row) for row in found["gpt sifted"][1].tolist()} for found in two_ranks)
+    assert len(mine - yours) > 10, "other draws; in a text of 200 characters some come twice"
+
+
+def test_two_ranks_share_an_epoch_and_step_together(two_ranks):
+    for found in two_ranks:
+        assert found["quick sifted"][0] == found["quick hand"][0]
+        assert torch.equal(found["quick sifted"][1], found["quick hand"][1])
+        assert found["quick sifted"][2] == found["quick hand"][2] == [2] * 2
+    epochs = [found["quick sifted"][1][:24].flatten(1).tolist() for found in two_ranks]
+    assert len({tuple(row) for rows in epochs for row in rows}) == 48, (
+        "no sample twice, on no rank"
+    )
+    chats = [{tuple(row) for row in found["chat"].tolist()} for found in two_ranks]
+    assert not chats[0] & chats[1]
+
+
+def test_two_ranks_that_draw_alike_are_told(two_ranks):
+    for found in two_ranks:  # all of them, so that none waits for another
+        assert "ValueError: draw() drew the same batch on ranks [0, 1]" in found["same draws"]
+    assert [found["meant"] for found in two_ranks] == [None, None]
+    for found in two_ranks:
+        assert (
+            "nothing says that the inner generator gives each its own share" in found["unsharded"]
+        )
