@@ -431,7 +431,6 @@ def flat(by_block: bool = True, low: bool = False, use_orig_params: bool = True)
 
 def fsdp1_is_scored_through_its_root() -> None:
     batch, whole = pool_of(1), Net()
-    whole(**batch)
     for by_block, low, use_orig_params in (
         (True, False, True),
         (True, True, False),
@@ -439,8 +438,9 @@ def fsdp1_is_scored_through_its_root() -> None:
         (True, False, False),
     ):
         model = flat(by_block, low, use_orig_params)
-        expected, sifter = reference(whole, batch), Sifter(model)
+        expected, sifter, early = reference(whole, batch), Sifter(model), EarlyExit(model)
         for _ in range(2):  # also after the first training forward
+            torch.testing.assert_close(early.logits(batch), EarlyExit(whole).logits(batch))
             with small_chunks(), Collectives() as seen:
                 torch.testing.assert_close(sifter.score(batch), expected, rtol=1e-5, atol=1e-6)
             one, other = gather(seen.names)
