@@ -5,6 +5,7 @@ import ast
 import functools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -494,3 +495,12 @@ def test_a_loop_with_its_own_batches_needs_one_line(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step 20: loss ") and second.startswith("step 40: loss ")
     assert float(second.split()[3]) < float(first.split()[3])
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
+    for example in (ROOT / "examples").glob("*.py"):
+        if "__main__" in example.read_text():
+            name = re.escape(example.stem)
+            ran = rf"\bimport {name}\b|\bfrom {name} import main\b|[\"'/]{name}(\.py)?[\"']"
+            assert re.search(ran, tests), f"no test runs {example.name}"

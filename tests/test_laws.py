@@ -214,7 +214,7 @@ def slots_of(topology: tuple[int, int], lanes: int) -> list[int]:
 
 
 @given(data(), st.lists(segments, max_size=6))
-@examples(30)
+@examples(20, large=30)
 def test_any_number_of_restarts_on_any_topology_changes_nothing(make, what, run):
     state, epoch, position = None, 0, 0
     for segment in run:
@@ -266,7 +266,7 @@ def taken(reader: TokenShards, segment: Segment, epoch: int, takes: int | None) 
     st.integers(0, 99),
     blocks,
 )
-@examples(30)
+@examples(20, large=30)
 def test_ranks_and_workers_partition_what_is_left(
     make, what, topology, workers, n, epoch, start, block
 ):
@@ -295,7 +295,7 @@ def test_ranks_and_workers_partition_what_is_left(
 
 @given(data(), st.integers(1, 4))
 @example(Data(((20, 30, 3), (11,)), (5, 2), epoch_samples=90, lanes=2), 100)  # beyond 4,096 turns
-@examples(30)
+@examples(12, large=30)
 def test_a_set_in_a_mix_goes_through_its_own_epochs(make, what, epochs):
     """Lane by lane, where there are several: a lane is every ``lanes``-th turn, from epoch to epoch."""
     mixed, sizes = what.opened(make, World(), masking=None), [sum(each) for each in what.sets]

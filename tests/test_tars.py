@@ -1141,7 +1141,6 @@ def test_tokenizers_come_as_objects_too(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- the example
 
 
-@pytest.mark.slow
 def test_a_gpt_trains_straight_from_text_in_tars(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
