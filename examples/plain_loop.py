@@ -38,9 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.plain:
         loader = DataLoader(shards, batch_size=8)
     else:
-        loader = SiftingDataLoader(
-            shards, batch_size=8, model=model, exit_layer=1, warmup_steps=5
-        )
+        loader = SiftingDataLoader(shards, batch_size=8, model=model, exit_layer=1, warmup_steps=5)
 
     model.train()
     for step, batch in enumerate(loader, 1):
