@@ -266,6 +266,7 @@ class SiftingDataLoader(DataLoader[Any]):
         if isinstance(model, nn.Module):
             self._check_vocabulary()
         self._joined = False  # whether an Accelerator prepared this loader
+        self._measured = False  # whether its length was asked for
         self._hosts: weakref.WeakSet[Any] = weakref.WeakSet()  # they save the state
         self._batch_size: int | None = None
         self._inner: int | None = None  # rows of an inner batch

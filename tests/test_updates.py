@@ -3,13 +3,15 @@ from __future__ import annotations
 import gc
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from test_laws import write
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from siftloader import SiftingDataLoader, StateError
+from siftloader import SiftingDataLoader, StateError, TokenShards
 from siftloader.updates import Updates
 
 
@@ -258,3 +260,25 @@ def test_before_the_ranks_have_shares_the_length_is_that_of_all_of_them(
         assert len(loader.dataset) == 2 * (16 + 16)
         with pytest.raises(ValueError, match="nothing says that the inner DataLoader gives each"):
             next(iter(loader))
+
+
+def test_a_length_of_shards_asked_for_before_prepare_is_told(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    class OfTwo(accelerate.Accelerator):
+        num_processes = 2
+
+    class Embeds(Net):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids[..., None].float().expand(-1, -1, 4))
+
+    shards = TokenShards(write(tmp_path / "mlm-0", (30,), "mlm"))
+    for asks in (False, True):
+        loader = SiftingDataLoader(shards, 2, model=Embeds())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if asks:
+                len(loader)
+            OfTwo(cpu=True).prepare(loader)
+        told = [each for each in caught if "num_processes" in str(each.message)]
+        assert len(told) == asks
