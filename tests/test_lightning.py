@@ -8,6 +8,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ranks import on_ranks
 from test_laws import write
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from siftloader import EarlyExit, SiftingDataLoader, TokenShards
 
@@ -318,6 +319,34 @@ def test_the_precision_of_the_trainer_is_learned(itself):
     assert module.loader.state_dict()["precision"] == "bfloat16"
 
 
+def test_a_model_in_bf16_is_scored_in_bf16():
+    class Tokens(Module):
+        def __init__(self, make: Maker) -> None:
+            super().__init__(make)
+            torch.manual_seed(0)
+            self.model = scaled(Lm(), 3.0)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            assert self.model.head.weight.dtype == torch.bfloat16
+            return loss_of(self.model, batch)
+
+    module = Tokens(
+        lambda self: SiftingDataLoader(
+            tokens(), 4, model=self.model, score_fn=loss_of, warmup_steps=0
+        )
+    )
+    fit(module, precision="bf16-true")
+    assert module.loader.stats["kept"] == 32 and module.loader.stats["nonfinite"] == 0
+    # Lightning casts what is no id after the loader, so such a batch is cast for its scores, too.
+    with pytest.raises(RuntimeError, match="must have the same dtype"):
+        fit(Module(sifting), precision="bf16-true")
+
+    def cast(model: Any, batch: dict[str, Tensor]) -> Tensor:
+        return functional.cross_entropy(model(batch["x"].bfloat16()), batch["labels"])
+
+    fit(Module(lambda self: sifting(self, score_fn=cast)), precision="bf16-true")
+
+
 def test_workers_are_seeded_as_lightning_seeds_them(monkeypatch):
     monkeypatch.setenv("PL_SEED_WORKERS", "1")
     seen = []
@@ -353,11 +382,43 @@ def test_a_compiled_module_is_scored_like_the_module():
     expected = fit(Module(sifting)).losses
     module = Module(sifting)
     fit(torch.compile(module, backend="eager"))
-    torch._dynamo.reset()
     assert module.losses == pytest.approx(expected, rel=1e-6)
+    # litgpt compiles before setup(), which compiles again inside of its wrapper
+    eager = [*fabric_loop(fabric_of(), over(), 9)]
+    compiled = [
+        *fabric_loop(fabric_of(), over(), 9, prepare=partial(torch.compile, backend="eager"))
+    ]
+    assert [seen for seen, _ in compiled] == [seen for seen, _ in eager]
+    torch._dynamo.reset()
 
 
 # Fabric
+
+
+class Lm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return self.head(x)
+
+
+def loss_of(model: Any, rows: Tensor) -> Tensor:
+    # Cross-entropy in chunks, as litgpt has it.
+    logits, targets = model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
+    parts = zip(logits.split(20), targets.split(20), strict=True)
+    each = [functional.cross_entropy(*part, reduction="none") for part in parts]
+    return torch.cat(each).mean()
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 50, (32, 9), generator=torch.Generator().manual_seed(0))
 
 
 def fabric_of(**options: Any) -> Any:
@@ -365,10 +426,14 @@ def fabric_of(**options: Any) -> Any:
 
 
 def fabric_loop(
-    fabric: Any, make: Callable[[nn.Module], Any], steps: int, checkpoint: Path | None = None
+    fabric: Any,
+    make: Callable[[nn.Module], Any],
+    steps: int,
+    checkpoint: Path | None = None,
+    prepare: Callable[[nn.Module], Any] = lambda model: model,
 ) -> Iterator[tuple[list[int], float]]:
     """A Fabric script as a user has it; a checkpoint is taken up, and written after ``steps``."""
-    model = fabric.setup(network(0.0))
+    model = fabric.setup(prepare(network(0.0)))
     optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), 0.1))
     loader = fabric.setup_dataloaders(make(model))
     state = {"model": model, "optimizer": optimizer, "train_dataloader": loader, "iter_num": 0}
@@ -434,28 +499,7 @@ def test_fabric_owns_the_precision(tmp_path):
 
 
 def test_a_bare_tensor_needs_the_lines_of_the_loop_and_no_more():
-    rows = torch.randint(0, 50, (32, 9), generator=torch.Generator().manual_seed(0))
-
-    class Lm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(50, 16)
-            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-            self.head = nn.Linear(16, 50)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids)
-            for layer in self.layers:
-                x = x + layer(x).tanh()
-            return self.head(x)
-
-    def loss_of(model: Any, rows: Tensor) -> Tensor:
-        # Cross-entropy in chunks, as litgpt has it.
-        logits, targets = model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()
-        parts = zip(logits.split(20), targets.split(20), strict=True)
-        each = [functional.cross_entropy(*part, reduction="none") for part in parts]
-        return torch.cat(each).mean()
-
+    rows = tokens()
     torch.manual_seed(0)
     fabric, model = fabric_of(), scaled(Lm(), 3.0)
     model = fabric.setup(model)
@@ -512,14 +556,30 @@ def train_on(rank: int, port: int, folder: Path) -> None:
     module = Module(lambda self: sifting(self, shuffle=False, sampler=DistributedSampler(Rows())))
     trainer(**options, accumulate_grad_batches=3).fit(module)
     found["sampler"], found["weights"] = module.seen, [p.sum().item() for p in module.parameters()]
+    pool = default_collate([Rows()[row] for row in [*DistributedSampler(Rows())][: 2 * BATCH]])
+    logits = EarlyExit(Module().model, 1).logits({"x": pool["x"]})
+    scores = functional.cross_entropy(logits, pool["labels"], reduction="none")
+    assert module.seen[0] == pool["id"][scores.topk(BATCH).indices.sort().values].tolist()
+    # Rank 0 saves, and its state serves both.
+    saving = lightning.pytorch.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=1, save_top_k=-1
+    )
+    make: Any = lambda self: sifting(self, shuffle=False, sampler=DistributedSampler(Rows()))  # noqa: E731
+    trainer(**options, callbacks=[saving], enable_checkpointing=True).fit(Module(make))
+    straight = Module(make)
+    trainer(**options).fit(straight)
+    for step in (3, 5):
+        resumed = Module(make)
+        trainer(**options).fit(resumed, ckpt_path=folder / f"step={step}.ckpt")
+        assert (resumed.seen, resumed.losses) == (straight.seen[step:], straight.losses[step:])
     fabric = lightning.Fabric(accelerator="cpu", **options)
     fabric.launch()
     make = over(sampler=DistributedSampler(Rows()))
-    straight = [*fabric_loop(fabric, make, 9)]
+    looped = [*fabric_loop(fabric, make, 9)]
     file = folder / "checkpoint.pt"
     again = [*fabric_loop(fabric, make, 3, file), *fabric_loop(fabric, make, 6, file)]
-    assert again == straight
-    found["fabric"] = [seen for seen, _ in straight]
+    assert again == looped
+    found["fabric"] = [seen for seen, _ in looped]
     (folder / f"{rank}.json").write_text(json.dumps(found))
 
 
