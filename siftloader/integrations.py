@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import update_wrapper
-from itertools import count, takewhile
+from itertools import count, islice, pairwise, takewhile
 from pathlib import Path
 from typing import Any, final
 
@@ -79,6 +79,11 @@ def attach(
         raise TypeError(
             f"attach takes a transformers.Trainer, got {type(trainer).__name__}; elsewhere give the loop "
             f"SiftingDataLoader.wrap(its_loader, model=model)"
+        )
+    if not hasattr(trainer, "set_initial_training_values"):
+        raise TypeError(
+            "attach needs a transformers whose Trainer has set_initial_training_values, to plan the run: "
+            "upgrade to 4.57 or later"
         )
     if isinstance(getattr(trainer.train, "__self__", None), Attached):
         raise ValueError("this trainer sifts already: attach() once is enough")
@@ -165,18 +170,16 @@ class Attached:
         found = self._plain["set_initial_training_values"](args, dataloader, *more)
         if not isinstance(dataloader, SiftingDataLoader) or not _has_length(dataloader):
             return found
-        _, updates, samples, trained, *others, max_steps = found
+        epochs, updates, samples, trained, *others, max_steps = found
         if args.max_steps > 0:
             epochs = 1 + sum(1 for _ in _until(self._ends(dataloader), max_steps))
-        else:
-            epochs = math.ceil(args.num_train_epochs)
-            ends = [
-                0,
-                *(end for end, _ in zip(self._ends(dataloader), range(epochs), strict=False)),
-            ]
+        ends = [0, *islice(self._ends(dataloader), epochs)]
+        if args.max_steps <= 0 < epochs:
             part = args.num_train_epochs - (epochs - 1)  # of the last one
             max_steps = ends[-2] + math.ceil(part * (ends[-1] - ends[-2]))
             trained = samples * args.world_size * max_steps / ends[1]
+        if len({end - begin for begin, end in pairwise(ends)}) > 1:
+            self._refuse_old_trainer()
         # A sifting loader counts what this rank hands out, Trainer what all of them do.
         return epochs, updates, samples * args.world_size, trained, *others, max_steps
 
@@ -268,6 +271,14 @@ class Attached:
             epoch = saved["loader"]["epoch"]
             loader.set_epoch(epoch + 1)
             loader.set_epoch(epoch)
+
+    def _refuse_old_trainer(self) -> None:
+        resumes = self._checkpoint is not None and not self._trainer.args.ignore_data_skip
+        if resumes and "_init_training_state" not in self._plain:
+            raise StateError(
+                "this transformers takes all epochs for equally long, and would resume at other samples, because a "
+                "warm-up makes the first one longer; upgrade transformers, or begin a run with warmup_steps=0"
+            )
 
     def _refuse_others(self) -> None:
         drawn = None if self.loader is None else self.loader.stats["samples"]

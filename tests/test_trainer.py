@@ -550,6 +550,14 @@ def test_a_checkpoint_that_does_not_say_where_the_loader_was_is_refused(tmp_path
         trainer.train(resume_from_checkpoint=True)
 
 
+def test_a_trainer_of_before_epochs_had_their_own_length_does_not_resume_them(tmp_path, saved):
+    trainer = trainer_of(tmp_path)
+    attached = attach(trainer, warmup_steps=2)
+    attached._plain.pop("_init_training_state")
+    with pytest.raises(StateError, match=r"takes all epochs for equally long, .* upgrade"):
+        trainer.train(str(saved))
+
+
 def test_an_epoch_that_begins_anew_does_not_warm_up_again(tmp_path, saved):
     trainer = trainer_of(tmp_path, num_train_epochs=1, ignore_data_skip=True)
     attached, watch = attach(trainer, warmup_steps=2), Watch(trainer)
