@@ -52,9 +52,6 @@ def prepared(accelerator: Any, loader: DataLoader[Any]) -> Any:
         # Indices are skipped by us; torchdata would draw them again from a stream that has gone on.
         options.use_stateful_dataloader = stateful and isinstance(loader.dataset, IterableDataset)
         made = accelerator.prepare_data_loader(loader)
-    except AttributeError as error:
-        # Raised while accelerate looks at an attribute of ours, it would mean that we have none.
-        raise RuntimeError(f"accelerate could not prepare the inner loader: {error}") from error
     finally:
         options.use_stateful_dataloader = stateful
     accelerator._dataloaders.remove(made)

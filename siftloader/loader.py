@@ -423,25 +423,32 @@ class SiftingDataLoader(DataLoader[Any]):
         # Accelerator, the inner loader is given to it to be sharded; anybody else hears whether it was.
         accelerator = asking(sys._getframe(1))
         if accelerator is not None and accelerator not in self._hosts:
-            self._source.prepare(accelerator)
-            if (size := self._source.batch_size) is not None:
-                self._set_sizes(size)  # split_batches divides them among the ranks
-            self._hosts.add(accelerator)
-            self._joined = True
-            save_with(accelerator, self)
-            own_shares = isinstance(self._source, ShardCandidates)
-            if self._measured and own_shares and accelerator.num_processes > 1:
-                warnings.warn(
-                    "len(loader) was asked for before accelerator.prepare(): over TokenShards it is that of this "
-                    "rank's share, and accelerate steps a prepared scheduler once for every rank; a schedule made "
-                    "from it must span len(loader) * accelerator.num_processes",
-                    stacklevel=2,
-                )
+            try:
+                self._prepare_with(accelerator)
+            except AttributeError as error:
+                # Accelerate would take it for a loader without this attribute, and rebuild it.
+                raise RuntimeError(f"the inner loader could not be prepared: {error}") from error
         return self._joined
 
     @_is_accelerate_prepared.setter
     def _is_accelerate_prepared(self, value: bool) -> None:
         pass  # accelerate marks what it prepared; nobody else can
+
+    def _prepare_with(self, accelerator: Any) -> None:
+        self._source.prepare(accelerator)
+        if (size := self._source.batch_size) is not None:
+            self._set_sizes(size)  # split_batches divides them among the ranks
+        self._hosts.add(accelerator)
+        self._joined = True
+        save_with(accelerator, self)
+        own_shares = isinstance(self._source, ShardCandidates)
+        if self._measured and own_shares and accelerator.num_processes > 1:
+            warnings.warn(
+                "len(loader) was asked for before accelerator.prepare(): over TokenShards it is that of this "
+                "rank's share, and accelerate steps a prepared scheduler once for every rank; a schedule made "
+                "from it must span len(loader) * accelerator.num_processes",
+                stacklevel=4,
+            )
 
     def __getattr__(self, name: str) -> Any:
         # Asked for what this object lacks: what the loop knows of its own loader (cramming's epoch_counter).

@@ -301,26 +301,27 @@ def fixed(model: nn.Module, rows: int = ROWS, **options: Any) -> SiftingDataLoad
     return SiftingDataLoader(Rows(rows), BATCH, model=model, **{"warmup_steps": 2} | options)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 11])
-@pytest.mark.parametrize("pool", ["merge", "split"])
-def test_skipped_without_a_state_batches_are_drawn_and_not_scored(count, pool):
+@pytest.mark.parametrize("count", [0, 2, 5, 11])
+@pytest.mark.parametrize("options", [{}, {"pool": "split"}, {"criterion": "random"}])
+def test_skipped_without_a_state_batches_are_drawn_and_not_scored(count, options):
     seen: list[int] = []
     accelerator, model = Accelerator(cpu=True), classifier()
-    straight = ids(fixed(model, pool=pool, keep=0.5))
+    straight = fixed(model, **options)
+    expected = ids(straight)
     loader = fixed(
-        model, pool=pool, keep=0.5, on_select=lambda rows, scores, kept: seen.extend(rows.tolist())
+        model, on_select=lambda rows, scores, kept: seen.extend(rows.tolist()), **options
     )
     rest = accelerator.skip_first_batches(accelerator.prepare(loader), count)
-    ends = []
-    found = []
+    found, ends = [], []
     for batch in rest:
         found.append(batch["id"].tolist())
         ends.append(accelerator.gradient_state.end_of_dataloader)
-    assert found == straight[count:]
+    assert found == expected[count:]
     assert ends == [False] * (len(found) - 1) + [True] * (len(found) > 0)
-    assert set(seen).isdisjoint(row for batch in straight[:count] for row in batch)
-    assert ids(loader)  # the next epoch is whole
-    assert loader.stats["steps"] >= len(straight)
+    assert set(seen).isdisjoint(row for batch in expected[:count] for row in batch)
+    for name in ("steps", "samples", "tail_dropped"):
+        assert loader.stats[name] == straight.stats[name]
+    assert ids(loader) == ids(straight)  # the next epoch is whole
 
 
 def test_the_last_batch_is_known_and_nobody_is_left_under_way():
@@ -352,7 +353,7 @@ def test_another_loader_inside_the_loop_does_not_stay_the_one_under_way():
 def test_what_goes_wrong_in_rows_read_ahead_comes_with_the_batch_they_belong_to():
     class Broken(Rows):
         def __getitem__(self, index: int) -> dict[str, Any]:
-            if index == 40:
+            if index == 44:
                 raise OSError("unreadable")
             return super().__getitem__(index)
 
@@ -365,7 +366,7 @@ def test_what_goes_wrong_in_rows_read_ahead_comes_with_the_batch_they_belong_to(
         for _ in batches:
             handed += 1
     state = loader.state_dict()
-    assert state["stats"]["steps"] == handed == 4  # pools of 8 from 36 whole rows
+    assert state["stats"]["steps"] == handed == 5  # accelerate looks one batch ahead, we another
 
 
 def test_prepared_by_whoever_and_however_often_it_is_the_same_loader():
@@ -391,6 +392,13 @@ def test_prepared_by_whoever_and_however_often_it_is_the_same_loader():
     )
     assert len(wrapped) == 11
     assert ids(wrapped) == ids(loader)
+
+
+def test_an_inner_loader_that_cannot_be_prepared_is_not_rebuilt_without_a_word():
+    accelerator = Accelerator(cpu=True)
+    accelerator.dataloader_config = None  # as another version might have it
+    with pytest.raises(RuntimeError, match="the inner loader could not be prepared"):
+        accelerator.prepare(fixed(classifier()))
 
 
 def test_a_loader_around_a_prepared_one_is_resumed_and_ends_like_it(tmp_path):
