@@ -6,6 +6,7 @@
     check_alike(batch, groups)                        # they score the same candidates
     scores = agreed(scores, groups)                   # [P], the first member's, to the bit
 
+The price is memory: the layers up to the exit, embedding and head are whole together; at "full" the model is.
 What a forward of FSDP communicates depends on how often it runs, and that depends on the data: how many
 labels there are, in how many chunks they fit. Ranks that communicate unequally often wait for each other
 for ever. So scoring gathers first, once for a pool, and what it runs then communicates nothing.
@@ -20,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -29,6 +31,9 @@ from siftloader.batches import Batch, leaves
 from siftloader.errors import ScoringError
 from siftloader.stack import unwrap
 from siftloader.world import World
+
+
+FSDP = "torch.distributed.fsdp."
 
 
 @contextmanager
@@ -104,8 +109,15 @@ def silence(live: nn.Module, shell: nn.Module) -> None:
         hooks = shell.__dict__[name]
         for key, hook in hooks.items():
             # A method of its state, or a function around one.
-            if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp."):
+            if getattr(hook, "__module__", "").startswith(FSDP):
                 hooks[key] = cast
+    for name, value in vars(shell).items():
+        # Of `register_fsdp_forward_method`: a function of FSDP's around the model's own method.
+        if isinstance(value, MethodType) and value.__func__.__globals__["__name__"].startswith(
+            FSDP
+        ):
+            own: MethodType = value.__func__.__wrapped__  # type: ignore[attr-defined]
+            shell.__dict__[name] = partial(_cast, wanted, policy.output_dtype, own.__func__, shell)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -235,7 +247,19 @@ def _cast_inputs(
 
 
 def _cast_output(dtype: torch.dtype | None, module: nn.Module, args: Any, output: Any) -> Any:
-    return None if dtype is None else _to(dtype, output)
+    return output if dtype is None else _to(dtype, output)
+
+
+def _cast(
+    wanted: torch.dtype | None,
+    given: torch.dtype | None,
+    method: Callable[..., Any],
+    shell: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    args, kwargs = _cast_inputs(wanted, shell, args, kwargs) or (args, kwargs)
+    return _cast_output(given, shell, args, method(shell, *args, **kwargs))
 
 
 def _to(dtype: torch.dtype, values: Any) -> Any:

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from torch.distributed.fsdp import (
     MixedPrecision,
     MixedPrecisionPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -52,6 +54,7 @@ from torch.utils.data.distributed import DistributedSampler
 import siftloader.twin
 from siftloader import (
     EarlyExit,
+    ExitHead,
     Random,
     RankSample,
     RanksDisagree,
@@ -265,6 +268,31 @@ def a_mesh_of_copies_and_a_bare_root_are_scored() -> None:
     assert_right(net)
 
 
+class Encoding(Net):
+    """Calls a part of it by another method than forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.encode = MethodType(Body.forward, self.body)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        hidden = self.body.encode(input_ids)  # type: ignore[operator]
+        return {"logits": self.head(hidden)}
+
+
+def methods_that_fsdp_knows_as_forward_are_scored() -> None:
+    batch = pool_of(1)
+    for policy in (MixedPrecisionPolicy(), MixedPrecisionPolicy(torch.bfloat16)):
+        net: Any = Encoding().eval()
+        fully_shard(net.body, mp_policy=policy)
+        register_fsdp_forward_method(net.body, "encode")
+        fully_shard(net, mp_policy=policy)
+        found = EarlyExit(net, "full").logits(batch)
+        with torch.no_grad():
+            assert torch.equal(found, net(batch["input_ids"])["logits"])
+        assert net(batch["input_ids"])["logits"].requires_grad
+
+
 def a_model_that_is_sharded_after_the_loader_was_built_is_scored() -> None:
     net = Net()
     sifter, batch = Sifter(net), pool_of(1)
@@ -370,7 +398,7 @@ def training_is_bit_for_bit_that_of_a_plain_loader(build: Callable[[], Any]) -> 
     windows = ("after the step", "between forward and backward", "before the step")
     for layer, window, accumulate in (
         *((1, each, 1) for each in windows),
-        *((2, each, 2) for each in windows),
+        (2, "before the step", 2),
     ):
         model, kept = build(), []
         data = rows(2 * 2 * 4 * (STEPS + 1))
@@ -543,6 +571,19 @@ def an_error_on_one_rank_stops_both() -> None:
     assert all(isinstance(each, DTensor) for each in net.parameters())
 
 
+def exit_heads_communicate_alike_too() -> None:
+    net = sharded(Net())
+    sifter = Sifter(net, exit_head=ExitHead(classes=WORDS))
+    for step in range(3):
+        batch = pool_of(step)
+        if dist.get_rank() == 0:
+            batch["labels"][:, 2:] = -100
+        with small_chunks(), Collectives() as seen:
+            sifter(batch)
+        one, other = gather(seen.names)
+        assert one == other != []
+
+
 def data_parallel_of_torch_is_scored_by_its_module() -> None:
     net = Net()
     batch = pool_of(1)
@@ -552,6 +593,7 @@ def data_parallel_of_torch_is_scored_by_its_module() -> None:
 ON_TWO: list[Callable[[], None]] = [
     scores_are_those_of_the_unsharded_model,
     scores_are_cast_as_the_policy_says,
+    methods_that_fsdp_knows_as_forward_are_scored,
     a_model_that_is_sharded_after_the_loader_was_built_is_scored,
     scoring_leaves_weights_as_it_found_them,
     collectives_do_not_depend_on_the_data,
@@ -562,6 +604,7 @@ ON_TWO: list[Callable[[], None]] = [
     tensor_parallel_members_get_identical_scores,
     tensor_parallel_members_train_on_the_same_samples,
     tensor_parallel_members_with_other_candidates_are_refused,
+    exit_heads_communicate_alike_too,
     data_parallel_of_torch_is_scored_by_its_module,
     an_error_on_one_rank_stops_both,
 ]
