@@ -113,10 +113,9 @@ def silence(live: nn.Module, shell: nn.Module) -> None:
                 hooks[key] = cast
     for name, value in vars(shell).items():
         # Of `register_fsdp_forward_method`: a function of FSDP's around the model's own method.
-        if isinstance(value, MethodType) and value.__func__.__globals__["__name__"].startswith(
-            FSDP
-        ):
-            own: MethodType = value.__func__.__wrapped__  # type: ignore[attr-defined]
+        function = value.__func__ if isinstance(value, MethodType) else None
+        if getattr(function, "__globals__", {}).get("__name__", "").startswith(FSDP):
+            own: MethodType = function.__wrapped__  # type: ignore[union-attr]
             shell.__dict__[name] = partial(_cast, wanted, policy.output_dtype, own.__func__, shell)
 
 

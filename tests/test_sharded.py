@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointImpl,
     checkpoint_wrapper,
@@ -244,6 +245,12 @@ def checkpointed_and_compiled_blocks_are_scored() -> None:
         net = sharded(Net(), lambda layer: checkpoint_wrapper(layer, checkpoint_impl=kind))  # noqa: B023
         net(**pool_of(2))["loss"].backward()
         assert_right(net)
+    net = Net()
+    for layer in net.body.layers:
+        checkpoint(layer)  # as torchtitan's predecessors had it: by hooks
+    sharded(net)
+    net(**pool_of(2))["loss"].backward()
+    assert_right(net)
     net = Net()
     for layer in net.body.layers:
         layer.compile(backend="eager")
