@@ -68,8 +68,11 @@ def attach(
 
     Some methods of this one object are replaced, as a subclass that overrides them would; transformers stays
     as it is. In a subclass of your own: ``attach(self)`` at the end of ``__init__``. A trainer that draws from
-    another loader all the same raises SiftError at its first step. Resumed no better than without siftloader:
-    masks that a collator draws from the global stream in the process of the trainer.
+    another loader all the same raises SiftError at its first step.
+
+    Where Trainer itself does not resume to the bit, nor does this: what a collator draws from the global random
+    stream (masks) is drawn anew after a restart, so others of the same candidates may win. Masks of ``TokenShards``
+    are the same again.
 
     Raises TypeError for anything but a Trainer and for unknown options, ValueError for wrong ones.
     """
@@ -115,7 +118,10 @@ class Attached:
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Train, from where the checkpoint says that the loader was."""
         self.loader, self._checkpoint = None, self._found(resume_from_checkpoint)
-        result = self._plain["train"](resume_from_checkpoint, *args, **options)
+        try:
+            result = self._plain["train"](resume_from_checkpoint, *args, **options)
+        finally:
+            self._checkpoint = None
         self._warn_unless_sifted()
         return result
 
