@@ -296,6 +296,31 @@ def test_a_loader_built_anew_for_every_epoch_has_the_order_of_that_epoch():
     )
 
 
+def test_shards_are_read_in_the_order_of_the_epoch_however_often_the_loader_is_built(tmp_path):
+    write(tmp_path / "mlm-0", (40,), "mlm")
+
+    class Shards(Module):
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            self.seen.append(batch["id"].tolist())
+            return self(batch["input_ids"][:, :8].float()).square().mean()
+
+    def make(module: Module) -> Any:
+        shards = TokenShards(tmp_path / "mlm-0", with_ids=True)
+        return SiftingDataLoader(shards, 4, model=module.model, warmup_steps=0, criterion="random")
+
+    once, anew = (
+        fit(Shards(make), max_epochs=3, reload_dataloaders_every_n_epochs=every).seen
+        for every in (0, 1)
+    )
+    assert len(once) == len(anew) == 15
+    drawn = [[*chain(*each[first : first + 5])] for each in (once, anew) for first in (0, 5, 10)]
+    pools = [
+        b["id"].tolist() for b in TokenShards(tmp_path / "mlm-0", with_ids=True).read_batches(8, 1)
+    ]
+    for seen in (drawn[1], drawn[4]):
+        assert all({*seen[4 * n : 4 * n + 4]} <= {*pool} for n, pool in enumerate(pools))
+
+
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.filterwarnings("ignore:You requested to overfit but enabled")
 def test_lightning_may_not_build_it_anew_with_another_sampler(inside):
