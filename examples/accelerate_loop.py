@@ -40,11 +40,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
     loader = SiftingDataLoader(
         data, batch_size=given.batch_size, model=model, exit_layer=1, warmup_steps=4
     )
-    batches = loader.total_batches(given.epochs)  # half as many as plain ones, but for the warm-up
-    # Accelerate steps a scheduler once for every process; over shards a length is one rank's share already.
-    updates = -(-batches // given.accumulation) * accelerator.num_processes
-    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=updates)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    # Now lengths are of this rank's share, and of half as many batches as plain ones, but for the warm-up.
+    # Accelerate steps a scheduler once for every process.
+    updates = -(-loader.total_batches(given.epochs) // given.accumulation)
+    schedule = {"num_warmup_steps": 2, "num_training_steps": updates * accelerator.num_processes}
+    scheduler = accelerator.prepare(get_scheduler("linear", optimizer, **schedule))
     if given.resume:
         accelerator.load_state(given.checkpoint)  # the loader's place and steps come with it
 

@@ -4,7 +4,7 @@
 
 Accelerate asks a loader one attribute, ``_is_accelerate_prepared``, and rebuilds whoever says no; it learns
 from the loader under way which batch is an epoch's last; and it saves one state for all ranks, or none. Each
-part below answers one of these. Read in accelerate 1.0 to 1.15; what is private to it is named where it is used.
+part below answers one of these. Tested with accelerate 1.6 and 1.15.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Prepared:
             ):  # which counts in the loader that was given only when it ran itself
                 self.loader.iteration = state["order"]["iteration"] + 1
         finally:
-            loader.end()  # accelerate leaves a loader that was broken off as the active one
+            leave(loader)  # accelerate leaves one that was broken off as the active one
             self._begun, self._drawn = None, 0
 
     def __len__(self) -> int:
@@ -312,13 +312,15 @@ def announce(loader: Any, last: bool) -> None:
     loader.end_of_dataloader = last
     state = sys.modules["accelerate.state"].GradientState()
     if state.active_dataloader is not loader:
-        state._remove_dataloader(loader)
+        leave(loader)
         state._add_dataloader(loader)
 
 
 def leave(loader: Any) -> None:
     """Tell accelerate that this loader is no longer under way."""
-    sys.modules["accelerate.state"].GradientState()._remove_dataloader(loader)
+    state = sys.modules["accelerate.state"].GradientState()
+    if any(each is loader for each in state.dataloader_references):
+        state._remove_dataloader(loader)
 
 
 def accumulates() -> bool:

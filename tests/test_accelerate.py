@@ -663,3 +663,23 @@ def test_the_example_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     assert main([*given, "--resume"]) == straight[6:]
+
+
+@pytest.mark.slow
+def test_workers_of_a_prepared_loader_are_begun_where_the_epoch_was_left():
+    def made() -> SiftingDataLoader:
+        set_seed(5)
+        loader = SiftingDataLoader(
+            Rows(), BATCH, shuffle=True, num_workers=2, model=classifier(), warmup_steps=2
+        )
+        return Accelerator(cpu=True).prepare(loader)
+
+    loader = made()
+    straight, states = [], []
+    for batch in loader:
+        straight.append(batch["id"].tolist())
+        states.append(json.dumps(loader.state_dict()))
+    assert straight == ids(prepared_alone()[1])
+    again = made()
+    again.load_state_dict(json.loads(states[4]))
+    assert ids(again) == straight[5:]
