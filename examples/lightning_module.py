@@ -4,7 +4,9 @@
     python examples/lightning_module.py --epochs 4 --folder runs/lightning --resume runs/lightning/last.ckpt
 
 Under ``devices=2`` every rank reads its own share of the shards. Lightning gives no ``DistributedSampler`` to a
-sifting loader: over map-style data pass one as ``sampler=``.
+sifting loader: over map-style data pass one as ``sampler=``. Lightning ends every epoch where the first one ended, so
+of epochs that a cool-down makes longer it leaves out the rest; and it draws one batch ahead of a loader without a
+length (``wrap`` of an iterable that has none), which a checkpoint then counts as trained.
 """
 
 import argparse
