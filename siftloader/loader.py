@@ -25,7 +25,13 @@ from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+)
 
 from siftloader.accelerated import (
     Prepared,
@@ -85,7 +91,7 @@ OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
 class _Finished(IterableDataset[Batch]):
     """The finished batches as a data set, so that a framework that rebuilds the loader keeps them.
 
-    Without ``state_dict``: some frameworks would resume it in samples, which it does not count in.
+    Its state is the loader's: some frameworks (Composer) ask the data set, and leave the loader alone.
     """
 
     def __init__(self, owner: SiftingDataLoader) -> None:
@@ -107,6 +113,14 @@ class _Finished(IterableDataset[Batch]):
         """Samples handed out per epoch."""
         return self._owner.epoch().samples
 
+    def state_dict(self, samples: int = 0, from_beginning: bool = True) -> dict[str, Any]:
+        """That of the loader, which knows better than those who ask how many samples were drawn."""
+        return self._owner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was taken."""
+        self._owner.load_state_dict(state)
+
 
 class _EpochTold(Sampler[None]):
     """What ``loader.sampler`` is for: loops that tell it the epoch, meant for the sampler inside."""
@@ -124,6 +138,14 @@ class _InOrder(_EpochTold, SequentialSampler):  # type: ignore[misc]
     def __init__(self, told: Callable[[int], None], batches: _Finished) -> None:
         super().__init__(told)
         self.data_source = batches
+
+
+class _Shared(_EpochTold, DistributedSampler[None]):  # type: ignore[misc]
+    """The same over candidates that a DistributedSampler deals out: Composer tells the epoch to that type alone."""
+
+    def __init__(self, told: Callable[[int], None], sampler: DistributedSampler[Any]) -> None:
+        self.__dict__.update(vars(sampler))
+        super().__init__(told)
 
 
 @final
@@ -280,6 +302,9 @@ class SiftingDataLoader(DataLoader[Any]):
         told = _EpochTold(self._announced)
         if _in_order(self._source):
             told = _InOrder(self._announced, _Finished(self))
+        sampler = getattr(getattr(self._source, "loader", None), "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            told = _Shared(self._announced, sampler)
         self.__dict__["sampler"] = told  # torch lets nobody set it
         # Lightning's, to build this loader anew: see __new__.
         for name in [each for each in self.__dict__ if each.startswith("__pl_saved")]:
