@@ -40,6 +40,13 @@ Model: TypeAlias = nn.Module | Callable[[], nn.Module]
 ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
 
 
+# For rows of ids that are inputs and targets at once, as litgpt and others draw them.
+_SHIFTS = (
+    " with the lines of the loop: lambda model, ids: "
+    "cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())"
+)
+
+
 class Scores(NamedTuple):
     """Of a pool, all on the device: values [P], -inf where a row must not win; and why."""
 
@@ -148,7 +155,7 @@ class Scorer:
         raise ScoringError(
             f"no labels in a {type(batch).__name__}{fields}: they must be tensors under "
             f'"{self.label_name}" or last in a tuple; or pass labels= (a key or a function) or '
-            f"score_fn="
+            f"score_fn={_SHIFTS if isinstance(batch, Tensor) else ''}"
         )
 
     @property
