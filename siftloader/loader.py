@@ -684,7 +684,7 @@ class SiftingDataLoader(DataLoader[Any]):
         except BaseException as error:
             last, pieces = False, _raising(error)
         if accumulates():  # and all ranks must step together: where one has no more, all end
-            last = not self._agreed(Doing.ENDS if last else Doing.HANDS_OUT, training=False)
+            last = not self._agreed(Doing.ENDS if last else Doing.HANDS_OUT)
         announce(self, last)
         return pieces
 
@@ -706,6 +706,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.precision.unwatch()
         self._check_vocabulary()
         counts, training = self._sifter.counts, self._scorer.model.training
+        # An iterator that was never drawn from in training mode is a rank's own: some evaluate on the first alone.
+        self._asks |= training and self._schedule.ever_sifts
         try:
             if training and self._schedule.sifts(self._step):
                 found = self._next_sifted(pieces, held, wanted)
@@ -742,7 +744,7 @@ class SiftingDataLoader(DataLoader[Any]):
     ) -> tuple[Batch, Taken] | None:
         ends = not held and not self._draw(pieces, held)
         doing = Doing.PASSES if training else Doing.EVALUATES
-        if not self._agreed(Doing.ENDS if ends else doing, training):
+        if not self._agreed(Doing.ENDS if ends else doing):
             self._end_with_others(held)
             return None
         count, counts = held[0].rows, self._sifter.counts
@@ -780,10 +782,8 @@ class SiftingDataLoader(DataLoader[Any]):
         taken = take(held, min(_rows(held), pool))
         return self._sifted(taken, self._batch_size) if wanted else self._passed_over(taken)
 
-    def _agreed(self, doing: Doing, training: bool = True) -> bool:
-        # Whether there is a batch. An iterator that was never drawn from in training mode is a rank's own: some
-        # evaluate on the first rank alone.
-        self._asks |= training and self._schedule.ever_sifts
+    def _agreed(self, doing: Doing) -> bool:
+        # Whether there is a batch.
         if self._asks:
             return self._sifter.agreement.step(doing, self._step, self._settings)
         return doing is not Doing.ENDS
@@ -1075,7 +1075,7 @@ class SiftingDataLoader(DataLoader[Any]):
         drawn = self._source.epoch_rows(inner)
         if drawn is None:
             raise TypeError("the inner loader has no length, so this one has none")
-        if (ranks := self._source.undivided) > 1:
+        if (ranks := self._source.undivided) > 1 and self._schedule.ever_sifts:
             # As long for all of them together as it will be, like the plain loader's before it is prepared.
             planned = self._planned(step, -(-drawn // ranks), batch, inner)
             return Epoch(planned.batches * ranks, planned.samples * ranks)
