@@ -648,6 +648,12 @@ def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
                 "weights": trainer.model.state_dict(),
                 "wrapped": type(trainer.model_wrapped).__name__,
             }
+    for name in ("plain", "off"):
+        trainer = trainer_of(folder, Rows(), ddp_backend="gloo", gradient_accumulation_steps=4)
+        if name == "off":
+            attach(trainer, keep=1.0)
+        trainer.train()
+        found[name] = {"losses": losses(trainer), "weights": trainer.model.state_dict()}
     trainer = trainer_of(folder, Rows(48), kind=Unsharded, ddp_backend="gloo")
     attach(trainer)
     with pytest.raises(ValueError, match="every rank would train on the same samples"):
@@ -673,6 +679,12 @@ def test_two_ranks_train_on_samples_of_their_own_and_resume(tmp_path):
         for name in ("straight", "again resumed"):
             both = [each[f"{kind} {name}"]["weights"].values() for each in (one, two)]
             assert all(torch.equal(*pair) for pair in zip(*both, strict=True)), "one model"
+    for each in (one, two):
+        assert len(each["off"]["losses"]) == 4 and each["off"]["losses"] == each["plain"]["losses"]
+        pairs = zip(
+            each["off"]["weights"].values(), each["plain"]["weights"].values(), strict=True
+        )
+        assert all(torch.equal(*pair) for pair in pairs)
     rows = [
         {tuple(row.tolist()) for batch in ranks["rows straight"]["batches"][:4] for row in batch}
         for ranks in (one, two)
