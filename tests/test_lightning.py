@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from siftloader import EarlyExit, SiftingDataLoader, TokenShards
+from siftloader.errors import ScoringError
 
 
 lightning = pytest.importorskip("lightning")
@@ -521,10 +522,17 @@ def test_fabric_owns_the_precision(tmp_path):
     list(fabric_loop(fabric_of(), make, 4))
     assert scores != loaders[1].stats["score_kept"]
     assert scores == pytest.approx(loaders[1].stats["score_kept"], rel=0.05)
+    # A loader made on the model as it was before setup() learns it from the first forward.
+    list(fabric_loop(fabric_of(precision="bf16-mixed"), lambda model: make(model.module), 4))
+    assert loaders[2].state_dict()["precision"] == "bfloat16"
 
 
 def test_a_bare_tensor_needs_the_lines_of_the_loop_and_no_more():
     rows = tokens()
+    with pytest.raises(
+        ScoringError, match=r"no labels in a Tensor.*score_fn= with .*ids\[:, 1:\]"
+    ):
+        next(iter(SiftingDataLoader(rows, 4, model=Lm())))
     torch.manual_seed(0)
     fabric, model = fabric_of(), scaled(Lm(), 3.0)
     model = fabric.setup(model)
