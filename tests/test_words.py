@@ -99,8 +99,10 @@ def test_every_character_there_is(tokenizer: Any) -> None:
     assert words is not None
     marks = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
     step = 401 if FACTOR == 1 else 101  # more of them would not find more
-    for first in range(0, len(marks), 1 << 16):
-        texts = [f"a{m}b {m} C{m} {m}d\n{m}" for m in marks[first : first + (1 << 16) : step]]
+    # ASCII goes a way of its own, so each of its characters is in a text of nothing else.
+    some = marks[:0x300] + marks[0x300::step]
+    for first in range(0, len(some), 1 << 11):
+        texts = [f"a{m}b {m} C{m} {m}d\n{m}" for m in some[first : first + (1 << 11)]]
         assert words.tokenise(texts)[0].tolist() == tokenise(texts, tokenizer)[0].tolist()
 
 
