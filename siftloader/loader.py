@@ -140,7 +140,7 @@ class _InOrder(_EpochTold, SequentialSampler):  # type: ignore[misc]
         self.data_source = batches
 
 
-class _Shared(_EpochTold, DistributedSampler[None]):  # type: ignore[misc]
+class _Shared(_EpochTold, DistributedSampler[None]):
     """The same over candidates that a DistributedSampler deals out: Composer tells the epoch to that type alone."""
 
     def __init__(self, told: Callable[[int], None], sampler: DistributedSampler[Any]) -> None:
