@@ -20,6 +20,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, Literal, TypeAlias, final
 
@@ -375,7 +376,9 @@ class SiftingDataLoader(DataLoader[Any]):
         if not resumed:
             self._refuse_empty_epoch()
         # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
-        start, pieces = self._source.draw(epoch, cursor)
+        self._asks = self._may_train()
+        with self._telling():
+            start, pieces = self._source.draw(epoch, cursor)
         if not resumed:
             self._epoch_step = self._step
             self._covered, self._before = Coverage(), None
@@ -708,17 +711,11 @@ class SiftingDataLoader(DataLoader[Any]):
         counts, training = self._sifter.counts, self._scorer.model.training
         # An iterator that was never drawn from in training mode is a rank's own: some evaluate on the first alone.
         self._asks |= training and self._schedule.ever_sifts
-        try:
+        with self._telling():
             if training and self._schedule.sifts(self._step):
                 found = self._next_sifted(pieces, held, wanted)
             else:
                 found = self._next_plain(pieces, held, training)
-        except RanksDisagree:
-            raise
-        except BaseException:
-            if self._asks:
-                self._sifter.agreement.failed()
-            raise
         if found is None:
             return None
         batch, taken = found
@@ -781,6 +778,25 @@ class SiftingDataLoader(DataLoader[Any]):
         assert pool is not None and self._batch_size is not None
         taken = take(held, min(_rows(held), pool))
         return self._sifted(taken, self._batch_size) if wanted else self._passed_over(taken)
+
+    def _may_train(self) -> bool:
+        # A function may have no model to show before the first batch.
+        try:
+            return self._schedule.ever_sifts and self._scorer.model.training
+        except Exception:
+            return False
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        # The other ranks wait for this one at their next step, or will: they hear of what fails here.
+        try:
+            yield
+        except RanksDisagree:
+            raise
+        except BaseException:
+            if self._asks:
+                self._sifter.agreement.failed()
+            raise
 
     def _agreed(self, doing: Doing) -> bool:
         # Whether there is a batch.

@@ -300,10 +300,22 @@ class Scorer:
             self._warn()
         else:
             _check_classes(targets.labels, classes)
+            self._check_head(candidates, targets.length, classes)
             if self._listens is not False:
                 self._reading = self._stricter(candidates, targets)
                 self._listens = self._reading is not None
         self._tried = True
+
+    def _check_head(self, candidates: Batch, length: int, classes: int) -> None:
+        # A stack named by the user may hold the head itself: what is left then ends in hidden units.
+        if not isinstance(self.exit_layer, str) or self.exit_head is not None:
+            return
+        found = EarlyExit(self.model, "full").classes(candidates, length)
+        if found != classes:
+            raise ScoringError(
+                f"at exit_layer={self.exit_layer!r} the model predicts {classes} classes, as a whole {found}: "
+                f'its head is cut off; name a stack without the head, or use exit_head="probe"'
+            )
 
     def _stricter(self, candidates: Batch, targets: Targets) -> Reading | None:
         # A loss may leave out what is labelled (padding, say): then it is listened to after all.

@@ -145,6 +145,17 @@ def fails_to_draw(rank: int) -> Any:
     return run(make(rank, loader=loader))
 
 
+class BrokenAtOnce(Broken):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self.rank:
+            raise OverflowError("planted")
+        return super().__iter__()
+
+
+def fails_at_once(rank: int) -> Any:
+    return run(make(rank, loader=torch.utils.data.DataLoader(BrokenAtOnce(rank), batch_size=None)))
+
+
 def evaluates_alone(rank: int) -> Any:
     loader = make(rank)
     if rank == 0:  # as scripts do: only the first rank, with the model in eval mode
@@ -183,6 +194,7 @@ CASES: dict[str, Callable[[int], Any]] = {
         forgets_to_train,
         fails_to_score,
         fails_to_draw,
+        fails_at_once,
         evaluates_alone,
         of_a_few,
         gathers,
@@ -258,7 +270,7 @@ def test_ranks_that_would_diverge_all_stop(
         assert each.startswith("RanksDisagree: the ranks disagree: ") and text in each
 
 
-@pytest.mark.parametrize("name", ["fails_to_score", "fails_to_draw"])
+@pytest.mark.parametrize("name", ["fails_to_score", "fails_to_draw", "fails_at_once"])
 def test_where_one_rank_fails_the_others_do_not_wait(
     found: dict[str, list[Any]], name: str
 ) -> None:

@@ -774,3 +774,16 @@ def test_a_layer_asked_for_by_number_is_told_from_an_id_beyond_the_embedding():
         EarlyExit(Numbered(), 1).logits(candidates("classifier"))
     with pytest.raises(IndexError, match="out of range in self"):
         EarlyExit(bert(), 1).logits({"input_ids": torch.full((2, 4), VOCAB)})
+
+
+def test_a_named_stack_that_holds_the_head_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5))
+    holder = nn.Module()
+    holder.stack = model
+    holder.forward = MethodType(lambda self, x: self.stack(x), holder)  # type: ignore[method-assign]
+    batch = {"x": torch.randn(4, 4), "labels": torch.arange(4)}
+    with pytest.raises(
+        ScoringError, match="predicts 8 classes, as a whole 5: its head is cut off"
+    ):
+        Sifter(holder, exit_layer="stack:2").score(batch)
+    assert Sifter(holder, exit_layer="stack:3").score(batch).shape == (4,)
