@@ -50,7 +50,8 @@ def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
             if is_fsdp(module) and not _is_whole(module):
                 stack.callback(each.reshard)
                 each.unshard()
-            elif is_fsdp1(module):
+            # Not within itself: an early exit may be asked for while another is scored with.
+            elif is_fsdp1(module) and each.training_state.name != "SUMMON_FULL_PARAMS":
                 stack.enter_context(each.summon_full_params(each, recurse=False, writeback=False))
         yield
 
@@ -161,7 +162,7 @@ def check_alike(batch: Batch, groups: list[Any], device: torch.device) -> None:
         for leaf in leaves(batch):
             if isinstance(leaf, Tensor):
                 digest.update(repr((leaf.dtype, tuple(leaf.shape))).encode())
-                digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
             elif isinstance(leaf, str):
                 digest.update(leaf.encode())
         own = torch.tensor(list(digest.digest()), dtype=torch.uint8, device=device)

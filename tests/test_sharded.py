@@ -555,6 +555,21 @@ def tensor_parallel_members_with_other_candidates_are_refused() -> None:
             Sifter(net, criterion=Random(1) if criterion == "random" else "loss").score(pool_of(1))
 
 
+def tensor_parallel_loaders_read_by_replica() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    net, data = split(Net(), mesh["tp"]), rows(48)
+    dealt = {"num_replicas": mesh["dp"].size(), "rank": mesh["dp"].get_local_rank()}
+    for options, alike in ((dealt, True), ({}, False)):
+        sampler: Any = DistributedSampler(data, **options)  # type: ignore[arg-type]
+        loader = SiftingDataLoader(data, 4, sampler=sampler, model=net, warmup_steps=1)
+        told = nullcontext() if alike else pytest.raises(ScoringError, match="hold one replica")
+        with told:
+            handed = [batch["input_ids"].tolist() for batch in loader]
+    one, other = gather(handed)
+    assert one == other
+    assert len(one) == 7  # a batch of 4, five pools of 8, and one of the 4 that are left
+
+
 class Holed(list[Batch]):
     """Rank 1 cannot read one of its samples as a model of these words."""
 
@@ -611,6 +626,7 @@ ON_TWO: list[Callable[[], None]] = [
     tensor_parallel_members_get_identical_scores,
     tensor_parallel_members_train_on_the_same_samples,
     tensor_parallel_members_with_other_candidates_are_refused,
+    tensor_parallel_loaders_read_by_replica,
     exit_heads_communicate_alike_too,
     data_parallel_of_torch_is_scored_by_its_module,
     an_error_on_one_rank_stops_both,
