@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from siftloader.integrations import sift_calls
+from siftloader import sift_calls
 
 
 B, T, ACCUMULATE = 8, 64, 2  # rows, characters of a row, batches to an update

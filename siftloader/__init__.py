@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     )
     from siftloader.exits import EarlyExit as EarlyExit
     from siftloader.heads import ExitHead as ExitHead
-    from siftloader.integrations import attach as attach
+    from siftloader.integrations import attach as attach, sift_calls as sift_calls
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
     from siftloader.masking import Mlm as Mlm
     from siftloader.opened import Budget as Budget
@@ -68,7 +68,7 @@ _NAMES = {
     "ShardError SiftError Stalled StateError WorkerDied",
     "exits": "EarlyExit",
     "heads": "ExitHead",
-    "integrations": "attach",
+    "integrations": "attach sift_calls",
     "loader": "SiftingDataLoader",
     "masking": "Mlm",
     "opened": "Budget",

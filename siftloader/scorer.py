@@ -30,7 +30,14 @@ from siftloader.pool import Pool
 from siftloader.precision import Precision
 from siftloader.predictions import Predictions
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
-from siftloader.sharded import agreed, check_alike, data_rank, replica_groups
+from siftloader.sharded import (
+    agreed,
+    check_alike,
+    data_rank,
+    is_fsdp,
+    is_fsdp1,
+    replica_groups,
+)
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
 from siftloader.targets import Positions, Targets, check_soft, to_device
@@ -307,8 +314,11 @@ class Scorer:
         self._tried = True
 
     def _check_head(self, candidates: Batch, length: int, classes: int) -> None:
-        # A stack named by the user may hold the head itself: what is left then ends in hidden units.
-        if not isinstance(self.exit_layer, str) or self.exit_head is not None:
+        # A stack named by the user may hold the head itself: what is left then ends in hidden units. Not where that
+        # would gather all of a model that lies on several ranks.
+        named = isinstance(self.exit_layer, str) and ":" in self.exit_layer
+        spread = any(is_fsdp(each) or is_fsdp1(each) for each in self.model.modules())
+        if not named or spread or self.exit_head is not None:
             return
         found = EarlyExit(self.model, "full").classes(candidates, length)
         if found != classes:

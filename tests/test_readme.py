@@ -35,6 +35,9 @@ def test_the_blocks_run():
     dataset = [row for row, _ in zip(shards, range(64), strict=False)]
     optimizer = torch.optim.AdamW(model.parameters())
     names = {"torch": torch, "dataset": dataset, "model": model, "optimizer": optimizer}
+    quiet = transformers.TrainingArguments(report_to="none", use_cpu=True, output_dir="unused")
+    names["trainer"] = transformers.Trainer(model, quiet, train_dataset=dataset)
+    names["get_batch"], names["wrapped"] = (lambda: names["batch"]), model
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     assert names["updates"] == names["loader"].total_batches(3) or names["updates"] > 0

@@ -17,6 +17,7 @@ PUBLIC = """
     First GradNorm Gumbel LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample
     RanksDisagree Rarity Reducible Residual Robust Schedule ScoringError Selection ShardError SiftError Sifter
     SiftingDataLoader Stalled StateError Stratified Stride TokenShards TopK TrimmedTopK WorkerDied World attach
+    sift_calls
 """.split()  # noqa: SIM905 - a list of names reads better without quotes
 
 
