@@ -2,6 +2,8 @@
 
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,3 +23,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # behind a shell's "&"
 def _seeded() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # what a test changed is not for the next one
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers that tests kill leave folders behind; their names stay short, for there are sockets in them."""
+    tmp_path_factory.getbasetemp()  # not in here: it is kept
+    with (
+        tempfile.TemporaryDirectory(prefix="sift-", ignore_cleanup_errors=True) as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
