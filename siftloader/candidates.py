@@ -8,6 +8,7 @@ offers: its own ``state_dict``, indices that need not be fetched, or a replay.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -341,7 +342,7 @@ class LoaderCandidates:
         dataset = getattr(self.loader, "dataset", None)
         near = isinstance(dataset, IterableDataset) and not getattr(self.loader, "num_workers", 0)
         for holder in (self.loader, dataset if near else None):
-            if hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict"):
+            if hasattr(holder, "load_state_dict") and _gives_state(holder):
                 return holder
         return None
 
@@ -505,6 +506,19 @@ class _Place:
 
 
 _END = object()
+
+
+def _gives_state(holder: Any) -> bool:
+    # Some data sets (litdata's, MosaicML's) must be told by their own loader how far it is, which we cannot.
+    if not hasattr(holder, "state_dict"):
+        return False
+    try:
+        inspect.signature(holder.state_dict).bind()
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # written in C: nothing is known of its arguments
+    return True
 
 
 def _own_fields(batch: Batch, count: int) -> dict[str, Tensor]:

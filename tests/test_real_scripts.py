@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from siftloader import SiftingDataLoader
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
@@ -197,6 +200,28 @@ def test_digests_tell_bits_apart():
         tool.digests(torch.tensor([[1, 2], [1, 2], [2, 1]]))[0:2]
         == [tool.digest(torch.tensor([1, 2]))] * 2
     )
+
+
+class Told(IterableDataset[dict[str, torch.Tensor]]):
+    """A data set as litdata's: its loader tells it how far it is."""
+
+    def __iter__(self) -> Any:
+        return ({"x": torch.tensor([i]), "labels": torch.tensor(i % 2)} for i in range(8))
+
+    def state_dict(self, samples: int, workers: int, batch_size: int) -> dict[str, int]:
+        raise AssertionError("asked by somebody who cannot know")
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        raise AssertionError("told by somebody who cannot know")
+
+
+def test_a_data_set_that_must_be_told_how_far_it_is_is_not_asked():
+    inner = DataLoader(Told(), batch_size=2)
+    loader = SiftingDataLoader.wrap(
+        inner, model=torch.nn.Linear(1, 2), exit_layer="full", keep=1.0
+    )
+    assert len(list(loader)) == 4
+    assert loader.state_dict()["cursor"].get("inner") is None
 
 
 TOY = """
