@@ -866,26 +866,33 @@ class Watch:
         """Loss per row [P] of a new model of so many layers with the weights of now."""
         self.busy = True
         stream = torch.get_rng_state()
-        try:
-            source = (self.live or self.found(twin)).state_dict()
-            config = copy.copy(twin.config)
-            setattr(config, self.settings["depth"], depth)
-            model = type(twin)(config)
-            model.load_state_dict({name: source[name] for name in model.state_dict()})
-            model.eval()
-            with torch.no_grad():
-                given = {name: value for name, value in kwargs.items() if name != "labels"}
-                logits = first_tensor(model(*args, **given)).float()
-            if self.settings["shifted"]:
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            losses = F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
-            ).view(labels.shape)
-            scores = losses.sum(1) / (labels != IGNORED).sum(1)
-            return [float(score) for score in scores]
-        finally:
-            torch.set_rng_state(stream)
-            self.busy = False
+        # We are in the middle of a scoring, which may be listening for the losses that the model computes.
+        with torch._C.DisableTorchFunction():
+            try:
+                return self.losses(twin, args, kwargs, labels, depth)
+            finally:
+                torch.set_rng_state(stream)
+                self.busy = False
+
+    def losses(
+        self, twin: nn.Module, args: Any, kwargs: Any, labels: Tensor, depth: int
+    ) -> list[float]:
+        source = (self.live or self.found(twin)).state_dict()
+        config = copy.copy(twin.config)
+        setattr(config, self.settings["depth"], depth)
+        model = type(twin)(config)
+        model.load_state_dict({name: source[name] for name in model.state_dict()})
+        model.eval()
+        with torch.no_grad():
+            given = {name: value for name, value in kwargs.items() if name != "labels"}
+            logits = first_tensor(model(*args, **given)).float()
+        if self.settings["shifted"]:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view(labels.shape)
+        scores = losses.sum(1) / (labels != IGNORED).sum(1)
+        return [float(score) for score in scores]
 
     def found(self, twin: nn.Module) -> nn.Module:
         """The model that is trained, before the first batch shows it: the whole one that shares the twin's weights."""
