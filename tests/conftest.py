@@ -1,6 +1,8 @@
 """Two test processes on two cores: one torch thread each."""
 
+import multiprocessing.util
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -29,10 +31,11 @@ def _seeded() -> None:
 def _swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Workers that tests kill leave folders behind; their names stay short, for there are sockets in them."""
     tmp_path_factory.getbasetemp()  # not in here: it is kept
-    with (
-        tempfile.TemporaryDirectory(prefix="sift-", ignore_cleanup_errors=True) as folder,
-        pytest.MonkeyPatch.context() as patch,
-    ):
+    folder = tempfile.mkdtemp(prefix="sift-")
+    # After multiprocessing has removed its own, at -100.
+    gone = {"ignore_errors": True}
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), gone, exitpriority=-101)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", folder)
         patch.setattr(tempfile, "tempdir", folder)
         yield
