@@ -28,8 +28,9 @@ from torch import nn
 
 from siftloader.agreement import Agreement
 from siftloader.batches import Batch, holds_tensor, leaves, rows
+from siftloader.concerns import PATIENCE
 from siftloader.errors import EmptyEpoch, SiftError, StateError
-from siftloader.loader import PATIENCE, SiftingDataLoader
+from siftloader.loader import SiftingDataLoader
 from siftloader.schedule import Keep, Schedule, whole
 from siftloader.scorer import Model
 from siftloader.scores import ScoreOf

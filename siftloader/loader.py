@@ -28,10 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import (
     DataLoader,
-    DistributedSampler,
-    IterableDataset,
-    Sampler,
-    SequentialSampler,
 )
 
 from siftloader.accelerated import (
@@ -39,7 +35,6 @@ from siftloader.accelerated import (
     accumulates,
     announce,
     asking,
-    begun_by,
     is_prepared,
     leave,
     save_with,
@@ -61,18 +56,21 @@ from siftloader.candidates import (
     ShardCandidates,
     candidates_of,
 )
+from siftloader.concerns import Concerns
 from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
+from siftloader.faces import Finished, sampler_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
-from siftloader.saved import checked
-from siftloader.schedule import Epoch, Keep, Schedule, whole
+from siftloader.saved import check_fits, check_learned, checked
+from siftloader.schedule import Epoch, Keep, Schedule
 from siftloader.scorer import Model, ScoreFunction, Scorer
 from siftloader.scores import ScoreOf, criterion_named
 from siftloader.selection import Selection, check_share
 from siftloader.selection_log import SelectionLog
 from siftloader.sifter import Sifter, Winners, weighted
+from siftloader.sizes import Sizes
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards, check_vocabulary
 from siftloader.targets import Positions, Stride, to_device
@@ -83,70 +81,8 @@ from siftloader.world import World
 STATE_VERSION = 2
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
-PATIENCE = 100  # batches handed out, nothing sifted (or no optimizer step seen), before a warning
-STILL = 256  # batches sifted by a model that does not change, before a warning
 _END, _PASSED = object(), object()
 OnSelect: TypeAlias = Callable[[Tensor, Tensor, Tensor], None]
-
-
-class _Finished(IterableDataset[Batch]):
-    """The finished batches as a data set, so that a framework that rebuilds the loader keeps them.
-
-    Its state is the loader's: some frameworks (Composer) ask the data set, and leave the loader alone.
-    """
-
-    def __init__(self, owner: SiftingDataLoader) -> None:
-        self._owner = owner
-
-    def __iter__(self) -> Iterator[Batch]:
-        loader = begun_by(self)
-        if loader is None:
-            return iter(self._owner)
-        if type(loader).__name__ != "SkipDataLoader":
-            raise ValueError(
-                f"accelerate made a {type(loader).__name__} of the data set of a SiftingDataLoader: ranks would "
-                f"no longer have shares of their own, and no state would be saved; give accelerator.prepare() "
-                f"the SiftingDataLoader itself"
-            )
-        return self._owner._without_first(loader.skip_batches)
-
-    def __len__(self) -> int:
-        """Samples handed out per epoch."""
-        return self._owner.epoch().samples
-
-    def state_dict(self, samples: int = 0, from_beginning: bool = True) -> dict[str, Any]:
-        """That of the loader, which knows better than those who ask how many samples were drawn."""
-        return self._owner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
-        self._owner.load_state_dict(state)
-
-
-class _EpochTold(Sampler[None]):
-    """What ``loader.sampler`` is for: loops that tell it the epoch, meant for the sampler inside."""
-
-    def __init__(self, told: Callable[[int], None]) -> None:
-        self.set_epoch = told
-
-    def __iter__(self) -> Iterator[None]:
-        return repeat(None)
-
-
-class _InOrder(_EpochTold, SequentialSampler):  # type: ignore[misc]
-    """The same over candidates that are not shuffled: frameworks ask for that type before they change anything."""
-
-    def __init__(self, told: Callable[[int], None], batches: _Finished) -> None:
-        super().__init__(told)
-        self.data_source = batches
-
-
-class _Shared(_EpochTold, DistributedSampler[None]):
-    """The same over candidates that a DistributedSampler deals out: Composer tells the epoch to that type alone."""
-
-    def __init__(self, told: Callable[[int], None], sampler: DistributedSampler[Any]) -> None:
-        self.__dict__.update(vars(sampler))
-        super().__init__(told)
 
 
 @final
@@ -184,7 +120,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def __new__(cls, dataset: Any = None, *_: Any, **__: Any) -> SiftingDataLoader:
         """Refuse to be built from finished batches: that is a framework's doing."""
-        if isinstance(dataset, _Finished):
+        if isinstance(dataset, Finished):
             raise TypeError(
                 "a framework wants to build this SiftingDataLoader anew with a sampler of its own (Lightning "
                 "does for overfit_batches and predict), which would be no sifting; give it a plain DataLoader "
@@ -253,8 +189,9 @@ class SiftingDataLoader(DataLoader[Any]):
             if share < 1:
                 check_share(self._sifter.selection, share)
         self._updates = Updates(lambda: self._scorer.given_model) if count == "optimizer" else None
+        self._concerns = Concerns(self._schedule, accumulation, self._updates)
         self._source = candidates_of(dataset, loader_args, loader_options)
-        self._split, self._on_select = pool == "split", on_select
+        self._on_select = on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
         self._gives_back = output_device == "inner"
         # The epoch to begin next, or the one under way; and where in it.
@@ -267,9 +204,6 @@ class SiftingDataLoader(DataLoader[Any]):
         self._ahead = 0  # how far it is ahead of what is announced
         self._covered = Coverage()  # of the epoch under way, from where it was taken up
         self._before: tuple[int, Cursor] | None = (self._epoch, self._cursor)  # where that was
-        self._still: int | None = 0  # batches sifted before the scored model was seen to train
-        self._signs: list[Any] = []  # of that
-        self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._asks = False  # whether the other ranks are asked at every step of this iterator
         self._running: Iterator[Batch] | None = None  # what next(loader) draws from
         self._turn = 0  # counts iterators: the newest one moves the state
@@ -277,7 +211,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch_step = 0  # at which the epoch under way began
         self._told_epoch: int | None = None
         self._tested = not self._schedule.ever_sifts
-        self._warned = self._told_accumulation = self._warned_unprepared = False
+        self._warned_unprepared = False
         self._learned: dict[str, str] | None = None  # digests of the tensors a loaded state needs
         data = (
             getattr(dataset.loader, "dataset", None) if isinstance(dataset, Existing) else dataset
@@ -291,21 +225,15 @@ class SiftingDataLoader(DataLoader[Any]):
         self._joined = False  # whether an Accelerator prepared this loader
         self._measured = False  # whether its length was asked for
         self._hosts: weakref.WeakSet[Any] = weakref.WeakSet()  # they save the state
-        self._batch_size: int | None = None
-        self._inner: int | None = None  # rows of an inner batch
+        self._sizes = Sizes(self._schedule, pool == "split", accumulation)
         if (size := self._source.batch_size) is not None:
-            self._set_sizes(size)
+            self._sizes.learn(size)
         # A generator and a collate_fn of its own: who rebuilds this loader draws nothing from the global
         # stream with it, and changes no batch.
         super().__init__(
-            _Finished(self), batch_size=None, generator=torch.Generator(), collate_fn=_unchanged
+            Finished(self), batch_size=None, generator=torch.Generator(), collate_fn=_unchanged
         )
-        told = _EpochTold(self._announced)
-        if _in_order(self._source):
-            told = _InOrder(self._announced, _Finished(self))
-        sampler = getattr(getattr(self._source, "loader", None), "sampler", None)
-        if isinstance(sampler, DistributedSampler):
-            told = _Shared(self._announced, sampler)
+        told = sampler_of(getattr(self._source, "loader", None), Finished(self), self._announced)
         self.__dict__["sampler"] = told  # torch lets nobody set it
         # Lightning's, to build this loader anew: see __new__.
         for name in [each for each in self.__dict__ if each.startswith("__pl_saved")]:
@@ -370,7 +298,11 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _begin(self, joined: bool, over: int = 0) -> Iterator[Batch]:
         # The next epoch, or where a state left one, for accelerate to hear of; without its first batches.
-        self._check_learned()
+        if (
+            self._learned is not None
+        ):  # not before: tensors may be loaded before or after the state
+            check_learned(self._learned, self._scorer.digests())
+            self._learned = None
         epoch, cursor = self._upcoming()
         resumed = bool(cursor)
         if not resumed:
@@ -400,9 +332,11 @@ class SiftingDataLoader(DataLoader[Any]):
             yield first.pop()
         yield from batches
 
-    def _without_first(self, count: int) -> Iterator[Batch]:
-        # For accelerate's skip_first_batches, which drops the first `count` of these. A script that restored a
-        # state skips what that has done already, so there it drops nothing that counts.
+    def without_first(self, count: int) -> Iterator[Batch]:
+        """For accelerate's ``skip_first_batches``, which drops the first ``count`` of these.
+
+        A script that restored a state skips what that has done already, so there it drops nothing that counts.
+        """
         if not self._resumes:
             return chain(repeat(None, count), self._begin(joined=True, over=count))
         return chain(repeat(None, count), self._where_it_was(count))
@@ -465,7 +399,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _prepare_with(self, accelerator: Any) -> None:
         self._source.prepare(accelerator)
         if (size := self._source.batch_size) is not None:
-            self._set_sizes(size)  # split_batches divides them among the ranks
+            self._sizes.learn(size)  # split_batches divides them among the ranks
         self._hosts.add(accelerator)
         self._joined = True
         save_with(accelerator, self)
@@ -590,8 +524,8 @@ class SiftingDataLoader(DataLoader[Any]):
             "scope": self._sifter.scope,
             "updates": 0 if self._updates is None else self._updates.steps,
             "cursor": cursor,
-            "batch_size": self._batch_size,
-            "inner": self._inner,
+            "batch_size": self._sizes.batch,
+            "inner": self._sizes.inner,
             "keep": _as_json(self._schedule.keep),
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
@@ -607,12 +541,13 @@ class SiftingDataLoader(DataLoader[Any]):
 
         ``override`` names what may differ all the same, as for ``TokenShards``: over shards only.
         """
-        state = checked(state, self.state_dict())
+        own = self.state_dict()
+        state = checked(state, own)
         cursor = self._source.checked(dict(state["cursor"]), override)
-        self._check_topology(state)
-        if self._batch_size is None:
+        check_fits(state, own, elastic=isinstance(self._source, ShardCandidates))
+        if self._sizes.batch is None:
             # Not to be learned again: the next inner batch may be a ragged one.
-            self._batch_size, self._inner = state["batch_size"], state["inner"]
+            self._sizes.batch, self._sizes.inner = state["batch_size"], state["inner"]
         if (told := state["set_epoch"]) is not None:
             self._told_epoch = told
             self._source.set_epoch(told)
@@ -696,10 +631,10 @@ class SiftingDataLoader(DataLoader[Any]):
         if not self._sifts():
             ended = self._source.ended
             return not held and (not self._draw(pieces, held) if ended is None else ended)
-        while _rows(held) < (self._batch_size or 1):
+        while _rows(held) < self._sizes.least:
             if not self._draw(pieces, held):
                 return True
-            if self._split and _rows(held) < (self._batch_size or 1):
+            if self._sizes.split and _rows(held) < self._sizes.least:
                 self._drop(held)
         return False
 
@@ -724,13 +659,7 @@ class SiftingDataLoader(DataLoader[Any]):
             if isinstance(self._source, ShardCandidates):
                 self._covered += taken.covered()
         counts.steps += training
-        self._unsifted = 0 if training or counts.candidates else self._unsifted + 1
-        if self._unsifted == PATIENCE and self._schedule.ever_sifts:
-            self._warn_of_eval_mode()
-        if self._updates is not None and not self._updates.steps:
-            self._warn_of_no_updates()
-        if self._still is not None and training and counts.candidates:
-            self._look_for_training()
+        self._concerns.batch(counts, self._scorer, training)
         precision = self._scorer.precision
         if training and precision.watches and self._schedule.ahead(self._step):
             precision.watch(self._scorer.given_model, self._scorer.device)
@@ -753,8 +682,8 @@ class SiftingDataLoader(DataLoader[Any]):
             if self._scorer.exit_head is not None:  # it is to be ready when the warm-up ends
                 self._scorer.teach(taken.parts[0], taken.labels(self._scorer.labels_of))
         batch = taken.parts.pop()
-        if self._split and self._schedule.ever_sifts:
-            count = self._kept_of(count)
+        if self._sizes.split and self._schedule.ever_sifts:
+            count = self._sizes.kept_of(count)
             batch = cut(batch, 0, count)
         if self._sifter.weighs:
             batch = weighted(batch, torch.ones(rows(batch), device=self._scorer.device), None)
@@ -765,19 +694,21 @@ class SiftingDataLoader(DataLoader[Any]):
         self, pieces: Iterator[Piece], held: deque[Drawn], wanted: bool
     ) -> tuple[Batch, Taken] | None:
         while True:
-            while not (held and self._split) and _rows(held) < (self._pool() or math.inf):
+            while not (held and self._sizes.split) and _rows(held) < (
+                self._sizes.pool(self._step) or math.inf
+            ):
                 if not self._draw(pieces, held):
                     break
-            if not held or _rows(held) >= (self._batch_size or 1):
+            if not held or _rows(held) >= self._sizes.least:
                 break
             self._drop(held)  # less than a batch, at the end of the data
         if not self._agreed(Doing.SIFTS if held else Doing.ENDS):
             self._end_with_others(held)
             return None
-        pool = self._pool()
-        assert pool is not None and self._batch_size is not None
+        pool = self._sizes.pool(self._step)
+        assert pool is not None and self._sizes.batch is not None
         taken = take(held, min(_rows(held), pool))
-        return self._sifted(taken, self._batch_size) if wanted else self._passed_over(taken)
+        return self._sifted(taken, self._sizes.batch) if wanted else self._passed_over(taken)
 
     def _may_train(self) -> bool:
         # A function may have no model to show before the first batch.
@@ -823,13 +754,13 @@ class SiftingDataLoader(DataLoader[Any]):
         scorer = self._scorer
         kinds = (type(each).__qualname__ for each in (scorer.criterion, self._sifter.selection))
         return number_of(
-            self._schedule, self._split, scorer.exit_layer, self._sifter.scope, *kinds
+            self._schedule, self._sizes.split, scorer.exit_layer, self._sifter.scope, *kinds
         )
 
     def _passed_over(self, taken: Taken) -> tuple[Batch, Taken]:
         # A pool of before a restart that nobody looks at again: not scored, counted as it was then.
         self._sifter.pools += 1
-        self._sifter.counts.samples += self._batch_size or 0
+        self._sifter.counts.samples += self._sizes.batch or 0
         return _PASSED, taken
 
     def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
@@ -864,8 +795,8 @@ class SiftingDataLoader(DataLoader[Any]):
             return False
         if not piece.rows and self._schedule.ever_sifts:
             rows(piece.batch)  # says what is wrong with it
-        if self._inner is None and piece.rows:
-            self._set_sizes(piece.rows)
+        if self._sizes.inner is None and piece.rows:
+            self._sizes.learn(piece.rows)
         held.append(Drawn(move(piece.batch, self._scorer.device), piece))
         return True
 
@@ -897,12 +828,6 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _sifts(self) -> bool:
         return self._schedule.sifts(self._step) and self._scorer.model.training
-
-    def _pool(self) -> int | None:
-        # P of the coming step, None before the first batch told b.
-        if self._split or self._batch_size is None:
-            return self._inner
-        return self._schedule.pool(self._step, self._batch_size)
 
     def _report(self, labels: Tensor | None, fields: Mapping[str, Tensor], won: Winners) -> None:
         if self._on_select is None and self._log is None:
@@ -936,7 +861,7 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._restored and epoch < self._epoch:
             self._ahead = self._epoch - epoch
         if epoch and self._idle and not self._loads and not self._sifter.counts.steps:
-            self._warn_of_anew(epoch)
+            self._concerns.anew(epoch)
         self.set_epoch(epoch + self._ahead)
 
     def _drawn_anew(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -956,7 +881,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _is_over(self, cursor: Cursor) -> bool:
         # Whether too few rows are left in an epoch that is taken up again.
-        batch, inner = self._batch_size, self._inner
+        batch, inner = self._sizes.batch, self._sizes.inner
         total = None if inner is None else self._source.epoch_rows(inner)
         if batch is None or inner is None or total is None:
             return False
@@ -971,79 +896,9 @@ class SiftingDataLoader(DataLoader[Any]):
         self._idle = False
         if self._log is not None:
             self._log.flush()
-        counts, steps = self._sifter.counts, self._schedule.warmup_steps
         if not handed and not resumed:
             raise EmptyEpoch(self._nothing())
-        self._warn_of_accumulation()
-        if counts.candidates or self._warned or not self._schedule.ever_sifts:
-            return
-        if not self._scorer.model.training:
-            self._warn_of_eval_mode()
-        elif self._step < steps:
-            self._warned = True
-            warnings.warn(
-                f"the epoch ended inside the warm-up ({self._step} of {steps} steps): nothing "
-                f"was sifted; lower warmup_steps if the run is short",
-                stacklevel=3,
-            )
-
-    def _warn_of_no_updates(self) -> None:
-        handed = self._sifter.counts.steps
-        if handed == max(PATIENCE, 2 * self._accumulation) and self._schedule.ever_sifts:
-            warnings.warn(
-                f"no optimizer step of the scored model was seen in {handed} batches, so the schedule "
-                f"stands still: is it another model, or an optimizer with copies of the parameters? "
-                f'count="batches" counts batches',
-                stacklevel=4,
-            )
-
-    def _warn_of_accumulation(self) -> None:
-        if self._updates is None or self._told_accumulation or self._updates.steps < 4:
-            return  # too few to tell: an epoch's last partial step may come after its end
-        found, each = self._sifter.counts.steps / self._updates.steps, self._accumulation
-        if abs(found - each) > 0.5 * each:
-            self._told_accumulation = True
-            warnings.warn(
-                f"accumulation={each} was given, but {found:.1f} batches were handed out per optimizer "
-                f"step: len(loader) and total_batches() are planned with it",
-                stacklevel=3,
-            )
-
-    def _warn_of_anew(self, epoch: int) -> None:
-        if self._schedule.warmup_steps or self._schedule.total_steps:
-            warnings.warn(
-                f"epoch {epoch} begins, but this loader has no state and counts its steps from 0, so its warm-up "
-                f"begins anew: restore its state_dict() too (Lightning does that inside an epoch only, else it "
-                f"takes on_save_checkpoint and on_load_checkpoint), and build it once, not for every epoch",
-                stacklevel=4,
-            )
-
-    def _look_for_training(self) -> None:
-        # It may be a model that the loop does not train: replaced by a framework, or a copy of it.
-        assert self._still is not None
-        tensors = [each for each in self._scorer.given_model.parameters() if each.requires_grad]
-        signs = [_sign(each) for each in tensors] + [_sign(each.grad) for each in tensors]
-        if not signs or self._scorer.precision.seen or (self._signs and signs != self._signs):
-            self._still, self._signs = None, []
-            return
-        self._still, self._signs = self._still + 1, signs
-        if self._still == STILL:
-            self._still, self._signs = None, []
-            warnings.warn(
-                f"{STILL} batches were sifted by a model that the loop neither called nor changed: is another one "
-                f"trained, made after the loader or copied? Give model= the one that is, or a function that finds "
-                f"it, or call attach_model(); a proxy that is meant to stay as it is wants requires_grad_(False)",
-                stacklevel=4,
-            )
-
-    def _warn_of_eval_mode(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "nothing was sifted because the model is in eval mode (as from_pretrained leaves "
-                "it); call model.train() if this is training",
-                stacklevel=4,
-            )
+        self._concerns.epoch(self._sifter.counts, self._step, self._scorer.model.training)
 
     def _refuse_empty_epoch(self) -> None:
         try:
@@ -1054,57 +909,18 @@ class SiftingDataLoader(DataLoader[Any]):
             raise EmptyEpoch(self._nothing())
 
     def _nothing(self) -> str:
-        drawn = self._source.epoch_rows(self._inner) if self._inner else 0
+        drawn = self._source.epoch_rows(self._sizes.inner) if self._sizes.inner else 0
         return (
             f"an epoch would hand out nothing: {'?' if drawn is None else drawn} rows are drawn, a "
-            f"pool needs at least batch_size = {self._batch_size} (of {self._pool()} wanted); use more "
+            f"pool needs at least batch_size = {self._sizes.batch} (of {self._sizes.pool(self._step)} wanted); use more "
             f"data, a smaller batch_size, or a sampler that is not empty"
         )
 
-    def _kept_of(self, size: int) -> int:
-        keep = self._share
-        return whole(size * keep) or max(1, int(size * keep))
-
-    @property
-    def _share(self) -> float:
-        assert not isinstance(self._schedule.keep, Mapping)  # refused for pool="split"
-        return self._schedule.keep
-
-    def _set_sizes(self, size: int) -> None:
-        # size: rows of an inner batch
-        if not self._split:
-            self._schedule.check_batch(size)
-            self._batch_size = self._inner = size
-            return
-        batch = whole(size * self._share)
-        if batch is None:
-            raise ValueError(
-                f"batch_size {size} * keep {self._share} must be a whole number of rows; choose a "
-                f"batch_size that fits"
-            )
-        self._batch_size, self._inner = batch, size
-
     def _plan(self, step: int) -> Epoch:
-        batch, inner = self._batch_size, self._inner
-        if batch is None or inner is None:
-            raise TypeError("the length of the wrapped loader is not known before its first batch")
-        drawn = self._source.epoch_rows(inner)
-        if drawn is None:
-            raise TypeError("the inner loader has no length, so this one has none")
-        if (ranks := self._source.undivided) > 1 and self._schedule.ever_sifts:
-            # As long for all of them together as it will be, like the plain loader's before it is prepared.
-            planned = self._planned(step, -(-drawn // ranks), batch, inner)
-            return Epoch(planned.batches * ranks, planned.samples * ranks)
-        return self._planned(step, drawn, batch, inner)
-
-    def _planned(self, step: int, drawn: int, batch: int, inner: int) -> Epoch:
-        if not self._split:
-            each = self._accumulation
-            return self._schedule.scaled(each).epoch(step * each, drawn, batch)
-        full, rest = divmod(drawn, inner)
-        sifts = self._schedule.sifts(step + full // self._accumulation)
-        last = (batch if rest >= batch else 0) if sifts else rest and self._kept_of(rest)
-        return Epoch(full + (last > 0), full * batch + last)
+        inner = self._sizes.inner
+        drawn = None if inner is None else self._source.epoch_rows(inner)
+        ranks = self._source.undivided if self._schedule.ever_sifts else 1
+        return self._sizes.epoch(step, drawn, ranks)
 
     @property
     def _pad_id(self) -> int:
@@ -1121,54 +937,6 @@ class SiftingDataLoader(DataLoader[Any]):
             check_vocabulary(self._scorer.model, self._vocabulary.vocab_size)
         self._fits = True
 
-    def _check_learned(self) -> None:
-        # At the first iteration, so that tensors may be loaded before or after the state.
-        if (expected := self._learned) is None:
-            return
-        found = self._scorer.digests()
-        for name in {*found, *expected}:
-            owner = "loader.exit_head" if name == "exit_head" else "the criterion"
-            if name not in found or name not in expected:
-                here, there = ("without", "with") if name in found else ("with", "without")
-                raise StateError(
-                    f"the state was saved {here} something learned in {owner}, this loader is {there} "
-                    f"it; build the loader it was saved with, or begin without the state"
-                )
-            if found[name] != expected[name]:
-                raise StateError(
-                    f"the state was saved beside other tensors of {owner}: load them too, with "
-                    f"load_state_dict(), or begin without the state"
-                )
-        self._learned = None
-
-    def _check_topology(self, state: Mapping[str, Any]) -> None:
-        ranks, scope = World.detect().ranks, self._sifter.scope
-        own = {"keep": _as_json(self._schedule.keep), "count": self._count, "scope": scope}
-        own["batch_size"] = self._batch_size
-        # Where all ranks of a stream select together, only the rows of all of them must stay as many.
-        as_one = isinstance(self._source, ShardCandidates) and scope == state["scope"] == "global"
-        if as_one and state["batch_size"] * state["ranks"] == (self._batch_size or 0) * ranks:
-            own.pop("batch_size")
-        for name, here in own.items():
-            if here is not None and state[name] not in (None, here):
-                found, wanted = (repr(e).replace("'", '"') for e in (state[name], here))
-                raise StateError(
-                    f"the state was saved with {name} {found}, this loader has {wanted}; build "
-                    f"it with {name}={found}, or start afresh without the state"
-                )
-        if state["ranks"] == ranks or "batch_size" not in own:
-            return
-        if isinstance(self._source, LoaderCandidates):
-            raise StateError(
-                f"the state was saved with {state['ranks']} ranks, {ranks} run now: what each had "
-                f"read is not known; use TokenShards to change the number of ranks, or as many as then"
-            )
-        warnings.warn(
-            f"resuming with {ranks} ranks what {state['ranks']} began: the candidates are those an "
-            f"unbroken run would draw, which of them are kept depends on the number of ranks",
-            stacklevel=3,
-        )
-
 
 def _checked_count(count: str, accumulation: int) -> str:
     if count not in ("batches", "optimizer"):
@@ -1181,18 +949,6 @@ def _checked_count(count: str, accumulation: int) -> str:
             f'count="optimizer"'
         )
     return count
-
-
-def _in_order(source: ShardCandidates | LoaderCandidates) -> bool:
-    inner = getattr(source, "loader", None)
-    if not isinstance(inner, DataLoader) or isinstance(inner.dataset, IterableDataset):
-        return False
-    sampler = getattr(inner.batch_sampler, "sampler", inner.batch_sampler or inner.sampler)
-    return isinstance(sampler, SequentialSampler)
-
-
-def _sign(tensor: Tensor | None) -> Any:
-    return None if tensor is None or tensor.is_inference() else (id(tensor), tensor._version)
 
 
 def _as_json(keep: Keep) -> Any:

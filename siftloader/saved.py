@@ -1,6 +1,7 @@
 """A loader's saved state, looked at field by field before anything of it is believed.
 
     state = checked(json.load(file), own=loader.state_dict())
+    check_fits(state, own, elastic=True)
 
 A state that is cut short, edited by hand or of another kind of loader would otherwise go on somewhere else
 without a word.
@@ -9,6 +10,7 @@ without a word.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,6 +50,55 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         _check(name, state[name], _positive(state[name]) or (state[name] is None and not known))
     _check("cursor", state["cursor"], bool(state["cursor"]) or not started)
     return dict(state)
+
+
+def check_fits(state: Mapping[str, Any], own: Mapping[str, Any], elastic: bool) -> None:
+    """Raise StateError where a sound state was saved with other options than those of the loader of ``own``.
+
+    ``elastic`` says that another number of ranks can go on with the candidates; that other ones are kept is warned
+    about, once.
+    """
+    names, ranks = ["keep", "count", "scope", "batch_size"], own["ranks"]
+    # Where all ranks select together, only the rows of all of them must stay as many.
+    as_one = elastic and own["scope"] == state["scope"] == "global"
+    if as_one and state["batch_size"] * state["ranks"] == own["batch_size"] * ranks:
+        names.remove("batch_size")
+    for name in names:
+        if own[name] is not None and state[name] not in (None, own[name]):
+            found, wanted = (repr(each).replace("'", '"') for each in (state[name], own[name]))
+            raise StateError(
+                f"the state was saved with {name} {found}, this loader has {wanted}; build "
+                f"it with {name}={found}, or start afresh without the state"
+            )
+    if state["ranks"] == ranks or "batch_size" not in names:
+        return
+    if not elastic:
+        raise StateError(
+            f"the state was saved with {state['ranks']} ranks, {ranks} run now: what each had "
+            f"read is not known; use TokenShards to change the number of ranks, or as many as then"
+        )
+    warnings.warn(
+        f"resuming with {ranks} ranks what {state['ranks']} began: the candidates are those an "
+        f"unbroken run would draw, which of them are kept depends on the number of ranks",
+        stacklevel=4,
+    )
+
+
+def check_learned(expected: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise StateError where tensors that were learned beside the model are not those of the state: by digest."""
+    for name in {*found, *expected}:
+        owner = "loader.exit_head" if name == "exit_head" else "the criterion"
+        if name not in found or name not in expected:
+            here, there = ("without", "with") if name in found else ("with", "without")
+            raise StateError(
+                f"the state was saved {here} something learned in {owner}, this loader is {there} "
+                f"it; build the loader it was saved with, or begin without the state"
+            )
+        if found[name] != expected[name]:
+            raise StateError(
+                f"the state was saved beside other tensors of {owner}: load them too, with "
+                f"load_state_dict(), or begin without the state"
+            )
 
 
 def _check(name: str, value: Any, fits: bool) -> None:

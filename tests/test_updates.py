@@ -96,6 +96,7 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
 def test_nothing_listens_once_the_counter_is_gone() -> None:
     from torch.optim import optimizer as module
 
+    gc.collect()  # those of earlier tests
     before = dict(module._global_optimizer_post_hooks)
     updates = Updates(Net)
     assert len(module._global_optimizer_post_hooks) == len(before) + 1
