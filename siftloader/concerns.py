@@ -26,7 +26,7 @@ class Concerns:
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._still: int | None = 0  # batches sifted before the scored model was seen to train
         self._signs: list[Any] = []  # of that
-        self._told_unsifted = self._told_accumulation = False
+        self._told_unsifted = self._told_accumulation = self._told_older = False
 
     def batch(self, counts: Stats, scorer: Scorer, training: bool) -> None:
         """One more batch is about to leave."""
@@ -52,6 +52,16 @@ class Concerns:
                 f"the epoch ended inside the warm-up ({step} of {warmup} steps): nothing "
                 f"was sifted; lower warmup_steps if the run is short",
                 stacklevel=4,
+            )
+
+    def older_iterator(self) -> None:
+        """An iterator hands out a batch after a newer one was begun, of which the state tells."""
+        if not self._told_older:
+            self._told_older = True
+            warnings.warn(
+                "another iterator of this loader was begun while this one runs, and state_dict() tells where that "
+                "one is; give an evaluation in between a loader of its own",
+                stacklevel=5,
             )
 
     def anew(self, epoch: int) -> None:

@@ -248,6 +248,10 @@ class SiftingDataLoader(DataLoader[Any]):
 
         ``sharded`` declares that it gives each rank its own share already; ``options`` are the class's.
         """
+        if isinstance(loader, cls):
+            raise ValueError(
+                "this loader sifts already; wrap the loader that it is built on, once"
+            )
         return cls(Existing(loader, sharded), model=model, **options)
 
     @classmethod
@@ -658,6 +662,8 @@ class SiftingDataLoader(DataLoader[Any]):
             self._cursor, self._idle, self._restored = taken.cursor, False, False
             if isinstance(self._source, ShardCandidates):
                 self._covered += taken.covered()
+        elif training:
+            self._concerns.older_iterator()
         counts.steps += training
         self._concerns.batch(counts, self._scorer, training)
         precision = self._scorer.precision
@@ -909,6 +915,14 @@ class SiftingDataLoader(DataLoader[Any]):
             raise EmptyEpoch(self._nothing())
 
     def _nothing(self) -> str:
+        if (
+            isinstance(getattr(self._source, "loader", None), Iterator)
+            and self._sifter.counts.samples
+        ):
+            return (
+                "the iterator that was wrapped has no more batches: it gives one epoch only; wrap what it is the "
+                "iterator of"
+            )
         drawn = self._source.epoch_rows(self._sizes.inner) if self._sizes.inner else 0
         return (
             f"an epoch would hand out nothing: {'?' if drawn is None else drawn} rows are drawn, a "

@@ -1316,3 +1316,27 @@ def test_more_embeddings_than_token_ids_are_fine_and_looked_at_once():
     model.get_input_embeddings = Counted
     assert len(list(make(dataset, 4, model=lambda: model, keep=1.0))) == 25
     assert len(looked) == 1
+
+
+def test_another_iterator_inside_the_loop_is_told():
+    loader = make(Rows(64), 4)
+    outer = iter(loader)
+    next(outer)
+    next(iter(loader))
+    with pytest.warns(UserWarning, match="another iterator of this loader was begun"):
+        next(outer)
+    next(outer)  # once
+
+
+def test_what_sifts_already_is_not_sifted_twice():
+    loader = make(Rows(64), 4)
+    with pytest.raises(ValueError, match="sifts already"):
+        SiftingDataLoader.wrap(loader, model=classifier())
+
+
+def test_an_iterator_that_is_spent_is_named():
+    inner = iter(DataLoader(Rows(32), 4))
+    loader = SiftingDataLoader.wrap(inner, model=classifier(), warmup_steps=0)
+    assert len(list(loader)) == 4
+    with pytest.raises(EmptyEpoch, match="it gives one epoch only"):
+        list(loader)

@@ -277,7 +277,8 @@ def test_of_two_iterators_the_newest_moves_the_state():
     older, newer = iter(loader), iter(loader)
     next(older), next(newer)
     state = loader.state_dict()
-    list(older)
+    with pytest.warns(UserWarning, match="another iterator of this loader was begun"):
+        list(older)
     assert loader.state_dict()["cursor"] == state["cursor"]
     assert loader.state_dict()["epoch"] == state["epoch"] == 1
 
