@@ -34,7 +34,8 @@ class Doing(IntEnum):
     SIFTS = 2
     HANDS_OUT = 3
     ENDS = 4
-    FAILED = 5
+    COMPARES = 5
+    FAILED = 6
 
 
 PATIENCE = timedelta(seconds=60)  # of silence before a warning
@@ -45,6 +46,7 @@ SAID = {
     Doing.SIFTS: "sifts",
     Doing.HANDS_OUT: "hands out what it sifted",
     Doing.ENDS: "has no more batches",
+    Doing.COMPARES: "compares its candidates with those of others",
     Doing.FAILED: "failed (its own error says why)",
 }
 
@@ -60,6 +62,7 @@ class Agreement:
         self.process_group = process_group
         self._own: Any = None
         self._home: Any = None  # the default group when that was made
+        self._told = False  # whether the others have heard that no rank goes on
 
     @property
     def ranks(self) -> int:
@@ -79,7 +82,7 @@ class Agreement:
         """This one among them."""
         return dist.get_rank(self.process_group) if self.ranks > 1 else 0
 
-    def step(self, doing: Doing, step: int, settings: int) -> bool:
+    def step(self, doing: Doing, step: int, settings: int, epoch: int = 0) -> bool:
         """Whether there is a batch at this step; RanksDisagree, on all ranks, where they do different things.
 
         Where some have no more batches, all end here. ``settings`` is a number that stands for how each of
@@ -87,56 +90,95 @@ class Agreement:
         """
         if self.ranks == 1:
             return doing is not Doing.ENDS
-        words = torch.tensor([doing, step, settings])
+        words = torch.tensor([doing, epoch, step, settings])
         low, high = self._extremes(words)
         if torch.equal(low, high):
             return doing is not Doing.ENDS
         if high[0] == Doing.ENDS and torch.equal(low[1:], high[1:]):
             return False
-        raise RanksDisagree(_told(self.gathered(words)))
+        raise self._disagreement(words)
 
     def failed(self) -> None:
-        """Tell the others, who wait for this rank, that it goes no further; its own error is on the way."""
-        if self.ranks == 1:
+        """Tell the others, who wait for this rank, that it goes no further; its own error is on the way.
+
+        Nothing where they have heard it: where all of them have just been told of something.
+        """
+        if self.ranks == 1 or self._told:
             return
-        words = torch.tensor([Doing.FAILED, -1, -1])
+        words = torch.tensor([Doing.FAILED, -1, -1, -1])
         try:
             self._extremes(words, LAST_WORD)
-            self.gathered(words)
-        except RuntimeError:
-            pass  # they are gone, or never come
+            self._disagreement(words)
+        except (RanksDisagree, RuntimeError):
+            self._told = True  # they are gone, or never come
 
     def gathered(self, values: Tensor) -> list[Tensor]:
-        """What each rank gives, [n, ...] of any n, on the host, in rank order."""
+        """What each rank gives, [n, ...] of any n but one dtype, on the host, in rank order.
+
+        RanksDisagree, on all ranks, where one of them does something else, or has failed.
+        """
         values = values.cpu()
         if self.ranks == 1:
             return [values]
-        length = torch.tensor([len(values)])
-        lengths = [torch.empty_like(length) for _ in range(self.ranks)]
-        dist.all_gather(lengths, length, self._group())
-        counts = [int(each) for each in lengths]
+        # A question like that of a step, so that a rank which goes no further can answer it.
+        kind = number_of(values.dtype, tuple(values.shape[1:]))
+        words = torch.tensor([Doing.COMPARES, -1, len(values), kind])
+        low, high = self._extremes(words)
+        if low[0] != high[0] or low[3] != high[3]:
+            raise self._disagreement(words)
+        counts = [len(values)] * self.ranks
+        if low[2] != high[2]:
+            counts = [int(each[2]) for each in self._all(words)]
         longest = values.new_zeros(max(counts), *values.shape[1:])
         longest[: len(values)] = values
-        found = [torch.empty_like(longest) for _ in counts]
-        dist.all_gather(found, longest, self._group())
-        return [each[:count] for each, count in zip(found, counts, strict=True)]
+        return [each[:count] for each, count in zip(self._all(longest), counts, strict=True)]
+
+    def _disagreement(self, words: Tensor) -> RanksDisagree:
+        every = self._all(words)
+        self._told = True
+        return RanksDisagree(_told(every))
+
+    def _all(self, values: Tensor) -> list[Tensor]:
+        # As bytes: gloo does not know every dtype.
+        own = values.view(torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.ranks)]
+        dist.all_gather(found, own, self._group())
+        return [each.view(values.dtype) for each in found]
 
     def _extremes(self, words: Tensor, wait: timedelta | None = None) -> tuple[Tensor, Tensor]:
         # One reduction finds the lowest and the highest of each.
+        self._told = False
         both = torch.cat((words, -words))
-        work: Any = dist.all_reduce(both, dist.ReduceOp.MIN, self._group(), async_op=True)
+        options: Any = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN
+        if wait is not None:
+            options.timeout = wait  # for good: no process exits while such a question is open
+        work = self._group().allreduce([both], options)
         try:
-            work.wait(wait or PATIENCE)
+            self._wait(work, wait)
+        except RuntimeError as error:
+            self._told = True
+            raise RanksDisagree(
+                f"the ranks disagree: another one went away, or failed while this one was elsewhere (its own "
+                f"error says why): {error}"
+            ) from error
+        return both[: len(words)], -both[len(words) :]
+
+    def _wait(self, work: Any, wait: timedelta | None) -> None:
+        if wait is not None:
+            work.wait()
+            return
+        try:
+            work.wait(PATIENCE)
         except RuntimeError:
-            if wait is not None or work.is_completed():
+            if work.is_completed():
                 raise
             warnings.warn(
                 f"the other ranks did not come to this step of their loaders for {PATIENCE.seconds} seconds; "
                 f"waiting on: is a model in eval mode there, or does one rank work alone?",
-                stacklevel=6,
+                stacklevel=7,
             )
             work.wait()
-        return both[: len(words)], -both[len(words) :]
 
     def _group(self) -> Any:
         home = dist.group.WORLD
@@ -162,24 +204,29 @@ def number_of(*settings: Any) -> int:
 def _told(words: list[Tensor]) -> str:
     said: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for rank, word in enumerate(words):
-        said[tuple(word.tolist())].append(rank)
-    doings, steps, settings = (
-        ({each[n] for each in said if each[0] < Doing.FAILED}) for n in range(3)
-    )
+        doing, epoch, step, settings = word.tolist()
+        said[doing, epoch, -1 if doing == Doing.COMPARES else step, settings].append(rank)
+    doings, epochs, steps, _ = map(set, zip(*said, strict=True))
     parts = [
-        f"{_ranks(ranks)} {SAID[Doing(doing)]}" + (f" at step {step}" if step >= 0 else "")
-        for (doing, step, _), ranks in said.items()
+        f"{_ranks(ranks)} {SAID[Doing(doing)]}"
+        + (f" at step {step}" if step >= 0 else "")
+        + (f" of epoch {epoch}" if epoch >= 0 and len(epochs) > 1 else "")
+        for (doing, epoch, step, _), ranks in said.items()
     ]
+    apart = " and ".join(map(_ranks, said.values()))
     advice = (
         "every rank must take the same steps: build the loader alike and call model.train() on all"
     )
-    if any(doing == Doing.FAILED for doing, _, _ in said):
+    if Doing.FAILED in doings:
         advice = "all stop, as no rank can go on without the others"
-    elif len(doings) == len(steps) == 1 and len(settings) > 1:
-        parts = [
-            " and ".join(_ranks(ranks) for ranks in said.values()) + " sift with different options"
-        ]
+    elif doings == {Doing.COMPARES}:
+        parts = [f"{apart} have candidates, or fields, of different shapes or dtypes"]
+        advice = "draw the same kind of data on all ranks"
+    elif len(doings) == len(steps) == len(epochs) == 1:
+        parts = [f"{apart} sift with different options"]
         advice = "build the loader with the same options (keep, warmup_steps, exit_layer, ...) on all ranks"
+    elif len(doings) == len(steps) == 1:
+        advice = "begin and leave epochs on all ranks together"
     return f"the ranks disagree: {'; '.join(parts)}. {advice[0].upper()}{advice[1:]}"
 
 

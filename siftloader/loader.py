@@ -682,11 +682,13 @@ class SiftingDataLoader(DataLoader[Any]):
         count, counts = held[0].rows, self._sifter.counts
         taken = take(held, count)
         if training and self._schedule.ahead(self._step):
-            if not self._tested:
+            tests, teaches = not self._tested, self._scorer.exit_head is not None
+            if tests:
                 self._test(taken)  # what cannot be scored fails now, not when the warm-up ends
-                self._agreed(Doing.HANDS_OUT)
-            if self._scorer.exit_head is not None:  # it is to be ready when the warm-up ends
+            if teaches:  # it is to be ready when the warm-up ends
                 self._scorer.teach(taken.parts[0], taken.labels(self._scorer.labels_of))
+            if tests or teaches:
+                self._agreed(Doing.HANDS_OUT)  # what fails on one rank alone fails before it
         batch = taken.parts.pop()
         if self._sizes.split and self._schedule.ever_sifts:
             count = self._sizes.kept_of(count)
@@ -738,7 +740,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _agreed(self, doing: Doing) -> bool:
         # Whether there is a batch.
         if self._asks:
-            return self._sifter.agreement.step(doing, self._step, self._settings)
+            return self._sifter.agreement.step(doing, self._step, self._settings, self._epoch)
         return doing is not Doing.ENDS
 
     def _end_with_others(self, held: deque[Drawn]) -> None:
@@ -778,13 +780,13 @@ class SiftingDataLoader(DataLoader[Any]):
             scorer = self._scorer
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
             labels, fields = taken.labels(scorer.labels_of), taken.fields()
-            won = self._sifter.winners(
-                candidates, labels, keep, fields, scored=lambda: self._agreed(Doing.HANDS_OUT)
-            )
+            won = self._sifter.winners(candidates, labels, keep, fields)
             self._tested = True
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep
-            return self._sifter.handed(candidates, won, self._pad_id), taken
+            batch = self._sifter.handed(candidates, won, self._pad_id)
+            self._agreed(Doing.HANDS_OUT)  # last: what fails on one rank alone fails before it
+            return batch, taken
         except BaseException:
             # Not handed out, so a restart draws and counts them again, under the same number.
             self._sifter.counts, self._sifter.pools = counts, pools

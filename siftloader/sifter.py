@@ -9,7 +9,7 @@ Letters: b rows kept, P candidates, T positions of a row, V vocabulary.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -168,18 +168,13 @@ class Sifter:
         labels: Tensor | None,
         keep: int,
         fields: Mapping[str, Tensor] | None = None,
-        scored: Callable[[], object] = lambda: None,
     ) -> Winners:
-        """Which rows of ``candidates``, on the model's device, are kept; counted.
-
-        ``scored`` is called between scoring and selecting.
-        """
+        """Which rows of ``candidates``, on the model's device, are kept; counted."""
         pool, deal = self.pool(candidates, fields), None
         if self._is_global:
             self._check_replicas()
         with self.counts.timing(self.scorer.device):
             scores, nonfinite, unlabelled = self.scorer.score(pool, labels, learn=True)
-            scored()
             weigh = self._weights_of if self.weighs else None
             if self._is_global:
                 deal = deal_of(self.agreement, scores, keep, self.selection, pool, weigh)

@@ -127,6 +127,25 @@ def fails_to_score(rank: int) -> Any:
     return run(make(rank, score_fn=score))
 
 
+def fails_to_report(rank: int) -> Any:
+    def report(ids: Tensor, scores: Tensor, kept: Tensor) -> None:
+        if rank:
+            raise OverflowError("planted")
+
+    return run(make(rank, on_select=report))
+
+
+def begins_anew_alone(rank: int) -> Any:
+    loader, handed = make(rank), 0
+    while handed < 8:
+        for _ in loader:
+            dist.all_reduce(torch.ones(1))
+            handed += 1
+            if rank and handed == 3:
+                break
+    return handed
+
+
 class Broken(IterableDataset[dict[str, Tensor]]):
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -159,10 +178,18 @@ def fails_at_once(rank: int) -> Any:
 def evaluates_alone(rank: int) -> Any:
     loader = make(rank)
     if rank == 0:  # as scripts do: only the first rank, with the model in eval mode
+        other = make(rank)
+        other._sifter.scorer.model.eval()
+        assert len(list(other)) == 8
+    return run(loader)
+
+
+def evaluates_alone_with_the_same_loader(rank: int) -> Any:
+    loader = make(rank)
+    if rank == 0:  # and is an epoch ahead of the others from then on
         loader._sifter.scorer.model.eval()
-        handed = len(list(loader))
+        list(loader)
         loader._sifter.scorer.model.train()
-        assert handed == 8
     return run(loader)
 
 
@@ -193,9 +220,12 @@ CASES: dict[str, Callable[[int], Any]] = {
         other_step,
         forgets_to_train,
         fails_to_score,
+        fails_to_report,
+        begins_anew_alone,
         fails_to_draw,
         fails_at_once,
         evaluates_alone,
+        evaluates_alone_with_the_same_loader,
         of_a_few,
         gathers,
     )
@@ -270,7 +300,9 @@ def test_ranks_that_would_diverge_all_stop(
         assert each.startswith("RanksDisagree: the ranks disagree: ") and text in each
 
 
-@pytest.mark.parametrize("name", ["fails_to_score", "fails_to_draw", "fails_at_once"])
+@pytest.mark.parametrize(
+    "name", ["fails_to_score", "fails_to_report", "fails_to_draw", "fails_at_once"]
+)
 def test_where_one_rank_fails_the_others_do_not_wait(
     found: dict[str, list[Any]], name: str
 ) -> None:

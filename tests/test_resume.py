@@ -275,10 +275,11 @@ def test_what_the_shards_were_told_before_counts():
 def test_of_two_iterators_the_newest_moves_the_state():
     loader = make(Rows(64), 4)
     older, newer = iter(loader), iter(loader)
-    next(older), next(newer)
-    state = loader.state_dict()
     with pytest.warns(UserWarning, match="another iterator of this loader was begun"):
-        list(older)
+        next(older)
+    next(newer)
+    state = loader.state_dict()
+    list(older)
     assert loader.state_dict()["cursor"] == state["cursor"]
     assert loader.state_dict()["epoch"] == state["epoch"] == 1
 
