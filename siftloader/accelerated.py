@@ -148,9 +148,13 @@ class Prepared:
         sampler = self._batch_sampler
         if sampler is None or not hasattr(self.base.dataset, "__len__"):
             return {}
+        try:
+            samples = _length(self.base.dataset)
+        except TypeError:
+            return {}  # accelerate's share of a stream has a length where the stream has one
         sampler = getattr(sampler, "batch_sampler", sampler)
         sampler = getattr(sampler, "sampler", sampler)
-        return {"samples": len(self.base.dataset), "sampler": type(sampler).__name__}
+        return {"samples": samples, "sampler": type(sampler).__name__}
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the loader, its samplers and its data set."""

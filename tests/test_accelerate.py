@@ -503,6 +503,32 @@ def test_the_rows_of_a_rank_are_counted_as_accelerate_deals_them(rows, even, spl
         assert batches.rows(size) == sum(len(batch["id"]) for batch in batches)
 
 
+@pytest.mark.filterwarnings("ignore:resuming by drawing")
+def test_a_stream_without_a_length_divided_among_ranks_is_sifted_and_resumed():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            rows = Rows(24)
+            return (rows[number] for number in range(len(rows)))
+
+    def made() -> SiftingDataLoader:
+        divided = accelerate.data_loader.prepare_data_loader(
+            DataLoader(Stream(), 2), num_processes=2, process_index=1, dispatch_batches=False
+        )
+        return SiftingDataLoader.wrap(
+            divided, model=classifier(), warmup_steps=1, criterion="random"
+        )
+
+    loader, found = made(), []
+    for batch in loader:
+        found.append(batch["id"].tolist())
+        if len(found) == 2:
+            state = loader.state_dict()
+    assert found[0] == [2, 3] and len(found) == 4  # 12 rows of this rank: 2, then 4, 4 and 2
+    resumed = made()
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    assert ids(resumed) == found[2:]
+
+
 KINDS = {
     "": None,
     "split": DataLoaderConfiguration(split_batches=True),
