@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from siftloader.agreement import Agreement
+from siftloader.agreement import Agreement, number_of
 from siftloader.batches import (
     IGNORED,
     Batch,
@@ -91,8 +91,10 @@ def moves(winners: Tensor, rows_of: Tensor, keep: int, ranks: int, rank: int) ->
 class Deal:
     """What a selection over all ranks means for this one."""
 
-    def __init__(self, agreement: Agreement, found: Moves, weights: Tensor | None) -> None:
-        self._agreement, self._moves = agreement, found
+    def __init__(
+        self, agreement: Agreement, found: Moves, weights: Tensor | None, winners: int
+    ) -> None:
+        self._agreement, self._moves, self._winners = agreement, found, winners
         self.kept, self.weights = (
             found.kept,
             weights,
@@ -130,26 +132,30 @@ class Deal:
         return replaced(candidates, parts)
 
     def _alike(self, candidates: Batch, pad_id: int, label: str, ignored: int) -> Batch:
-        # The same shapes on all ranks. What one of them must refuse, all refuse.
-        fits: BatchError | None = None
-        sizes = torch.tensor([-1])
+        # The same shapes on all ranks, and moves that fit together. What one of them must refuse, all refuse.
         try:
             columns = tensor_fields(candidates)
             if len({column.device for column in columns}) > 1:
                 raise BatchError(
                     'scope="global" moves rows between ranks: all tensors of a batch must lie on one device'
                 )
-            sizes = torch.tensor([n for each in columns for n in (each.ndim, *each.shape[1:])])
-        except BatchError as error:
-            fits = error
-        found = self._agreement.gathered(sizes)
-        if fits is not None:
-            raise fits
-        if any(each.shape != sizes.shape or each[0] != sizes[0] for each in found):
+        except BatchError:
+            self._agreement.failed()
+            raise
+        dims = number_of(_keys(candidates), [(str(each.dtype), each.ndim) for each in columns])
+        shape = [n for each in columns for n in (each.ndim, *each.shape[1:])]
+        told = self._agreement.gathered(torch.tensor([self._winners, dims, *shape]))
+        if any(each[0] != self._winners for each in told):
             raise RanksDisagree(
-                "the ranks disagree: their batches have other fields, or some that cannot move; draw the same "
-                "kind of data on all of them"
+                "the ranks disagree: each selected other winners from the same scores; give all of them the same "
+                "selection, with the same seed, which may depend on scores and fields alone"
             )
+        if any(each[1] != dims for each in told):
+            raise RanksDisagree(
+                "the ranks disagree: their batches have other fields, in another order, or of another dtype; "
+                "draw the same kind of data on all of them"
+            )
+        found = [each[2:] for each in told]
         most = torch.stack(found).amax(0)
         if all(torch.equal(each, most) for each in found):
             return candidates
@@ -199,7 +205,7 @@ def deal_of(
     index = selection(all_scores, ranks * keep, union)
     dealt = moves(ranks_of[order][index], rows_of[order][index], keep, ranks, agreement.rank)
     weights = None if weigh is None else weigh(all_scores, ranks * keep, union)[index][dealt.mine]
-    return Deal(agreement, dealt, weights)
+    return Deal(agreement, dealt, weights, number_of(index.tolist()))
 
 
 @final
@@ -230,6 +236,13 @@ class _OutOfSight:
         )
 
     __getitem__ = __getattr__
+
+
+def _keys(batch: Batch) -> Any:
+    # The names of the fields, in their order, which is that in which the rows travel.
+    if isinstance(batch, Mapping):
+        return [(str(key), _keys(each)) for key, each in batch.items()]
+    return [_keys(each) for each in batch] if isinstance(batch, (list, tuple)) else None
 
 
 def _bytes(rows: Tensor) -> Tensor:

@@ -146,6 +146,33 @@ def begins_anew_alone(rank: int) -> Any:
     return handed
 
 
+def fails_to_report_globally(rank: int) -> Any:
+    calls = []
+
+    def report(*_: Tensor) -> None:
+        calls.append(0)
+        if rank and len(calls) == 2:
+            raise OverflowError("planted")
+
+    return run(make(rank, on_select=report, scope="global"))
+
+
+def fails_unheard(rank: int) -> Any:
+    agreement_module.LAST_WORD = timedelta(seconds=1)  # in this process alone
+    agreement = Agreement()
+    agreement.step(Doing.PASSES, 0, 1)
+    if rank:
+        agreement.failed()
+        agreement.failed()  # says nothing more
+        return None
+    time.sleep(2)
+    return agreement.step(Doing.PASSES, 1, 1)
+
+
+def other_shapes(rank: int) -> Any:
+    return Agreement().gathered(torch.zeros(2, 1 + rank))
+
+
 class Broken(IterableDataset[dict[str, Tensor]]):
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -205,7 +232,9 @@ def run_alone(loader: SiftingDataLoader) -> int:
 def gathers(rank: int) -> Any:
     agreement = Agreement()
     found = agreement.gathered(torch.arange(rank * 2).view(-1, 2))
-    return [each.tolist() for each in found]
+    few = agreement.gathered(torch.arange(3, dtype=torch.int16)[rank:])  # gloo knows no int16
+    assert agreement.gathered(torch.zeros(0))[0].tolist() == []
+    return [each.tolist() for each in found], [each.tolist() for each in few]
 
 
 CASES: dict[str, Callable[[int], Any]] = {
@@ -221,6 +250,8 @@ CASES: dict[str, Callable[[int], Any]] = {
         forgets_to_train,
         fails_to_score,
         fails_to_report,
+        fails_to_report_globally,
+        other_shapes,
         begins_anew_alone,
         fails_to_draw,
         fails_at_once,
@@ -228,6 +259,7 @@ CASES: dict[str, Callable[[int], Any]] = {
         evaluates_alone_with_the_same_loader,
         of_a_few,
         gathers,
+        fails_unheard,
     )
 }
 
@@ -245,8 +277,9 @@ def work(rank: int, folder: str) -> None:
             if not isinstance(error, (OverflowError,)) and "disagree" not in str(error):
                 found += traceback.format_exc()
         torch.save((found, time.monotonic() - begin), f"{folder}/{name}-{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if name != "fails_unheard":
+            dist.barrier()
+        dist.destroy_process_group()  # waits for every question that is open
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +302,7 @@ def test_ranks_that_agree_go_on(found: dict[str, list[Any]]) -> None:
     assert "did not come to this step" in first[1][0]
     assert found["evaluates_alone"] == [5, 5]
     assert found["of_a_few"] == [5, None]
-    assert found["gathers"] == [[[], [[0, 1]]]] * 2
+    assert found["gathers"] == [([[], [[0, 1]]], [[0, 1, 2], [1, 2]])] * 2
 
 
 def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]) -> None:
@@ -291,6 +324,7 @@ def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]
         ),
         ("other_layer", "rank 0 and rank 1 sift with different options"),
         ("other_step", "passes a batch through at step 0; rank 1 sifts at step 4"),
+        ("other_shapes", "rank 0 and rank 1 have candidates, or fields, of different shapes"),
     ],
 )
 def test_ranks_that_would_diverge_all_stop(
@@ -300,15 +334,21 @@ def test_ranks_that_would_diverge_all_stop(
         assert each.startswith("RanksDisagree: the ranks disagree: ") and text in each
 
 
-@pytest.mark.parametrize(
-    "name", ["fails_to_score", "fails_to_report", "fails_to_draw", "fails_at_once"]
-)
+FAILS = [name for name in CASES if name.startswith("fails_") and name != "fails_unheard"]
+
+
+@pytest.mark.parametrize("name", FAILS)
 def test_where_one_rank_fails_the_others_do_not_wait(
     found: dict[str, list[Any]], name: str
 ) -> None:
     first, second = found[name]
     assert second == "OverflowError: planted"
     assert first.startswith("RanksDisagree") and "rank 1 failed" in first
+
+
+def test_a_rank_that_nobody_hears_gives_up_for_good(found: dict[str, list[Any]]) -> None:
+    first, second = found["fails_unheard"]
+    assert second is None and "another one went away, or failed while this one was else" in first
 
 
 def test_alone_everything_is_agreed() -> None:

@@ -154,6 +154,9 @@ def odd(rank: int) -> dict[str, Any]:
         "fields": {**batch, **({"more": torch.ones(rows)} if rank else {})},
         "unmasked": {name: each for name, each in batch.items() if name != "attention_mask"},
         "sizes": {name: each[: rows - 2 * rank] for name, each in batch.items()},
+        "order": dict(sorted(batch.items(), reverse=rank > 0)),
+        "dtypes": {**batch, "half": batch["half"].to(torch.int16 if rank else torch.bfloat16)},
+        "one_list": {**batch, **({"text": ["a"] * rows} if rank else {})},
     }
     for name, case in cases.items():
         rows = len(case["flag"])
@@ -169,6 +172,12 @@ def odd(rank: int) -> dict[str, Any]:
         scope="global",
         selection=Stratified(lambda batch: batch["flag"].int()),
     )
+    seeds = Sifter(Net(), score_fn=score, scope="global", selection=Gumbel(100.0, seed=rank))
+    try:
+        for _ in range(20):
+            seeds({**batch, "flag": torch.ones(len(ids), 1)})
+    except RanksDisagree as error:
+        found["seeds"] = str(error)
     model = Net()
     split = Sifter(model, score_fn=score, scope="global")
     split.scorer._replica = (model, [dist.group.WORLD])  # as if its parameters lay on both ranks
@@ -259,9 +268,18 @@ def test_what_cannot_move_is_refused_on_all_ranks(two: list[dict[str, Any]]) -> 
         assert found["list"].startswith("BatchError: a field of the batch is a list")
         assert found["fields"].startswith("RanksDisagree: the ranks disagree: their batches have")
         assert found["sizes"].startswith("RanksDisagree: the ranks disagree: they hand out [2, 1]")
+        for name in ("order", "dtypes"):
+            assert "other fields, in another order, or of another dtype" in found[name]
+        assert "each selected other winners from the same scores" in found["seeds"]
         assert "name a field instead" in found["callable"]
         assert 'process_group=mesh["dp"].get_group()' in found["split"]
         assert found["unmasked"].startswith("BatchError: the rows of the ranks differ in shape")
+
+
+def test_what_one_rank_refuses_stops_the_others(two: list[dict[str, Any]]) -> None:
+    first, second = (each["odd"]["one_list"] for each in two)
+    assert "rank 1 failed" in first
+    assert second.startswith("BatchError: a field of the batch is a list")
 
 
 def test_what_learns_on_every_rank_by_itself_is_refused() -> None:
