@@ -125,8 +125,9 @@ class Deal:
         for column in columns:
             width = column.shape[1:].numel() * column.element_size()
             # A copy, so that its first byte lies where the dtype wants it.
-            there = arrived[:, first : first + width].clone(memory_format=torch.contiguous_format)
-            there = there.view(column.dtype).reshape(len(there), *column.shape[1:])
+            there = column.new_empty(len(arrived), *column.shape[1:])
+            if width:
+                _bytes(there).copy_(arrived[:, first : first + width])
             parts.append(torch.cat((column.index_select(0, stays), there)).index_select(0, order))
             first += width
         return replaced(candidates, parts)

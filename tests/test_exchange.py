@@ -139,6 +139,8 @@ def odd(rank: int) -> dict[str, Any]:
         "attention_mask": torch.ones_like(ids),
         "flag": torch.tensor([True, False, False, True]),
         "half": torch.arange(rows, dtype=torch.bfloat16) + 10 * rank,
+        "nothing": torch.zeros(rows, 0),
+        "turned": (torch.arange(2 * rows).view(2, rows) + 100 * rank).t(),
     }
 
     def score(early: Any, batch: Any) -> Tensor:
@@ -258,6 +260,7 @@ def test_rows_of_every_dtype_arrive_as_they_left_padded_where_they_are_longer(
     first, second = (each["odd"]["padded"] for each in two)
     assert first["half"] == [12, 13] and second["half"] == [10, 11]
     assert first["flag"] == [False, True] and second["flag"] == [True, False]
+    assert first["turned"] == [[102, 106], [103, 107]] and first["nothing"] == [[], []]
     assert {len(row) for row in first["input_ids"] + second["input_ids"]} == {6}
     assert [each["odd"]["counts"] for each in two] == [0, 4]
 
