@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import repeat
+from types import FrameType
 from typing import Any
 
 from torch.utils.data import (
@@ -99,3 +100,17 @@ def _in_order(inner: Any) -> bool:
         return False
     sampler = getattr(inner.batch_sampler, "sampler", inner.batch_sampler or inner.sampler)
     return isinstance(sampler, SequentialSampler)
+
+
+def kept_from(frame: FrameType | None) -> bool:
+    """Whether a fit loop of Lightning among the callers keeps the state that a loader was to go on from.
+
+    It gives states to the loaders that it sets up for a run, and to none that it has set up before it read them.
+    """
+    while frame is not None:
+        caller: Any = frame.f_locals.get("self")
+        states = getattr(caller, "_combined_loader_states_to_load", None)
+        if isinstance(states, list) and states:
+            return bool(caller.restarting)
+        frame = frame.f_back
+    return False

@@ -60,7 +60,7 @@ from siftloader.concerns import Concerns
 from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
-from siftloader.faces import Finished, sampler_of
+from siftloader.faces import Finished, kept_from, sampler_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
 from siftloader.saved import check_fits, check_learned, checked
@@ -601,6 +601,15 @@ class SiftingDataLoader(DataLoader[Any]):
                         "before iter(), or begin a new iterator"
                     )
                 handed += 1
+                # The first may be drawn before Lightning restores anything.
+                if handed <= 2 and not loads and kept_from(sys._getframe(1)):
+                    raise StateError(
+                        "Lightning has set up this loader before it restored the checkpoint, and leaves the "
+                        "loader's state in there: it would begin the epoch anew, and the warm-up. "
+                        "trainer.estimated_stepping_batches in configure_optimizers does that; restore the state "
+                        "yourself, in on_load_checkpoint (as examples/lightning_module.py does), or build the "
+                        "schedule from loader.total_batches(epochs)"
+                    )
                 if handed <= over:
                     continue
                 if joined:
@@ -740,7 +749,10 @@ class SiftingDataLoader(DataLoader[Any]):
     def _agreed(self, doing: Doing) -> bool:
         # Whether there is a batch.
         if self._asks:
-            return self._sifter.agreement.step(doing, self._step, self._settings, self._epoch)
+            # Over other data than shards the number of the epoch says nothing of the order, unless it was told.
+            shards = isinstance(self._source, ShardCandidates)
+            epoch = self._epoch if shards else self._told_epoch or 0
+            return self._sifter.agreement.step(doing, self._step, self._settings, epoch)
         return doing is not Doing.ENDS
 
     def _end_with_others(self, held: deque[Drawn]) -> None:
