@@ -67,8 +67,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         accelerator.print(f"epoch {epoch}: {number} batches, loss {loss.item():.3f}")
     if accelerator.is_main_process:
         seen = loader.stats
-        print(f"kept {seen['kept']} of {seen['candidates']} candidates, scored at layer 1:")
-        print(f"{seen['score_kept']:.3f} nats the kept, {seen['score_dropped']:.3f} the others")
+        print(f"kept {seen['kept']} of {seen['candidates']} candidates, scored at layer 1")
+        kept, others = seen["score_kept"], seen["score_dropped"]  # of the last pool
+        if others is not None:  # that of an epoch may be kept whole
+            print(f"{kept:.3f} nats the kept, {others:.3f} the others")
     accelerator.end_training()
     return losses
 

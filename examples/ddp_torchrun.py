@@ -92,10 +92,13 @@ def tell(step: int, loss: Tensor, loader: SiftingDataLoader) -> None:
     if step % 20 or dist.get_rank():
         return
     seen = loader.stats
-    halves = f"the first layer scored the kept {seen['score_kept']:.3f}, the others {seen['score_dropped']:.3f}"
-    print(
-        f"step {step}: loss {loss.item():.3f} nats; {halves if seen['candidates'] else 'not sifted yet'}"
-    )
+    halves = "not sifted yet"
+    if seen["score_dropped"] is not None:  # an epoch's last pool may be kept whole
+        kept, others = seen["score_kept"], seen["score_dropped"]
+        halves = f"the first layer scored the kept {kept:.3f}, the others {others:.3f}"
+    elif seen["candidates"]:
+        halves = "no others in the last pool"
+    print(f"step {step}: loss {loss.item():.3f} nats; {halves}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
             break
     if isinstance(loader, SiftingDataLoader):
         seen = loader.stats
-        print(f"kept {seen['kept']} of {seen['candidates']} candidates, scored at layer 1:")
-        print(f"{seen['score_kept']:.3f} nats the kept, {seen['score_dropped']:.3f} the others")
+        print(f"kept {seen['kept']} of {seen['candidates']} candidates, scored at layer 1")
+        kept, others = seen["score_kept"], seen["score_dropped"]  # of the last pool
+        if others is not None:  # that of an epoch may be kept whole
+            print(f"{kept:.3f} nats the kept, {others:.3f} the others")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from test_laws import write
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
@@ -695,6 +696,11 @@ def test_the_example_resumes_where_it_was_stopped(tmp_path, monkeypatch, capsys)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     assert main([*given, "--resume"]) == straight[6:]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    all_kept = write(tmp_path / "mlm-0", (40,), "mlm")  # the last pool is a batch
+    main([str(all_kept), "--epochs=1"])
+    assert "kept 8 of 8 candidates" in capsys.readouterr().out
 
 
 @pytest.mark.slow
