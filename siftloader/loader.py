@@ -189,6 +189,8 @@ class SiftingDataLoader(DataLoader[Any]):
             if share < 1:
                 check_share(self._sifter.selection, share)
         self._updates = Updates(lambda: self._scorer.given_model) if count == "optimizer" else None
+        if self._updates is not None:
+            self._updates.counts = False  # before the first batch: see there
         self._concerns = Concerns(self._schedule, accumulation, self._updates)
         self._source = candidates_of(dataset, loader_args, loader_options)
         self._on_select = on_select
@@ -567,7 +569,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._loads += 1
         self._sifter.counts = Stats.from_state(state["stats"])
         if self._updates is not None:
-            self._updates.steps = state["updates"]
+            self._updates.steps, self._updates.counts = state["updates"], False
         self.close()
 
     @property
@@ -674,6 +676,8 @@ class SiftingDataLoader(DataLoader[Any]):
         elif training:
             self._concerns.older_iterator()
         counts.steps += training
+        if self._updates is not None and training:
+            self._updates.counts = True
         self._concerns.batch(counts, self._scorer, training)
         precision = self._scorer.precision
         if training and precision.watches and self._schedule.ahead(self._step):

@@ -25,11 +25,14 @@ class Updates:
     Optimizers of other models do not count. Several that share the model (one for matrices, one for the
     rest; one inside another) count as one: a new step begins when one of them steps again.
 
+    Nothing counts while ``counts`` is False: where torch's distributed checkpoints load an optimizer's state, they
+    have it take a step of nothing.
+
     Listens to all optimizers of the process by torch's own hook, for as long as this object lives.
     """
 
     def __init__(self, find: Callable[[], nn.Module]) -> None:
-        self.steps = 0
+        self.steps, self.counts = 0, True
         self._find = find
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the step under way
         handle = register_optimizer_step_post_hook(_Listener(self))
@@ -37,7 +40,7 @@ class Updates:
 
     def note(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if not self._owns(optimizer):
+        if not self.counts or not self._owns(optimizer):
             return
         if not self._stepped or optimizer in self._stepped:
             self.steps += 1

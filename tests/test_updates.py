@@ -189,6 +189,24 @@ def test_a_resumed_run_counts_on() -> None:
     make(model).load_state_dict({**old, "version": 1})
 
 
+def test_a_step_that_loading_a_checkpoint_takes_does_not_count() -> None:
+    model = Net()
+    loader = make(model, warmup_steps=2, count="optimizer")
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(optimizer)  # as torch.distributed.checkpoint does to have a state to load into
+    assert loader.stats["updates"] == 0
+    next(loader)
+    step(optimizer)
+    state = loader.state_dict()
+    again = make(model, warmup_steps=2, count="optimizer")
+    again.load_state_dict(state)
+    step(optimizer)
+    assert again.stats["updates"] == state["updates"] == 1
+    next(again)
+    step(optimizer)
+    assert again.stats["updates"] == 2
+
+
 @pytest.mark.filterwarnings("ignore:the epoch ended inside the warm-up")
 def test_a_schedule_that_stands_still_is_told() -> None:
     model, frozen = Net(), Net()
