@@ -50,7 +50,8 @@ class Bert(lightning.LightningModule):
             self.loader.load_state_dict(self.loader_state)
         return self.loader
 
-    # By itself Lightning restores a loader inside an epoch only: between epochs a warm-up would begin anew.
+    # By itself Lightning restores a loader inside an epoch only: between epochs a warm-up would begin anew. And it
+    # restores none where configure_optimizers asks for trainer.estimated_stepping_batches.
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["loader"] = self.loader.state_dict()
 

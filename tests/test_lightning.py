@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from siftloader import EarlyExit, SiftingDataLoader, TokenShards
-from siftloader.errors import ScoringError
+from siftloader.errors import ScoringError, StateError
 
 
 lightning = pytest.importorskip("lightning")
@@ -270,6 +270,36 @@ def test_lightning_alone_restores_it_inside_an_epoch(straight):
     module = Module(lambda self: by_epoch(self, warmup_steps=10))
     fit(module, ckpt=folder / "step=4.ckpt", max_epochs=3, accumulate_grad_batches=3)
     assert module.seen == whole.seen[12:]
+
+
+class Planned(Module):
+    """Asks how long the run will be, for a schedule: Lightning sets up its loaders then, before it restores them."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches
+        return super().configure_optimizers()
+
+
+@pytest.mark.filterwarnings("ignore:epoch 1 begins")
+@pytest.mark.parametrize("step", [1, 4, 5])
+def test_a_state_that_lightning_forgets_is_told(straight, step):
+    folder, _ = straight
+    module = Planned(lambda self: by_epoch(self, warmup_steps=10))
+    with pytest.raises(StateError, match="on_load_checkpoint"):
+        fit(module, ckpt=folder / f"step={step}.ckpt", max_epochs=3, accumulate_grad_batches=3)
+    assert not module.seen
+
+
+class PlannedSaving(Planned, Saving):
+    pass
+
+
+@pytest.mark.parametrize(("step", "batches"), [(4, 12), (5, 13)])
+def test_a_planned_run_that_restores_its_loader_goes_on(straight, step, batches):
+    folder, whole = straight
+    module = PlannedSaving(lambda self: by_epoch(self, warmup_steps=10))
+    fit(module, ckpt=folder / f"step={step}.ckpt", max_epochs=3, accumulate_grad_batches=3)
+    assert module.seen == whole.seen[batches:]
 
 
 def test_a_warm_up_that_begins_anew_is_told(tmp_path):
