@@ -38,6 +38,7 @@ class Doing(IntEnum):
     FAILED = 6
 
 
+_NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
 PATIENCE = timedelta(seconds=60)  # of silence before a warning
 LAST_WORD = timedelta(seconds=20)  # that a rank which failed waits for the others to hear of it
 SAID = {
@@ -59,6 +60,11 @@ class Agreement:
     """
 
     def __init__(self, process_group: Any = None) -> None:
+        if process_group is not None and process_group == _NO_MEMBER:
+            raise ValueError(
+                "this rank is not one of process_group's, as dist.new_group() says of ranks that it was not given; "
+                "give every rank the group that it steps with"
+            )
         self.process_group = process_group
         self._own: Any = None
         self._home: Any = None  # the default group when that was made

@@ -74,13 +74,16 @@ def moves(winners: Tensor, rows_of: Tensor, keep: int, ranks: int, rank: int) ->
     goes_to[surplus] = torch.repeat_interleave(torch.arange(ranks), lack)
 
     own, mine = winners == rank, goes_to == rank
-    comes = [mine & (winners == source) & ~own for source in range(ranks)]
-    arriving = torch.cat([(own & mine).nonzero()[:, 0], *(each.nonzero()[:, 0] for each in comes)])
+    comes, goes = (mine & ~own).nonzero()[:, 0], (own & ~mine).nonzero()[:, 0]
+    comes = comes[winners[comes].sort(stable=True).indices]
+    goes = goes[goes_to[goes].sort(stable=True).indices]
+    arriving = torch.cat([(own & mine).nonzero()[:, 0], comes])
+    sizes = torch.bincount(goes_to[goes], minlength=ranks).tolist()
     return Moves(
         kept=rows_of[own],
         stays=rows_of[own & mine],
-        sends=[rows_of[own & (goes_to == to) & ~mine] for to in range(ranks)],
-        receives=[int(each.sum()) for each in comes],
+        sends=[*torch.split(rows_of[goes], sizes)],
+        receives=torch.bincount(winners[comes], minlength=ranks).tolist(),
         order=arriving.sort().indices,
         mine=mine.nonzero()[:, 0],
         any=len(surplus) > 0,

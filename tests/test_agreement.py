@@ -135,6 +135,13 @@ def fails_to_report(rank: int) -> Any:
     return run(make(rank, on_select=report))
 
 
+def fails_to_merge(rank: int) -> Any:
+    rows = batches(8, rank)
+    if rank:
+        rows[5] = {"x": rows[5]["x"], "labels": torch.zeros(4, 2)}  # unlike the one before
+    return run(make(rank, loader=rows))
+
+
 def begins_anew_alone(rank: int) -> Any:
     loader, handed = make(rank), 0
     for epoch in range(3):
@@ -352,11 +359,26 @@ def test_a_rank_that_nobody_hears_gives_up_for_good(found: dict[str, list[Any]])
     assert second is None and "another one went away, or failed while this one was else" in first
 
 
+def test_what_fails_to_merge_fails_before_anything_is_communicated(
+    found: dict[str, list[Any]],
+) -> None:
+    first, second = found["fails_to_merge"]
+    assert second.startswith("BatchError: rows of different shapes")
+    assert (
+        first.startswith("RanksDisagree") and "rank 0 sifts" in first and "rank 1 failed" in first
+    )
+
+
 def test_alone_everything_is_agreed() -> None:
     agreement = Agreement()
     assert agreement.step(Doing.SIFTS, 0, 1) and not agreement.step(Doing.ENDS, 0, 1)
     agreement.failed()
     assert agreement.gathered(torch.ones(2))[0].tolist() == [1, 1]
+
+
+def test_a_group_of_others_is_refused() -> None:
+    with pytest.raises(ValueError, match="this rank is not one of process_group's"):
+        make(0, process_group=dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def test_a_number_stands_for_settings() -> None:
