@@ -451,7 +451,8 @@ def candidates_of(
         if isinstance(loader, (Mapping, Tensor, str)) or not hasattr(loader, "__iter__"):
             raise TypeError(
                 f"wrap takes an iterable of batches, got {type(loader).__name__}; call a generator "
-                f"function, put a single batch into a list, use Sifter for one pool at a time"
+                f"function, give sift_calls() one that draws a batch, put a single batch into a list, use "
+                f"Sifter for one pool at a time"
             )
         if args or options:
             raise TypeError(

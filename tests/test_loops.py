@@ -397,6 +397,11 @@ def test_draws_of_another_size_are_refused():
         get_batch("b", rows=6)
 
 
+def test_a_function_given_to_wrap_is_told_where_it_belongs():
+    with pytest.raises(TypeError, match=r"sift_calls\(\) one that draws a batch"):
+        SiftingDataLoader.wrap(lambda split: None, model=lambda: nn.Identity())
+
+
 @pytest.mark.parametrize(
     ("given", "options", "error", "text"),
     [
