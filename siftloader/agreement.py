@@ -13,6 +13,7 @@ as the question has a process group of its own.
 from __future__ import annotations
 
 import hashlib
+import sys
 import warnings
 from collections import defaultdict
 from datetime import timedelta
@@ -68,7 +69,6 @@ class Agreement:
         self.process_group = process_group
         self._own: Any = None
         self._home: Any = None  # the default group when that was made
-        self._told = False  # whether the others have heard that no rank goes on
 
     @property
     def ranks(self) -> int:
@@ -107,16 +107,19 @@ class Agreement:
     def failed(self) -> None:
         """Tell the others, who wait for this rank, that it goes no further; its own error is on the way.
 
-        Nothing where they have heard it: where all of them have just been told of something.
+        To be called while that error is handled; nothing where they have heard of it.
         """
-        if self.ranks == 1 or self._told:
+        error: Any = sys.exc_info()[1]
+        if self.ranks == 1 or getattr(error, "_ranks_told", False):
             return
         words = torch.tensor([Doing.FAILED, -1, -1, -1])
         try:
             self._extremes(words, LAST_WORD)
             self._disagreement(words)
         except (RanksDisagree, RuntimeError):
-            self._told = True  # they are gone, or never come
+            pass  # they are gone, or never come
+        if error is not None:
+            error._ranks_told = True
 
     def gathered(self, values: Tensor) -> list[Tensor]:
         """What each rank gives, [n, ...] of any n but one dtype, on the host, in rank order.
@@ -140,9 +143,7 @@ class Agreement:
         return [each[:count] for each, count in zip(self._all(longest), counts, strict=True)]
 
     def _disagreement(self, words: Tensor) -> RanksDisagree:
-        every = self._all(words)
-        self._told = True
-        return RanksDisagree(_told(every))
+        return RanksDisagree(_told(self._all(words)))
 
     def _all(self, values: Tensor) -> list[Tensor]:
         # As bytes: gloo does not know every dtype.
@@ -153,7 +154,6 @@ class Agreement:
 
     def _extremes(self, words: Tensor, wait: timedelta | None = None) -> tuple[Tensor, Tensor]:
         # One reduction finds the lowest and the highest of each.
-        self._told = False
         both = torch.cat((words, -words))
         options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN
@@ -163,7 +163,6 @@ class Agreement:
         try:
             self._wait(work, wait)
         except RuntimeError as error:
-            self._told = True
             raise RanksDisagree(
                 f"the ranks disagree: another one went away, or failed while this one was elsewhere (its own "
                 f"error says why): {error}"
