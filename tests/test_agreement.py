@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from siftloader import SiftingDataLoader, agreement as agreement_module
+from siftloader import RanksDisagree, SiftingDataLoader, agreement as agreement_module
 from siftloader.agreement import Agreement, Doing, number_of
 
 
@@ -135,7 +135,7 @@ def fails_to_report(rank: int) -> Any:
     return run(make(rank, on_select=report))
 
 
-def fails_to_merge(rank: int) -> Any:
+def cannot_merge(rank: int) -> Any:
     rows = batches(8, rank)
     if rank:
         rows[5] = {"x": rows[5]["x"], "labels": torch.zeros(4, 2)}  # unlike the one before
@@ -171,10 +171,23 @@ def fails_unheard(rank: int) -> Any:
     agreement.step(Doing.PASSES, 0, 1)
     if rank:
         agreement.failed()
-        agreement.failed()  # says nothing more
         return None
     time.sleep(2)
     return agreement.step(Doing.PASSES, 1, 1)
+
+
+def fails_after_a_disagreement(rank: int) -> Any:
+    agreement = Agreement()
+    with pytest.raises(RanksDisagree):
+        agreement.step(Doing.PASSES, rank, 1)
+    if not rank:
+        return agreement.step(Doing.PASSES, 0, 1)
+    try:
+        raise OverflowError("planted")
+    except OverflowError:
+        agreement.failed()
+        agreement.failed()  # says nothing more
+        raise
 
 
 def other_shapes(rank: int) -> Any:
@@ -259,8 +272,10 @@ CASES: dict[str, Callable[[int], Any]] = {
         fails_to_score,
         fails_to_report,
         fails_to_report_globally,
+        fails_after_a_disagreement,
         other_shapes,
         begins_anew_alone,
+        cannot_merge,
         fails_to_draw,
         fails_at_once,
         evaluates_alone,
@@ -359,10 +374,10 @@ def test_a_rank_that_nobody_hears_gives_up_for_good(found: dict[str, list[Any]])
     assert second is None and "another one went away, or failed while this one was else" in first
 
 
-def test_what_fails_to_merge_fails_before_anything_is_communicated(
+def test_what_cannot_merge_fails_before_anything_is_communicated(
     found: dict[str, list[Any]],
 ) -> None:
-    first, second = found["fails_to_merge"]
+    first, second = found["cannot_merge"]
     assert second.startswith("BatchError: rows of different shapes")
     assert (
         first.startswith("RanksDisagree") and "rank 0 sifts" in first and "rank 1 failed" in first
