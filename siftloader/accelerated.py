@@ -40,6 +40,9 @@ def asking(frame: FrameType) -> Any:
     inside: the bare ``prepare_data_loader`` does not synchronise a shuffle, and ranks would share samples.
     """
     known = getattr(sys.modules.get("accelerate"), "Accelerator", None)
+    # Of others not even the locals are looked at: Python then keeps what is in them for as long as they run.
+    if not frame.f_globals.get("__name__", "").startswith("accelerate."):
+        return None
     asker = frame.f_locals.get("self")
     return asker if known is not None and isinstance(asker, known) else None
 

@@ -43,6 +43,11 @@ class Taken:
     slices: list[tuple[Piece, int, int]] = field(default_factory=list)  # where they come from
 
     @property
+    def rows(self) -> int:
+        """How many they are."""
+        return sum(end - first for _, first, end in self.slices)
+
+    @property
     def last(self) -> Piece:
         """The piece the last of them come from."""
         return self.slices[-1][0]

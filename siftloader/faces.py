@@ -108,9 +108,12 @@ def kept_from(frame: FrameType | None) -> bool:
     It gives states to the loaders that it sets up for a run, and to none that it has set up before it read them.
     """
     while frame is not None:
-        caller: Any = frame.f_locals.get("self")
-        states = getattr(caller, "_combined_loader_states_to_load", None)
-        if isinstance(states, list) and states:
-            return bool(caller.restarting)
+        # Of others not even the locals are looked at: Python then keeps what is in them for as long as they run.
+        if frame.f_globals.get("__name__", "").endswith(
+            ("pytorch.loops.fit_loop", "pytorch_lightning.loops.fit_loop")
+        ):
+            caller: Any = frame.f_locals.get("self")
+            if states := getattr(caller, "_combined_loader_states_to_load", None):
+                return bool(states and caller.restarting)
         frame = frame.f_back
     return False

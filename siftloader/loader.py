@@ -690,7 +690,7 @@ class SiftingDataLoader(DataLoader[Any]):
         ends = not held and not self._draw(pieces, held)
         doing = Doing.PASSES if training else Doing.EVALUATES
         if not self._agreed(Doing.ENDS if ends else doing):
-            self._end_with_others(held)
+            self._end_with_others(0, held)
             return None
         count, counts = held[0].rows, self._sifter.counts
         taken = take(held, count)
@@ -723,13 +723,15 @@ class SiftingDataLoader(DataLoader[Any]):
             if not held or _rows(held) >= self._sizes.least:
                 break
             self._drop(held)  # less than a batch, at the end of the data
-        if not self._agreed(Doing.SIFTS if held else Doing.ENDS):
-            self._end_with_others(held)
+        if not held:
+            self._agreed(Doing.ENDS)
             return None
         pool = self._sizes.pool(self._step)
         assert pool is not None and self._sizes.batch is not None
         taken = take(held, min(_rows(held), pool))
-        return self._sifted(taken, self._sizes.batch) if wanted else self._passed_over(taken)
+        if not wanted:
+            return self._passed_over(taken) if self._agreed(Doing.SIFTS) else None
+        return self._sifted(taken, self._sizes.batch, held)
 
     def _may_train(self) -> bool:
         # A function may have no model to show before the first batch.
@@ -759,14 +761,15 @@ class SiftingDataLoader(DataLoader[Any]):
             return self._sifter.agreement.step(doing, self._step, self._settings, epoch)
         return doing is not Doing.ENDS
 
-    def _end_with_others(self, held: deque[Drawn]) -> None:
-        if not held:
+    def _end_with_others(self, taken: int, held: deque[Drawn]) -> None:
+        if not taken and not held:
             return
         warnings.warn(
-            f"the epoch ends here because another rank has no more batches; {_rows(held)} rows that this rank "
-            f"has drawn are dropped, and those that it did not draw: give all ranks as many",
+            f"the epoch ends here because another rank has no more batches; {taken + _rows(held)} rows that this "
+            f"rank has drawn are dropped, and those that it did not draw: give all ranks as many",
             stacklevel=5,
         )
+        self._sifter.counts.tail_dropped += taken
         self._drop(held)
 
     def _drop(self, held: deque[Drawn]) -> None:
@@ -787,15 +790,22 @@ class SiftingDataLoader(DataLoader[Any]):
         self._sifter.counts.samples += self._sizes.batch or 0
         return _PASSED, taken
 
-    def _sifted(self, taken: Taken, keep: int) -> tuple[Batch, Taken]:
+    def _sifted(self, taken: Taken, keep: int, held: deque[Drawn]) -> tuple[Batch, Taken] | None:
         counts, pools = copy.copy(self._sifter.counts), self._sifter.pools
         try:
             # Ragged ones are padded with the mark that the test hears; on several ranks all must test alike.
+            goes_on = True
             if not self._tested and (taken.ragged or self._sifter.agreement.ranks > 1):
-                self._test(taken.first)
-            scorer = self._scorer
+                goes_on = self._agreed(Doing.SIFTS)
+                if goes_on:
+                    self._test(taken.first)
+            scorer, drawn = self._scorer, taken.rows
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
             labels, fields = taken.labels(scorer.labels_of), taken.fields()
+            # Asked when nothing is left to fail on one rank alone: scoring may communicate.
+            if not (goes_on and self._agreed(Doing.SIFTS)):
+                self._end_with_others(drawn, held)
+                return None
             won = self._sifter.winners(candidates, labels, keep, fields)
             self._tested = True
             self._report(labels, fields, won)

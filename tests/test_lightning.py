@@ -290,6 +290,17 @@ def test_a_state_that_lightning_forgets_is_told(straight, step):
     assert not module.seen
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_a_search_for_the_learning_rate_is_no_loss(tmp_path):
+    module = Planned(lambda self: sifting(self))
+    module.lr = 0.1
+    run = trainer(default_root_dir=tmp_path)
+    lightning.pytorch.tuner.Tuner(run).lr_find(module, num_training=3, update_attr=False)
+    searched = len(module.seen)
+    run.fit(module)
+    assert len(module.seen) == searched + 2 * EPOCH
+
+
 class PlannedSaving(Planned, Saving):
     pass
 
@@ -417,7 +428,7 @@ def test_workers_are_seeded_as_lightning_seeds_them(monkeypatch):
 
 
 def test_a_model_that_is_not_the_one_trained_is_told(monkeypatch):
-    monkeypatch.setattr("siftloader.loader.STILL", 5)
+    monkeypatch.setattr("siftloader.concerns.STILL", 5)
 
     class Late(Module):
         def configure_model(self) -> None:
