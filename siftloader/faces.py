@@ -114,6 +114,8 @@ def kept_from(frame: FrameType | None) -> bool:
         ):
             caller: Any = frame.f_locals.get("self")
             if states := getattr(caller, "_combined_loader_states_to_load", None):
-                return bool(states and caller.restarting)
+                # One of before any batch, as lr_find restores, is no loss.
+                done = [isinstance(each, dict) and each.get("stats", {}) for each in states]
+                return bool(caller.restarting and any(each and each["samples"] for each in done))
         frame = frame.f_back
     return False

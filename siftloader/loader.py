@@ -304,18 +304,18 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _begin(self, joined: bool, over: int = 0) -> Iterator[Batch]:
         # The next epoch, or where a state left one, for accelerate to hear of; without its first batches.
-        if (
-            self._learned is not None
-        ):  # not before: tensors may be loaded before or after the state
-            check_learned(self._learned, self._scorer.digests())
-            self._learned = None
-        epoch, cursor = self._upcoming()
-        resumed = bool(cursor)
-        if not resumed:
-            self._refuse_empty_epoch()
-        # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
         self._asks = self._may_train()
         with self._telling():
+            if (
+                self._learned is not None
+            ):  # tensors may be loaded before or after the state, until now
+                check_learned(self._learned, self._scorer.digests())
+                self._learned = None
+            epoch, cursor = self._upcoming()
+            resumed = bool(cursor)
+            if not resumed:
+                self._refuse_empty_epoch()
+            # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
             start, pieces = self._source.draw(epoch, cursor)
         if not resumed:
             self._epoch_step = self._step
@@ -657,11 +657,12 @@ class SiftingDataLoader(DataLoader[Any]):
         self, pieces: Iterator[Piece], held: deque[Drawn], turn: int, wanted: bool = True
     ) -> Batch | None:
         self._scorer.precision.unwatch()
-        self._check_vocabulary()
-        counts, training = self._sifter.counts, self._scorer.model.training
-        # An iterator that was never drawn from in training mode is a rank's own: some evaluate on the first alone.
-        self._asks |= training and self._schedule.ever_sifts
+        counts = self._sifter.counts
         with self._telling():
+            self._check_vocabulary()
+            training = self._scorer.model.training
+            # An iterator that was never drawn from in training mode is a rank's own: some evaluate alone.
+            self._asks |= training and self._schedule.ever_sifts
             if training and self._schedule.sifts(self._step):
                 found = self._next_sifted(pieces, held, wanted)
             else:
@@ -796,9 +797,7 @@ class SiftingDataLoader(DataLoader[Any]):
             # Ragged ones are padded with the mark that the test hears; on several ranks all must test alike.
             goes_on = True
             if not self._tested and (taken.ragged or self._sifter.agreement.ranks > 1):
-                goes_on = self._agreed(Doing.SIFTS)
-                if goes_on:
-                    self._test(taken.first)
+                goes_on = self._test(taken.first)
             scorer, drawn = self._scorer, taken.rows
             candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
             labels, fields = taken.labels(scorer.labels_of), taken.fields()
@@ -818,10 +817,15 @@ class SiftingDataLoader(DataLoader[Any]):
             self._sifter.counts, self._sifter.pools = counts, pools
             raise
 
-    def _test(self, taken: Taken) -> None:
+    def _test(self, taken: Taken) -> bool:
+        # Whether other ranks had something to test, too.
         pool = self._sifter.pool(taken.parts[0], taken.fields())
-        self._scorer.score(pool, taken.labels(self._scorer.labels_of))
+        labels = taken.labels(self._scorer.labels_of)
+        if not self._agreed(Doing.SIFTS):
+            return False
+        self._scorer.score(pool, labels)
         self._tested = True
+        return True
 
     def _draw(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
         piece = next(pieces, None)

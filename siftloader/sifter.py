@@ -18,7 +18,7 @@ from torch import Tensor
 
 from siftloader.agreement import Agreement
 from siftloader.batches import Batch, move, rows, select
-from siftloader.errors import ScoringError
+from siftloader.errors import RanksDisagree, ScoringError
 from siftloader.exchange import Deal, deal_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
@@ -148,7 +148,14 @@ class Sifter:
             )
         labels = self.scorer.labels_of(candidates)
         candidates = move(candidates, self.scorer.device)
-        return self.handed(candidates, self.winners(candidates, labels, keep))
+        try:
+            return self.handed(candidates, self.winners(candidates, labels, keep))
+        except RanksDisagree:
+            raise
+        except BaseException:
+            if self._is_global:
+                self.agreement.failed()  # the others wait for what this rank has to tell
+            raise
 
     def score(self, candidates: Batch) -> Tensor:
         """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
