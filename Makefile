@@ -103,6 +103,7 @@ bench: $(READY)
 	$(BIN)/python tools/bench_scoring.py
 	$(BIN)/python tools/bench_positions.py
 	$(BIN)/python tools/bench_exits.py
+	$(BIN)/python tools/bench_ranks.py
 	$(BIN)/python tools/noise.py
 
 # The wheel in an empty environment outside the tree: what a user gets, without our extras.
