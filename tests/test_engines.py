@@ -179,7 +179,7 @@ def test_the_job_is_sent_once_to_each_worker(tmp_path):
     results = list(run_processes(length, CountedJob(log), range(40), 2))
     assert results == [3_000_000 + task for task in range(40)]
     pids = log.read_text().split()
-    assert len(pids) == len(set(pids)) == 2
+    assert 1 <= len(pids) == len(set(pids)) <= 2  # one may be done before the other has begun
 
 
 def test_no_more_workers_than_tasks(tmp_path):
