@@ -614,6 +614,7 @@ def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
     warnings.filterwarnings("ignore", message="resuming by drawing")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+    os.environ["OMP_NUM_THREADS"] = "1"  # accelerate warns of its own choice
     found: dict[str, Any] = {}
     for kind, data, every in [("rows", Rows(48), 3), ("shards", TokenShards(folder / "mlm-0"), 5)]:
         steps = {"num_train_epochs": 3, "gradient_accumulation_steps": 2 if kind == "rows" else 1}
