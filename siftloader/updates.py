@@ -9,6 +9,7 @@ Loops that accumulate gradients take several batches to a step; a scaler may ski
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, final
@@ -28,15 +29,15 @@ class Updates:
     Nothing counts while ``counts`` is False: where torch's distributed checkpoints load an optimizer's state, they
     have it take a step of nothing.
 
-    Listens to all optimizers of the process by torch's own hook, for as long as this object lives.
+    Listens to all optimizers of the process, for as long as this object lives, by one hook of torch's own.
     """
 
     def __init__(self, find: Callable[[], nn.Module]) -> None:
         self.steps, self.counts = 0, True
         self._find = find
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the step under way
-        handle = register_optimizer_step_post_hook(_Listener(self))
-        weakref.finalize(self, handle.remove)
+        _LISTENING.add(self)
+        _listen()
 
     def note(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
@@ -53,12 +54,16 @@ class Updates:
         return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
 
 
-@final
-class _Listener:
-    # Holds nobody alive: torch keeps this hook for the whole process.
-    def __init__(self, updates: Updates) -> None:
-        self._updates = weakref.ref(updates)
+_LISTENING: weakref.WeakSet[Updates] = weakref.WeakSet()  # holds nobody alive
 
-    def __call__(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if (updates := self._updates()) is not None:
-            updates.note(optimizer)
+
+@functools.cache
+def _listen() -> None:
+    # One hook for the whole process, never taken off: a collector of garbage that took hooks off could do so while
+    # torch walks them, in the midst of a step.
+    register_optimizer_step_post_hook(_tell)
+
+
+def _tell(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for updates in tuple(_LISTENING):
+        updates.note(optimizer)

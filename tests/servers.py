@@ -134,6 +134,16 @@ def stall(after: int = 0, answer: bool = True) -> Fault:
     return fault
 
 
+def once(event: threading.Event) -> Fault:
+    """All is well, but not before ``event``."""
+
+    def fault(handler: Handler, data: bytes) -> None:
+        event.wait(60)
+        fine(handler, data)
+
+    return fault
+
+
 def drip(every: float) -> Fault:
     """A byte now and then."""
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import gc
 import json
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from test_laws import write
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import Dataset
 
 from siftloader import SiftingDataLoader, StateError, TokenShards
@@ -93,16 +95,33 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
     assert updates.steps == 2
 
 
-def test_nothing_listens_once_the_counter_is_gone() -> None:
+def test_a_counter_that_goes_while_torch_walks_its_hooks_does_no_harm() -> None:
+    # The garbage collector may run at any moment, in the midst of an optimizer's step too.
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    counters = [Updates(lambda: model) for _ in range(3)]
+    last = counters[-1]
+    handle = register_optimizer_step_post_hook(lambda *_: counters.clear())
+    counters.append(Updates(lambda: model))  # after this hook, were there one for each
+    step(optimizer)
+    handle.remove()
+    assert last.steps == 1
+
+
+def test_nothing_of_a_counter_that_is_gone_is_kept() -> None:
     from torch.optim import optimizer as module
 
-    gc.collect()  # those of earlier tests
-    before = dict(module._global_optimizer_post_hooks)
-    updates = Updates(Net)
-    assert len(module._global_optimizer_post_hooks) == len(before) + 1
+    def listening() -> int:
+        return len(module._global_optimizer_post_hooks)
+
+    first = Updates(Net)
+    before = listening()
+    updates = [Updates(Net) for _ in range(5)]
+    gone = weakref.ref(updates[0])
+    assert listening() == before  # one hook of the process hears for all
     del updates
     gc.collect()
-    assert dict(module._global_optimizer_post_hooks) == before
+    assert gone() is None and listening() == before and first.steps == 0
 
 
 def train(
