@@ -63,10 +63,29 @@ class EarlyExit:
         self.layer, self.layers = self._exit.layer, self._exit.layers
         self._twin: Twin | None = None
         self._capture: bool | None = None  # whether the head at M positions was seen to be right
+        self._held = False
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is the early exit of that very module."""
         return self._root is unwrap(model)
+
+    @property
+    def twin(self) -> Twin | None:
+        """The shells that ran last, while they are still those of the model and draw no random number."""
+        known = self._twin is not None and self._twin.is_of(self._root) and not self._twin.draws
+        return self._twin if known else None
+
+    def hold(self) -> None:
+        """Take over what the live model is now, but for its weights; nothing more before ``release``.
+
+        For a forward that runs beside the live one, in another thread or on another stream.
+        """
+        self._live_twin().hold()
+        self._held = True
+
+    def release(self) -> None:
+        """Follow the live model again."""
+        self._held = False
 
     def opened(self) -> AbstractContextManager[None]:
         """To score a pool in: weights that lie on several ranks are gathered once, not at every call."""
@@ -174,6 +193,8 @@ class EarlyExit:
 
     def _live_twin(self) -> Twin:
         # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
+        if self._held and self._twin is not None:
+            return self._twin
         if self._twin is None or not self._twin.is_of(self._root):
             self._twin = Twin(self._root, self._exit)
             self._capture = None

@@ -39,17 +39,15 @@ class Precision:
         if name is not None and self._given is None:  # an option weighs more than a saved state
             self._dtype = getattr(torch, name)
 
-    def context(self, device: torch.device) -> AbstractContextManager[Any]:
-        """To score in; without autocast's cache.
+    def dtype(self, device: torch.device) -> torch.dtype | None:
+        """That of autocast here and now; None where there is none."""
+        if self._dtype is None and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self._dtype
 
-        Casts made in it, without gradients, must not be found by the training step.
-        """
-        dtype = self._dtype
-        if dtype is None and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype, cache_enabled=False)
+    def context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """To score in, as ``scoring_in`` of the dtype of now."""
+        return scoring_in(self.dtype(device), device)
 
     @property
     def watches(self) -> bool:
@@ -79,6 +77,13 @@ class Precision:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def scoring_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast without its cache: casts made in it, without gradients, must not be found by the training step."""
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 @final

@@ -138,6 +138,20 @@ class Twin:
             shell.__dict__["config"] = config
         self._lend_buffers()
 
+    def hold(self) -> None:
+        """Take over all of now as ``refresh`` does, and copy every buffer: the live model may write them meanwhile."""
+        self.refresh()
+        for _, shell in self._shells:
+            shell.__dict__["_buffers"] = {
+                name: None if buffer is None else buffer.clone()
+                for name, buffer in shell._buffers.items()
+            }
+
+    @property
+    def draws(self) -> bool:
+        """Whether its forward was seen to draw random numbers."""
+        return self._draws
+
     def _lend_buffers(self) -> None:
         # What a forward writes to (counters, running means) is lent as a copy. Which buffers those are
         # shows the first run, for which all are copied.

@@ -41,17 +41,19 @@ class Updates:
 
     def note(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped."""
-        if not self.counts or not self._owns(optimizer):
+        # Asked anew each time: wrapping a model, or freezing parts of it, changes whose parameters it has.
+        if not self.counts or not owns(self._find(), optimizer):
             return
         if not self._stepped or optimizer in self._stepped:
             self.steps += 1
             self._stepped.clear()
         self._stepped.add(optimizer)
 
-    def _owns(self, optimizer: Optimizer) -> bool:
-        # Asked anew each time: wrapping a model, or freezing parts of it, changes whose parameters it has.
-        own = {id(parameter) for parameter in self._find().parameters()}
-        return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
+
+def owns(model: nn.Module, optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` writes a parameter of ``model``."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(each) in own for group in optimizer.param_groups for each in group["params"])
 
 
 _LISTENING: weakref.WeakSet[Updates] = weakref.WeakSet()  # holds nobody alive
