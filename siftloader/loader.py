@@ -63,6 +63,7 @@ from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
 from siftloader.faces import Finished, kept_from, sampler_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
+from siftloader.prescored import Merged, Prescored, copied
 from siftloader.saved import check_fits, check_learned, checked
 from siftloader.schedule import Epoch, Keep, Schedule
 from siftloader.scorer import Model, ScoreFunction, Scorer
@@ -78,7 +79,7 @@ from siftloader.updates import Updates
 from siftloader.world import World
 
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
 _END, _PASSED = object(), object()
@@ -151,6 +152,10 @@ class SiftingDataLoader(DataLoader[Any]):
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
         autocast: torch.dtype | None = None,
+        score_batch_size: int | None = None,
+        compile: bool | str = False,  # noqa: A002
+        overlap: bool = False,
+        scorer_device: torch.device | str | None = None,
         output_device: Literal["inner"] | None = None,
         process_group: Any = None,
         on_select: OnSelect | None = None,
@@ -183,8 +188,17 @@ class SiftingDataLoader(DataLoader[Any]):
             score_fn=score_fn,
             shift_labels=shift_labels,
             autocast=autocast,
+            score_batch_size=score_batch_size,
+            compile=compile,
+            scorer_device=scorer_device,
             process_group=process_group,
         )
+        if overlap and self._sifter.learns:
+            raise ValueError(
+                "overlap=True scores beside the training step, where exit_head and Predicted cannot learn; use "
+                "overlap=False, or a criterion that does not learn"
+            )
+        self._prescored = Prescored(self._sifter) if overlap else None
         for share in self._schedule.shares:
             if share < 1:
                 check_share(self._sifter.selection, share)
@@ -380,10 +394,15 @@ class SiftingDataLoader(DataLoader[Any]):
         return batch
 
     def close(self) -> None:
-        """End the iterator that ``next(loader)`` draws from; the state stays where it is."""
+        """End the iterator that ``next(loader)`` draws from; the state stays where it is.
+
+        With ``overlap=True`` the optimizers are listened to no more, until the next batch is drawn.
+        """
         if isinstance(self._running, Generator):
             self._running.close()
         self._running = None
+        if self._prescored is not None:
+            self._prescored.close()
 
     @property
     def _is_accelerate_prepared(self) -> bool:
@@ -496,6 +515,8 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
+        if self._prescored is not None:
+            self._prescored.drop()
         self._sifter.attach_model(model)
         self._fits = self._vocabulary is None
         if isinstance(model, nn.Module):
@@ -536,8 +557,10 @@ class SiftingDataLoader(DataLoader[Any]):
             "ranks": World.detect().ranks,
             "pools": self._sifter.pools,
             "precision": self._scorer.precision.name,
+            "watched": not self._scorer.precision.watches,
             "reading": self._scorer.reading_state,
             "learned": self._scorer.digests() if self._learned is None else self._learned,
+            "ahead": None if self._prescored is None else self._prescored.state(),
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -563,6 +586,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._epoch_step = state["epoch_step"]
         self._sifter.pools = state["pools"]
         self._scorer.precision.name = state["precision"]
+        if state["watched"]:
+            self._scorer.precision.settle()
         self._scorer.reading_state = state["reading"]
         self._learned = dict(state["learned"])
         self._turn += 1
@@ -571,6 +596,8 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._updates is not None:
             self._updates.steps, self._updates.counts = state["updates"], False
         self.close()
+        if self._prescored is not None:
+            self._prescored.load(state["ahead"])
 
     @property
     def worker_init_fn(self) -> Any:
@@ -616,6 +643,10 @@ class SiftingDataLoader(DataLoader[Any]):
                     continue
                 if joined:
                     pieces = self._announce(pieces, held)
+                # Not before the loop's first forward has told its precision.
+                watches = self._scorer.precision.watches
+                if self._prescored is not None and self._sifts() and not watches:
+                    pieces = self._look_ahead(self._prescored, pieces, held)
                 # Counted before it leaves: the loop may never come back. And let go of: what the loop
                 # drops must not live on here while the next pool is scored.
                 out = [batch]
@@ -639,6 +670,21 @@ class SiftingDataLoader(DataLoader[Any]):
         if accumulates():  # and all ranks must step together: where one has no more, all end
             last = not self._agreed(Doing.ENDS if last else Doing.HANDS_OUT)
         announce(self, last)
+        return pieces
+
+    def _look_ahead(
+        self, prescored: Prescored, pieces: Iterator[Piece], held: deque[Drawn]
+    ) -> Iterator[Piece]:
+        # The next pool is scored while the loop trains on this one. What goes wrong there is the next one's.
+        try:
+            pool, split = self._sizes.pool(self._step) or math.inf, self._sizes.split
+            while not (held and split) and _rows(held) < pool and self._draw(pieces, held):
+                pass
+            if held and _rows(held) >= self._sizes.least:
+                peek = copied(held)
+                prescored.begin(take(peek, int(min(_rows(peek), pool))), self._pad_id)
+        except Exception as error:
+            pieces = _raising(error)
         return pieces
 
     def _is_last(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:
@@ -688,6 +734,8 @@ class SiftingDataLoader(DataLoader[Any]):
     def _next_plain(
         self, pieces: Iterator[Piece], held: deque[Drawn], training: bool
     ) -> tuple[Batch, Taken] | None:
+        if self._prescored is not None:
+            self._prescored.drop()  # its rows are handed out as they are
         ends = not held and not self._draw(pieces, held)
         doing = Doing.PASSES if training else Doing.EVALUATES
         if not self._agreed(Doing.ENDS if ends else doing):
@@ -796,16 +844,22 @@ class SiftingDataLoader(DataLoader[Any]):
         try:
             # Ragged ones are padded with the mark that the test hears; on several ranks all must test alike.
             goes_on = True
+            if self._prescored is not None and not self._tested:
+                self._scorer.check_overlap()
             if not self._tested and (taken.ragged or self._sifter.agreement.ranks > 1):
                 goes_on = self._test(taken.first)
-            scorer, drawn = self._scorer, taken.rows
-            candidates = taken.merged(self._pad_id, scorer.label_name, scorer.ignored)
-            labels, fields = taken.labels(scorer.labels_of), taken.fields()
+            drawn = taken.rows
+            merged = None if self._prescored is None else self._prescored.take(taken)
+            candidates, labels, fields, known = merged or Merged.of(
+                taken, self._sifter, self._pad_id
+            )
+            if self._prescored is not None and known is None:
+                known = self._prescored.restored(drawn)
             # Asked when nothing is left to fail on one rank alone: scoring may communicate.
             if not (goes_on and self._agreed(Doing.SIFTS)):
                 self._end_with_others(drawn, held)
                 return None
-            won = self._sifter.winners(candidates, labels, keep, fields)
+            won = self._sifter.winners(candidates, labels, keep, fields, known)
             self._tested = True
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep
@@ -930,6 +984,8 @@ class SiftingDataLoader(DataLoader[Any]):
         return bool(total - used < (batch if self._sifts() else 1))
 
     def _end_epoch(self, handed: int, resumed: bool) -> None:
+        if self._prescored is not None:
+            self._prescored.close()
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
         self._idle = False
         if self._log is not None:

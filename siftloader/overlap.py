@@ -140,6 +140,11 @@ class Overlap:
                 self._threads = ThreadPoolExecutor(1, "siftloader-scoring")
             self._threads.submit(pending.run, job, stream)
 
+    @property
+    def runs(self) -> bool:
+        """Whether there is a job whose result nobody has asked for."""
+        return self._pending is not None
+
     def result(self) -> Any:
         """What the job under way returned, or raises; None if the weights were written while it may have read them."""
         pending, self._pending = self._pending, None

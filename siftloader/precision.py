@@ -49,6 +49,10 @@ class Precision:
         """To score in, as ``scoring_in`` of the dtype of now."""
         return scoring_in(self.dtype(device), device)
 
+    def settle(self) -> None:
+        """Watch no more: an earlier run knew."""
+        self._left = 0
+
     @property
     def watches(self) -> bool:
         """Whether there is still something to learn, and patience for it."""

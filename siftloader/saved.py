@@ -24,7 +24,8 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise StateError(f"a state is a dict as state_dict() gives, found {type(state).__name__}")
-    state = {**SINCE_1, **state} if state.get("version") == 1 else state
+    since: dict[str, Any] = {1: SINCE_1 | SINCE_2, 2: SINCE_2}.get(state.get("version", 0), {})
+    state = {**since, **state}
     missing = own.keys() - state.keys()
     if missing:
         raise StateError(
@@ -145,7 +146,24 @@ def _reading(value: Any) -> bool:
 
 
 # What a state of version 1 did not say.
-SINCE_1 = {"count": "batches", "updates": 0, "scope": "rank"}
+def _prescored(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or value.keys() != {"scores", "missing", "rank"}:
+        return False
+    scores, missing = value["scores"], value["missing"]
+    return (
+        isinstance(scores, list)
+        and all(each is None or type(each) in (int, float) for each in scores)
+        and isinstance(missing, list)
+        and len(missing) == 2
+        and all(map(_counted, missing))
+        and _counted(value["rank"])
+    )
+
+
+SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
+SINCE_2: dict[str, Any] = {"ahead": None, "watched": False}
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "epoch": _counted,
@@ -158,8 +176,10 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "updates": _counted,
     "scope": lambda value: value in ("rank", "global"),
     "precision": lambda value: value in (None, "float32", "float16", "bfloat16", "float64"),
+    "watched": lambda value: isinstance(value, bool),
     "reading": _reading,
     "learned": _texts,
+    "ahead": _prescored,
     "set_epoch": lambda value: value is None or _counted(value),
     "stats": lambda value: isinstance(value, Mapping),
 }

@@ -8,12 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
-from siftloader.batches import IGNORED, Batch, cut, rows
+from siftloader.batches import IGNORED, Batch, cut, move, rows
 from siftloader.errors import ScoringError
 from siftloader.exits import EarlyExit, Task
 from siftloader.heads import ExitHead, ProbeExit
@@ -26,8 +27,9 @@ from siftloader.labels import (
     skips_padding,
     without_padding,
 )
+from siftloader.overlap import HasRead
 from siftloader.pool import Pool
-from siftloader.precision import Precision
+from siftloader.precision import Precision, scoring_in
 from siftloader.predictions import Predictions
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
 from siftloader.sharded import (
@@ -41,10 +43,14 @@ from siftloader.sharded import (
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
 from siftloader.targets import Positions, Targets, check_soft, to_device
+from siftloader.twin import Twin
 
 
 Model: TypeAlias = nn.Module | Callable[[], nn.Module]
 ScoreFunction: TypeAlias = Callable[[EarlyExit, Batch], Tensor]
+TOKENS_AT_ONCE = (
+    1 << 14
+)  # of a forward without gradients: fills an H100, and is little beside a training step
 
 
 # For rows of ids that are inputs and targets at once, as litgpt and others draw them.
@@ -81,6 +87,9 @@ class Scorer:
         score_fn: ScoreFunction | None,
         shift_labels: bool | None,
         autocast: torch.dtype | None,
+        score_batch_size: int | None = None,
+        compile: bool | str = False,  # noqa: A002
+        scorer_device: torch.device | str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(
@@ -93,11 +102,24 @@ class Scorer:
             raise ValueError(
                 "score_fn calls the model's own early exit, exit_head replaces it: give one of them"
             )
+        if not (isinstance(compile, bool) or (isinstance(compile, str) and compile)):
+            raise TypeError(
+                f"compile must be True, False or a mode of torch.compile, got {compile!r}"
+            )
+        at_once = score_batch_size
+        if at_once is not None and (type(at_once) is not int or at_once < 1):
+            raise ValueError(f"score_batch_size must be an int of at least 1, got {at_once!r}")
+        if exit_head is not None and (compile or scorer_device is not None):
+            raise ValueError(
+                "exit_head is trained where the model is, and not compiled: give neither compile nor scorer_device"
+            )
         self.exit_layer = exit_layer
         self.criterion = criterion_named(criterion)
         self.positions = positions
         self.exit_head = ExitHead() if isinstance(exit_head, str) else exit_head
         self.precision = Precision(autocast)
+        self.scorer_device = None if scorer_device is None else torch.device(scorer_device)
+        self._compile, self._rows_at_once = compile, at_once
         self._labels, self._score_fn, self._shift = labels, score_fn, shift_labels
         self.attach_model(model)
 
@@ -111,6 +133,8 @@ class Scorer:
         self._heard_shift: bool | None = None
         self._listens: bool | None = None  # to the model's loss, though it gives logits
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
+        self._settled: tuple[Twin, Any] | None = None  # what was seen to score such batches
+        self._overlapped: Twin | None = None  # that was seen to need no other rank
         self._alike = False  # whether ranks of one replica were seen to hold the same candidates
         self._replica: tuple[nn.Module, list[Any]] | None = None
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
@@ -206,12 +230,63 @@ class Scorer:
 
         With ``learn`` the exit head, if there is one, is trained on them, after it scored them.
         """
-        device, samples = self.device, rows(pool.batch)
+        device = self.device
         if self.replica_groups and not self._alike:
             check_alike(pool.batch, self.replica_groups, device)
             self._alike = True
+        if self.scorer_device is not None and self._needs_model:
+            self._own_exit().fetch()
+        scores = self._score(pool, labels, learn, self.precision.dtype(device))
+        twin = self._early.twin if isinstance(self._early, EarlyExit) else None
+        self._settled = None if twin is None else (twin, _kind(pool.batch))
+        return scores
+
+    def ahead(self, pool: Pool, labels: Tensor | None) -> Callable[[HasRead], Scores] | None:
+        """``score`` as a job to run elsewhere, beside the model's next step, with the weights of when it begins.
+
+        None where that is to be done here first: by this twin no such batch was scored yet. Until the job has
+        returned nothing else may be asked of this object.
+        """
+        early, settled = self._early, self._settled
+        if not (isinstance(early, EarlyExit) and self._needs_model and settled):
+            return None
+        # One look at everything that this batch will meet was taken on the loop's own time.
+        if not early.is_of(self.model) or (early.twin, _kind(pool.batch)) != settled:
+            return None
+        if self._overlapped is not settled[0]:
+            self.check_overlap()
+            self._overlapped = settled[0]
+        dtype = self.precision.dtype(self.device)
+        early.hold()
+
+        def job(has_read: HasRead) -> Scores:
+            try:
+                if self.scorer_device is not None:
+                    early.fetch()
+                    has_read()
+                return self._score(pool, labels, False, dtype)
+            finally:
+                early.release()
+
+        return job
+
+    def check_overlap(self) -> None:
+        """Raise ScoringError where scoring must not run beside a step: it would need what other ranks do."""
+        spread = any(is_fsdp(each) or is_fsdp1(each) for each in self.model.modules())
+        if spread or self.replica_groups:
+            raise ScoringError(
+                "overlap=True cannot score a model whose weights lie on several ranks: gathering them would meet "
+                "the collectives of the training step; use overlap=False"
+            )
+
+    def _score(
+        self, pool: Pool, labels: Tensor | None, learn: bool, dtype: torch.dtype | None
+    ) -> Scores:
+        samples, device = rows(pool.batch), self.scorer_device or self.device
+        if self.scorer_device is not None:
+            pool = replace(pool, batch=move(pool.batch, device))
         # Within it the ranks need nothing of each other, however much each has to run.
-        with torch.no_grad(), self.precision.context(device), self._opened():
+        with torch.no_grad(), scoring_in(dtype, device), self._opened():
             if self._score_fn is not None and self._needs_model:
                 scores, labelled = self._by_function(self._score_fn, pool, learn)
             elif isinstance(self.criterion, Random):
@@ -221,8 +296,9 @@ class Scorer:
         if not isinstance(scores, Tensor) or scores.shape != (samples,):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ScoringError(f"need one score per candidate, [{samples}], got {found}")
+        device = self.device
         scores = self.agreed(scores.detach().to(device, torch.float32))
-        finite = scores.isfinite()
+        labelled, finite = labelled.to(device), scores.isfinite()
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
         return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum())
 
@@ -270,7 +346,8 @@ class Scorer:
             return self._heard(self._reading, self._own_exit().with_labels, pool, learn)
 
         def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
-            return self._exit().logits_at(batch, targets)
+            for part, wanted in self._parts(batch, targets):
+                yield from self._exit().logits_at(part, wanted)
 
         scores = self.criterion(Predictions(targets, run, pool, learn=learn))
         if isinstance(probe := self._early, ProbeExit):
@@ -278,6 +355,16 @@ class Scorer:
                 probe.learn(pool.batch, targets)
             probe.forget()
         return scores, targets.labelled()
+
+    def _parts(self, batch: Batch, targets: Targets) -> Iterator[tuple[Batch, Targets]]:
+        # As many rows at once as fill a device, and no more: what scoring needs on top of the training step.
+        size = self._rows_at_once or max(1, TOKENS_AT_ONCE // targets.length)
+        if size >= targets.samples or isinstance(self._early, ProbeExit):
+            yield batch, targets
+            return
+        for first in range(0, targets.samples, size):
+            last = min(first + size, targets.samples)
+            yield cut(batch, first, last), targets.part(first, last)
 
     def _targets(self, batch: Batch, labels: Tensor | None, device: torch.device) -> Targets:
         assert labels is not None
@@ -423,7 +510,12 @@ class Scorer:
     def _exit(self) -> EarlyExit | ProbeExit:
         if self._early is None or not self._early.is_of(self.model):
             if self.exit_head is None:
-                self._early = EarlyExit(self.model, self.exit_layer)
+                given: dict[str, Any] = {}
+                if self._compile:
+                    given["compile"] = self._compile
+                if self.scorer_device is not None:
+                    given["device"] = self.scorer_device
+                self._early = EarlyExit(self.model, self.exit_layer, **given)
             else:
                 self._early = ProbeExit(self.model, self.exit_layer, self.exit_head)
         return self._early
@@ -465,6 +557,10 @@ def _check_classes(labels: Tensor, classes: int) -> None:
             f"found label {int(labels.max())}, the model predicts {classes} classes (0 to "
             f"{classes - 1}); is it the tokenizer that the model was built for?"
         )
+
+
+def _kind(batch: Batch) -> Any:
+    return type(batch), tuple(batch) if isinstance(batch, Mapping) else None
 
 
 def _nothing(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from siftloader.labels import Labels
 from siftloader.pool import Pool
 from siftloader.predicted import Predicted
 from siftloader.schedule import check_keep, whole
-from siftloader.scorer import Model, ScoreFunction, Scorer, terms
+from siftloader.scorer import Model, ScoreFunction, Scorer, Scores, terms
 from siftloader.scores import Random, ScoreOf
 from siftloader.selection import Selection, TopK, check_share, samples, weights
 from siftloader.stats import Stats
@@ -65,6 +65,10 @@ class Sifter:
     whose own head does not fit their middle. ``sift_weight`` adds that field [b] to the batch: with it
     the weighted mean over the kept estimates the mean over all candidates, unbiased.
 
+    Candidates are scored ``score_batch_size`` rows at a time (as many as have 16,384 positions), in a twin that
+    ``compile`` compiles (True, or a mode of ``torch.compile``), and where ``scorer_device`` says, by a copy of
+    the layers that it takes, brought up to date for every pool.
+
     ``scope="global"`` selects from the pools of all ranks of ``process_group`` (all ranks) together, as one rank
     would that drew them all, and moves winners until each has as many; the scores of a step then come to the host.
 
@@ -89,6 +93,9 @@ class Sifter:
         score_fn: ScoreFunction | None = None,
         shift_labels: bool | None = None,
         autocast: torch.dtype | None = None,
+        score_batch_size: int | None = None,
+        compile: bool | str = False,  # noqa: A002
+        scorer_device: torch.device | str | None = None,
         process_group: Any = None,
     ) -> None:
         check_keep(keep)
@@ -106,11 +113,15 @@ class Sifter:
             score_fn=score_fn,
             shift_labels=shift_labels,
             autocast=autocast,
+            score_batch_size=score_batch_size,
+            compile=compile,
+            scorer_device=scorer_device,
         )
         if scope not in ("rank", "global"):
             raise ValueError(f'scope must be "rank" or "global", got {scope!r}')
-        learns = any(isinstance(each, Predicted) for each in terms(self.scorer.criterion))
-        if scope == "global" and (exit_head is not None or learns):
+        predicts = any(isinstance(each, Predicted) for each in terms(self.scorer.criterion))
+        self.learns = predicts or exit_head is not None
+        if scope == "global" and self.learns:
             raise ValueError(
                 'scope="global" compares scores of all ranks, but exit_head and Predicted learn on every rank by '
                 'itself; use scope="rank", or a criterion that does not learn'
@@ -175,24 +186,29 @@ class Sifter:
         labels: Tensor | None,
         keep: int,
         fields: Mapping[str, Tensor] | None = None,
+        known: Scores | None = None,
     ) -> Winners:
-        """Which rows of ``candidates``, on the model's device, are kept; counted."""
+        """Which rows of ``candidates``, on the model's device, are kept; counted.
+
+        ``known`` are their scores, where somebody has found them.
+        """
         pool, deal = self.pool(candidates, fields), None
         if self._is_global:
             self._check_replicas()
         with self.counts.timing(self.scorer.device):
-            scores, nonfinite, unlabelled = self.scorer.score(pool, labels, learn=True)
+            found = known or self.scorer.score(pool, labels, learn=True)
+            scores, nonfinite, unlabelled = found
             weigh = self._weights_of if self.weighs else None
             if self._is_global:
                 deal = deal_of(self.agreement, scores, keep, self.selection, pool, weigh)
                 kept = to_device(deal.kept, scores.device)
-                found = None if deal.weights is None else to_device(deal.weights, scores.device)
+                weighed = None if deal.weights is None else to_device(deal.weights, scores.device)
             else:
                 kept = self.selection(scores, keep, pool)
-                found = None if weigh is None else weigh(scores, keep, pool)
+                weighed = None if weigh is None else weigh(scores, keep, pool)
         self.pools += 1
         self.counts.count_pool(scores, kept, nonfinite, unlabelled)
-        return Winners(kept, scores, found, deal)
+        return Winners(kept, scores, weighed, deal)
 
     def handed(self, candidates: Batch, won: Winners, pad_id: int = 0) -> Batch:
         """The batch that these winners make; with ``scope="global"`` all ranks must call it."""
