@@ -24,6 +24,8 @@ from siftloader.errors import ScoringError
 
 # From labels [P, T], on their device, to nats [P, T]; counts int64 [V] stand for `Unigrams` of them.
 Control: TypeAlias = "Callable[[Tensor], Tensor] | NDArray[np.int64]"
+LEAST_ROOM = 8  # labelled positions of a row that there is always room for
+LATER = 8  # pools after which a copy to the host is done: no queue of a GPU holds as many steps
 
 
 @final
@@ -117,6 +119,88 @@ class First:
         return min(self.count, length)
 
 
+@final
+class Capacity:
+    """How many labelled positions of a row there is room for, where nobody asks how many it has.
+
+    capacity = Capacity()
+    Targets.of(labels, device, False, capacity=capacity)     # the first pool waits once, no other does
+
+    ``most`` is learned from the first pool and leaves room for an eighth more (8 at least), so that a row
+    is read in full unless it has more labels than that. One that has is scored at its first ``most``
+    labelled positions, from which its mean and sum are estimated as with ``First(most)``, and is counted
+    in ``capped``, a tensor on the device. Meanwhile the most labels of any row are copied to the host,
+    which looks ``LATER`` pools later, when the copy is long done: from then on there is room for them. A
+    fixed number of pools, so that runs repeat and ranks that hold one replica do alike.
+    """
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+        self.capped: Tensor | int = 0
+        self._largest: Tensor | None = None  # labels of any row so far, on the device
+        self._asked: Tensor | None = None  # the same on its way to the host
+        self._copied: torch.cuda.Event | None = None
+        self._left = 0  # pools until the host looks
+
+    def of(self, counts: Tensor, length: int) -> int:
+        """Room for labels in each row of ``length`` positions; ``counts`` [P] is how many they have."""
+        if length <= LEAST_ROOM:
+            return length
+        if self.most is None:
+            self.most = _roomy(int(counts.max()))
+        self._left -= 1
+        if self._asked is not None and self._left <= 0:
+            self.most = max(self.most, _roomy(self._heard(self._asked)))
+            self._asked = None
+        most = min(self.most, length)
+        if most < length:
+            self.capped = self.capped + (counts > most).sum()
+            largest = counts.max()
+            if self._largest is not None:
+                largest = torch.maximum(to_device(self._largest, largest.device), largest)
+            self._largest = largest
+            if self._asked is None:
+                self._ask(largest)
+        return most
+
+    def _ask(self, largest: Tensor) -> None:
+        self._asked, self._left = largest, LATER
+        if largest.device.type == "cuda":
+            self._asked = torch.empty((), dtype=largest.dtype, pin_memory=True)
+            self._asked.copy_(largest, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def _heard(self, asked: Tensor) -> int:
+        if self._copied is not None:  # done since many steps: this does not wait
+            self._copied.synchronize()
+        return int(asked)
+
+    @property
+    def state(self) -> list[int | None] | None:
+        """For a restart, JSON-able; waits for the device.
+
+        [room, the most labels of any row, those the host is about to hear of, pools until then]
+        """
+        if self.most is None:
+            return None
+        largest = None if self._largest is None else int(self._largest)
+        asked = None if self._asked is None else self._heard(self._asked)
+        return [self.most, largest, asked, self._left]
+
+    @state.setter
+    def state(self, state: list[int | None] | None) -> None:
+        self.most, largest, asked, left = state or (None, None, None, 0)
+        self._left, self._copied = left or 0, None
+        self._largest = None if largest is None else torch.tensor(largest)
+        self._asked = None if asked is None else torch.tensor(asked)
+
+
+def _roomy(labels: int) -> int:
+    more = labels + max(LEAST_ROOM, -(-labels // 8))
+    return -(-more // 8) * 8  # sizes that repeat, and that matrix products like
+
+
 @dataclass(frozen=True, eq=False)
 class Correction:
     """A control variate: its value at the scored positions [M], and its mean over all of them [P]."""
@@ -178,13 +262,16 @@ class Targets:
         shift: bool,
         positions: Positions | None = None,
         dense: bool = False,
+        capacity: Capacity | None = None,
     ) -> Targets:
         """Find the labelled positions of ``labels`` [P, T] or [P]; -100 marks the others.
 
         Probabilities [P, V] or [P, T, V] are soft labels; a row of zeros is none. With ``shift`` the label
-        at ``t + 1`` belongs to the prediction at ``t``. Labels on the host cost no synchronisation;
-        labels on a GPU none with ``shift``, ``positions`` or ``dense`` (which takes the unlabelled
-        positions along), and one without.
+        at ``t + 1`` belongs to the prediction at ``t``.
+
+        Labels on the host cost no synchronisation. Labels on a GPU cost none with a ``capacity`` (but for
+        the first pool), nor where as many places are taken as there can be labels (``shift``,
+        ``positions``, ``dense``, one label a sample), and one otherwise.
         """
         if labels.is_floating_point():
             return cls._of_soft(labels, device, shift, positions)
@@ -199,8 +286,10 @@ class Targets:
         wanted = labels if labels.ndim == 2 else labels[:, None]
         if shift:  # a last column without label keeps the geometry [P, T]
             wanted = torch.nn.functional.pad(wanted[:, 1:], (0, 1), value=IGNORED)
-        if labels.device.type != "cpu" and (shift or dense or positions is not None):
-            return cls._of_capacity(wanted, positions)
+        if labels.device.type != "cpu":
+            capacity = None if dense else capacity
+            if capacity or shift or dense or positions is not None or wanted.shape[1] == 1:
+                return cls._of_capacity(wanted, positions, capacity)
         wanted = wanted.cpu()
         mask = wanted != IGNORED
         taken = mask if positions is None else mask & positions.takes(mask.cumsum(1) - 1)
@@ -227,20 +316,22 @@ class Targets:
         )
 
     @classmethod
-    def _of_capacity(cls, wanted: Tensor, positions: Positions | None) -> Targets:
-        # On a GPU nobody asks how many there are: as many places a row as there can be labels.
+    def _of_capacity(
+        cls, wanted: Tensor, positions: Positions | None, capacity: Capacity | None = None
+    ) -> Targets:
+        # On a GPU nobody asks how many there are: as many places a row as there can be labels, or are.
         samples, length = wanted.shape
         mask = wanted != IGNORED
+        counts = mask.sum(1)
         column = torch.arange(length, device=wanted.device).expand(samples, length)
-        most = length
+        most = room = length if capacity is None else capacity.of(counts, length)
+        taken = mask
         if positions is not None:
-            most = positions.most(length)
-            taken = mask & positions.takes(mask.cumsum(1) - 1)
+            most, taken = positions.most(room), mask & positions.takes(mask.cumsum(1) - 1)
+        if positions is not None or most < length:
             column = torch.where(taken, column, column + length).sort(1).values[:, :most]
             column = torch.where(column < length, column, column - length).sort(1).values
-            real = taken.gather(1, column)
-        else:
-            real = mask
+        real = taken.gather(1, column)
         row = torch.arange(samples, device=wanted.device)[:, None] * length
         flat = (row + column).reshape(-1)
         return cls(
@@ -248,7 +339,7 @@ class Targets:
             wanted.gather(1, column).reshape(-1),
             list(range(0, (samples + 1) * most, most)),
             length,
-            mask.sum(1),
+            counts,
             real.reshape(-1),
             _correction(positions, wanted, mask, flat),
         )

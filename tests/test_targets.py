@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -21,7 +22,7 @@ from siftloader import (
     Sifter,
     Stride,
 )
-from siftloader.targets import Targets, Unigrams
+from siftloader.targets import LATER, Capacity, Targets, Unigrams
 
 
 HOST = torch.device("cpu")
@@ -44,6 +45,12 @@ def chosen(control):
         st.integers(1, 10).map(lambda n: Stride(n, control)),
         st.integers(1, 10).map(lambda n: First(n, control)),
     )
+
+
+def room_for(most):
+    capacity = Capacity()
+    capacity.state = [most, None, None, 0]
+    return capacity
 
 
 POSITIONS = st.one_of(st.none(), chosen(None), chosen(COUNTS))
@@ -80,10 +87,10 @@ def fast(targets):
     return rows
 
 
-def on_device(labels, shift, positions=None):
+def on_device(labels, shift, positions=None, capacity=None):
     """The way of a GPU, where nobody asks how many labels there are."""
     wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shift else labels
-    return Targets._of_capacity(wanted, positions)
+    return Targets._of_capacity(wanted, positions, capacity)
 
 
 WAYS = {"host": lambda y, s, p: Targets.of(y, HOST, s, p), "device": on_device}
@@ -273,6 +280,100 @@ def test_a_value_that_is_not_finite_spoils_its_own_sample_only(way, bad):
     found = estimate(y, value, Stride(4, COUNTS), way=way)
     assert not found[5].isfinite()
     assert torch.allclose(found[rest], expected, atol=1e-5)
+
+
+# --- room for labels that nobody counts on the host
+
+
+def sparse(share, rows=6, length=64, seed=0):
+    """Labels at about a share of the positions."""
+    draw = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, CLASSES, (rows, length), generator=draw)
+    return y.masked_fill(torch.rand(y.shape, generator=draw) >= share, -100)
+
+
+def with_labels(*numbers, length=64):
+    """Rows with so many labels, at their end."""
+    y = torch.full((len(numbers), length), -100)
+    for row, number in enumerate(numbers):
+        y[row, length - number :] = torch.arange(number) % CLASSES
+    return y
+
+
+@examples(60)
+@given(
+    share=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+    length=st.integers(1, 48),
+    shift=st.booleans(),
+    positions=POSITIONS,
+)
+def test_within_its_room_a_pool_is_read_in_full(share, seed, length, shift, positions):
+    capacity = Capacity()
+    for y in (sparse(share, 5, length, seed), sparse(share / 2, 3, length, seed + 1)):
+        found = on_device(y, shift, positions, capacity)
+        assert fast(found) == [scored for scored, _ in slow(y, shift, positions)]
+        value = torch.linspace(-2, 3, y.numel()).view(y.shape)
+        one = early(found).reduce(value.reshape(-1)[found.positions])
+        other = Targets.of(y, HOST, shift, positions)
+        other = early(other).reduce(value.reshape(-1)[other.positions])
+        if capacity.most is None or (y != -100).sum(1).max() <= capacity.most:
+            assert close(one, other, 1e-4)
+            assert int(capacity.capped) == 0
+
+
+def test_room_is_made_for_an_eighth_more():
+    for most, room in [(0, 8), (1, 16), (8, 16), (9, 24), (77, 88), (100, 120), (320, 360)]:
+        capacity = Capacity()
+        assert capacity.of(torch.tensor([0, most]), 512) == min(room, 512)
+        assert room >= most * 9 / 8
+
+
+def test_a_row_without_room_is_read_at_its_first_labels_and_counted():
+    capacity = room_for(16)
+    y = with_labels(10, 30, 16, 0, 17)
+    found, expected = on_device(y, False, None, capacity), slow(y, False, None)
+    assert fast(found) == [scored[:16] for scored, _ in expected]
+    assert found.counts.tolist() == [10, 30, 16, 0, 17] and int(capacity.capped) == 2
+    assert len(found.positions) == 5 * 16
+    value = torch.rand(y.shape)
+    assert close(
+        early(found).reduce(value.reshape(-1)[found.positions], "sum")[1],
+        30 * value[1, 34:50].mean(),  # as First(16) estimates it
+    )
+
+
+def test_room_grows_once_the_host_has_heard():
+    capacity = Capacity()
+    assert capacity.of(torch.tensor([3, 10]), 512) == 24
+    most = [capacity.of(torch.tensor([3, 40 if pool == 2 else 10]), 512) for pool in range(20)]
+    assert most[0] == 24 and most[-1] == 48 and most == sorted(most)
+    assert most.index(48) <= 2 * LATER
+    assert int(capacity.capped) == 1
+    assert capacity.of(torch.tensor([30]), 32) == 32  # rows may be shorter than that
+
+
+@pytest.mark.parametrize("stop", range(1, 24, 3))
+def test_room_is_the_same_after_a_restart(stop):
+    def counts(pool):
+        return torch.tensor([5, 10 + 3 * pool])
+
+    def run(capacity, pools):
+        return [capacity.of(counts(pool), 512) for pool in pools]
+
+    straight = run(Capacity(), range(30))
+    capacity, resumed = Capacity(), Capacity()
+    before = run(capacity, range(stop))
+    resumed.state = json.loads(json.dumps(capacity.state))
+    assert before + run(resumed, range(stop, 30)) == straight
+    assert len(set(straight)) > 2
+
+
+def test_there_is_nothing_to_save_before_the_first_pool():
+    capacity = Capacity()
+    assert capacity.state is None
+    capacity.state = None
+    assert capacity.of(torch.tensor([3]), 64) == 16
 
 
 # --- through a model
