@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from siftloader.batches import IGNORED, Batch, cut, leaves, rows
+from siftloader.compiled import check_mode
 from siftloader.errors import ScoringError
 from siftloader.labels import arguments, with_labels
 from siftloader.sharded import gathered, is_fsdp1, within
@@ -54,9 +55,15 @@ class EarlyExit:
     cut or the layer is out of 1..N. (Paper, section 6: the head on an intermediate representation.)
     """
 
-    def __init__(self, model: nn.Module, layer: int | str = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: int | str = 1,
+        compile: bool | str = False,  # noqa: A002 - as torch and Trainer have it
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._compile = check_mode(compile)
         self._root = unwrap(model)
         with gathered(filter(is_fsdp1, self._root.modules())):  # only then they have their shapes
             self._exit = exit_at(self._root, layer)
@@ -113,6 +120,8 @@ class EarlyExit:
             self._capture = twin.captures_at(
                 args, kwargs, targets.positions, targets.starts, targets.length
             )
+        if self._capture is False:
+            twin.tell_not_compiled()
         if self._capture:
             yield from twin.head_chunks(args, kwargs, targets.positions)
         else:
@@ -196,7 +205,7 @@ class EarlyExit:
         if self._held and self._twin is not None:
             return self._twin
         if self._twin is None or not self._twin.is_of(self._root):
-            self._twin = Twin(self._root, self._exit)
+            self._twin = Twin(self._root, self._exit, self._compile)
             self._capture = None
         self._twin.refresh()
         return self._twin

@@ -61,6 +61,12 @@ def is_fsdp(module: nn.Module) -> bool:
     return _is_a(module, "torch.distributed.fsdp", "FSDPModule")
 
 
+def is_spread(module: nn.Module) -> bool:
+    """Whether weights of this very module lie on several ranks, by FSDP or by tensor parallelism."""
+    weights = [each for each in module._parameters.values() if each is not None]
+    return is_fsdp(module) or is_fsdp1(module) or any(map(_is_dtensor, weights))
+
+
 def is_fsdp1(module: nn.Module) -> bool:
     """Whether this is a ``FullyShardedDataParallel``."""
     return _is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")

@@ -24,7 +24,7 @@ import traceback
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any, cast, final
@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from siftloader.compiled import Compiled
 from siftloader.errors import ScoringError
-from siftloader.sharded import check_root, gathered, is_fsdp1, rows_of, silence, whole
+from siftloader.sharded import check_root, gathered, is_fsdp1, is_spread, rows_of, silence, whole
 from siftloader.stack import Exit, unwrap
 
 
@@ -63,7 +64,7 @@ def rows_at_a_time(width: int) -> int:
 class Twin:
     """The shells of one moment's module tree, and the few among them that have a forward of their own."""
 
-    def __init__(self, root: nn.Module, where: Exit) -> None:
+    def __init__(self, root: nn.Module, where: Exit, compile: bool | str = False) -> None:  # noqa: A002
         check_root(root)
         self._identity = _identity(root)
         self._live = list(root.modules())  # kept alive, so that an id is never used again
@@ -102,6 +103,10 @@ class Twin:
         self._vocabulary = _width(heads[-1]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
         self._trunks = {path: _Replay(memo[id(module)]) for path, module in trunks.items()}
+        self._compile = compile
+        kept_layers = (memo[id(root.get_submodule(path))]._modules.values() for path in where.cuts)
+        self._kept = [each for layers in kept_layers for each in layers if each is not None]
+        self._quick: list[_Quick] = []  # what is compiled
 
     def is_of(self, root: nn.Module) -> bool:
         """Whether these are still shells of the very modules, forwards and hooks of ``root``."""
@@ -187,6 +192,10 @@ class Twin:
         found = (each for _, shell in self._shells for each in shell._parameters.values())
         return [each for each in found if each is not None]
 
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self._parameters()
+        yield from (buffer for buffer, _ in self._buffers().values())
+
     def _cuda_devices(self) -> list[torch.device]:
         return [each for each in {p.device for p in self._parameters()} if each.type == "cuda"]
 
@@ -226,11 +235,9 @@ class Twin:
         watched = kind in self._watched
         if watched and not self._draws:
             return self._root(*args, **kwargs)
-        streams = _Streams(self._cuda_devices())
-        try:
-            output = self._root(*args, **kwargs) if watched else self._watch(kind, args, kwargs)
-        finally:
-            drew = streams.put_back()
+        output, drew = self._unmoved(
+            lambda: self._root(*args, **kwargs) if watched else self._watch(kind, args, kwargs)
+        )
         if drew and not self._draws:
             self._draws = True
             warnings.warn(
@@ -241,12 +248,31 @@ class Twin:
             )
         return output
 
+    def _unmoved(self, run: Callable[[], Any]) -> tuple[Any, bool]:
+        # What it returns, and whether it moved a random stream, which is put back.
+        streams = _Streams(self._cuda_devices())
+        try:
+            output = run()
+        finally:
+            drew = streams.put_back()
+        return output, drew
+
+    @contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Nothing compiled runs, or counts as seen, inside: to watch or to compare a few rows by."""
+        was = [each.pause(True) for each in self._quick]
+        try:
+            yield
+        finally:
+            for each, paused in zip(self._quick, was, strict=True):
+                each.pause(paused)
+
     def _watch(self, kind: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A forward bound to the live object would run every layer, and in training mode, without an
         # error: the first call of each kind watches the live modules.
         before, weights = self._buffers(), [(each, _version(each)) for each in self._parameters()]
         try:
-            with _tripwire(self._live, self._layers):
+            with _tripwire(self._live, self._layers), self.eagerly():
                 output = self._root(*args, **kwargs)
         except (IndexError, KeyError) as error:
             # Not where an id is beyond the embedding, say: that is the caller's own error.
@@ -319,6 +345,32 @@ class Twin:
             else:
                 trunk.restore()
         self._trunks = kept
+        if self._compile and not self._quick:
+            self._compile_parts()
+
+    def tell_not_compiled(self) -> None:
+        """Warn, once, where compiling was asked for and there is no part of the model to compile."""
+        if self._compile:
+            self._compile = False
+            warnings.warn(
+                f"compile: the head of {type(self._root).__name__} was not told apart from its layers, so the "
+                f"model is scored without",
+                stacklevel=2,
+            )
+
+    def _compile_parts(self) -> None:
+        # The trunks, embeddings and masks and all; where a forward calls its layers itself, each of those.
+        if any(map(is_spread, self._live)):
+            self._compile = False
+            warnings.warn(
+                "compile: the weights lie on several ranks, and what gathers them cannot be compiled with "
+                "them, so the model is scored without",
+                stacklevel=2,
+            )
+            return
+        self._quick = [*self._trunks.values()] or [*map(_Layer, dict.fromkeys(self._kept))]
+        for part in self._quick:
+            part.compile(self._compile, self._unmoved, self._tensors)
 
     def head_chunks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
@@ -416,7 +468,37 @@ class _Gather(_Overridden):
         return self._forward(rows_of(hidden, self.positions)[None])
 
 
-class _Replay(_Overridden):
+class _Quick(_Overridden):
+    """Runs the shell's own forward, compiled once that was asked for."""
+
+    _paused = False
+    _compiled: Compiled | None = None
+
+    def compile(
+        self,
+        mode: bool | str,
+        unmoved: Callable[[Callable[[], Any]], tuple[Any, bool]],
+        tensors: Callable[[], Iterator[Tensor]],
+    ) -> None:
+        self._compiled = Compiled(self._forward, mode, unmoved, tensors)
+
+    def pause(self, paused: bool) -> bool:
+        was, self._paused = self._paused, paused
+        return was
+
+    def own(self, *args: Any, **kwargs: Any) -> Any:
+        run = self._forward if self._compiled is None or self._paused else self._compiled
+        return run(*args, **kwargs)
+
+
+class _Layer(_Quick):
+    """One layer of a model whose forward calls its layers itself."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        return self.own(*args, **kwargs)
+
+
+class _Replay(_Quick):
     """Remembers its output, so that later chunks need not compute it again.
 
     Not where one forward calls it twice: which output would it be?
@@ -429,7 +511,7 @@ class _Replay(_Overridden):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaying:
             return self._output
-        self._output, self.fired = self._forward(*args, **kwargs), True
+        self._output, self.fired = self.own(*args, **kwargs), True
         self._calls += 1
         return self._output
 
