@@ -712,11 +712,15 @@ def test_counters_and_random_draws_continue():
 
 
 REFUSED = [
-    ("version", {"version": 3}, "version 3"),
+    ("version", {"version": 4}, "version 4"),
     ("batch size", {"batch_size": 8}, "batch_size 8, this loader has 4"),
     ("keep", {"keep": 0.25}, "keep 0.25"),
     ("ranks", {"ranks": 4}, "4 ranks, 1 run now"),
     ("shards", {"cursor": {"position": 3}}, "saved over TokenShards"),
+    ("scores ahead", {"ahead": {"scores": ["1.0"], "missing": [0, 0], "rank": 0}}, "ahead"),
+    ("counts ahead", {"ahead": {"scores": [1.0], "missing": [0], "rank": 0}}, "ahead"),
+    ("rank ahead", {"ahead": {"scores": [1.0], "missing": [0, 0], "rank": -1}}, "ahead"),
+    ("watched", {"watched": 1}, "watched"),
 ]
 
 
