@@ -1,93 +1,607 @@
-"""What scoring costs: python tools/bench_scoring.py
+"""What scoring costs, beside its floor: python tools/bench_scoring.py
 
-Trains BERT-base shapes (cut in batch size to what the machine bears) and measures, interleaved in one run:
+For a BERT-base, a GPT-2 and a Llama of 1B parameters, at exit layers j, measured in turn in one run:
 
-* step     one plain training step: forward and backward of b rows with the head everywhere, AdamW
-* ours     scoring P = b / keep candidates with `Sifter`: j layers, the head at the labelled positions
-* naive    the same scores as one would write them first: the whole model with output_hidden_states,
-           the head on all positions of hidden state j
+* scoring alone   seconds to score P = b / keep candidates from pinned memory, over those of a plain step
+* sifted step     seconds of a step drawn from ``SiftingDataLoader.wrap`` over batches in pinned memory, less
+                  those of a plain step over the same batches, over those of the plain step: the cost
+* peak, syncs     memory at the peak of that loop over that of the plain one; waits of the host per step
 
-and prints the shares seconds scoring / seconds stepping beside the floor: the FLOPs of scoring, j layers and
-the head at the labelled positions, over the FLOPs of the step, both counted by formula (matrix products
-only, backward twice the forward). Medians; the machine, the versions and the date stand on top.
+beside the *floor*: the FLOPs of scoring (j layers, the head where it is needed) over the FLOPs of that very
+plain step (head everywhere, as the model has it), of matrix products, by formula; and beside three rivals:
 
-    python tools/bench_scoring.py --exit-layers 1 2 6 12 --batch-size 4 --repeats 7
+* head everywhere   a model cut to j layers, its head at all positions
+* naive             the whole model with output_hidden_states, the head on all of hidden state j
+* full depth        the whole model and its head, as one scores without an early exit
+
+The other rows switch one option each, at j = 1. A plain step is forward and backward of b rows and fused
+AdamW, under autocast. Every sifted step has a plain one of its own beside it; told are the medians of the
+shares, and the least and the most.
+
+    python tools/bench_scoring.py                                                # cut in width on a CPU
+    python tools/bench_scoring.py --shape bert-base --size full --batch-size 2   # the real width there
+    python tools/bench_scoring.py --draw runs/bench_scoring/bench_scoring.json   # measured elsewhere
+
+Table, figures of every round (JSON) and picture (PNG, where matplotlib is installed) go to --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import gc
+import inspect
+import json
 import platform
-import statistics
 import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import siftloader
-from siftloader import Sifter
+from siftloader import EarlyExit, Sifter, SiftingDataLoader, Stride
 
 
-def main() -> None:
-    args = arguments()
-    torch.manual_seed(0)
-    device = torch.device(args.device)
-    print(header(device))
-    model = transformers.BertForMaskedLM(
-        transformers.BertConfig(
-            num_hidden_layers=args.depth,
-            hidden_size=args.hidden,
-            num_attention_heads=args.hidden // 64,
-            intermediate_size=4 * args.hidden,
-            max_position_embeddings=args.seq_len,
+IGNORED = -100
+WARM, WARM_FIRST = 1, 3  # steps before the clock starts, in every window and in a loop's first
+LEAST_ROUNDS = 3
+BATCHES = 4  # that exist; a loop goes round them
+STRIDE = 8
+Batch = dict[str, Tensor]
+
+
+# ---- what is trained
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, the rows it learns from, and the FLOPs of both: matrix products, backward twice the forward."""
+
+    family: str  # "bert", "gpt2" or "llama"
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    inner: int  # width of the feed-forward layers
+    vocabulary: int
+    tokens: int
+    batch_size: int
+    labelled: float  # share of the positions of a row
+
+    @property
+    def labels(self) -> int:
+        """Labelled positions of a row; a causal model predicts nothing at the last one."""
+        return self.tokens - 1 if self.is_causal else round(self.labelled * self.tokens)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the label of a position is the next token."""
+        return self.family != "bert"
+
+    @property
+    def layer(self) -> int:
+        """FLOPs of a layer's forward, per token; attention looks at all T positions, masked or not."""
+        keys = self.hidden // self.heads * self.kv_heads
+        projections = 2 * self.hidden * (2 * self.hidden + 2 * keys)
+        forward = (3 if self.family == "llama" else 2) * 2 * self.hidden * self.inner
+        return projections + forward + 4 * self.tokens * self.hidden
+
+    @property
+    def head(self) -> int:
+        """FLOPs of the head, per position; BERT's has a layer of its own before the vocabulary."""
+        before = self.hidden if self.family == "bert" else 0
+        return 2 * self.hidden * (before + self.vocabulary)
+
+    def step_flops(self, rows: int, sparse: bool = False) -> int:
+        """Of a plain step; ``sparse`` is a loop whose model runs its head at the labelled positions only."""
+        heads = self.labels if sparse else self.tokens
+        return 3 * rows * (self.tokens * self.layers * self.layer + heads * self.head)
+
+    def scoring_flops(self, rows: int, layer: int, stride: int = 1) -> int:
+        """Of scoring ``rows`` candidates at exit layer j, one in ``stride`` labelled positions."""
+        scored = -(-self.labels // stride)
+        return rows * (self.tokens * layer * self.layer + scored * self.head)
+
+    def about(self) -> str:
+        """For people."""
+        labelled = "all labelled" if self.is_causal else f"{self.labelled:.0%} labelled"
+        return (
+            f"{self.family} {self.layers} x {self.hidden}, {self.heads} heads, {self.vocabulary:,} ids, "
+            f"{self.tokens:,} tokens, {labelled}"
         )
-    )
-    model = model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    pool = round(args.batch_size / args.keep)
-    batch, candidates = make_batch(args.batch_size, args), make_batch(pool, args)
-    print(
-        f"BERT {args.depth} x {args.hidden}, {args.seq_len} tokens, {args.masked:.0%} masked, "
-        f"batch {args.batch_size} of {pool}, {args.criterion}, float32, "
-        f"{args.repeats} interleaved repeats\n"
-    )
-    layers = [j for j in args.exit_layers if j <= args.depth]
-    sifters = {
-        j: Sifter(model, exit_layer=j, criterion=args.criterion, keep=args.keep) for j in layers
+
+
+def floor(
+    shape: Shape, layer: int, keep: float, stride: int = 1, *, sparse: bool = False
+) -> float:
+    """The least that scoring can cost, as a share of a plain step."""
+    return shape.scoring_flops(1, layer, stride) / keep / shape.step_flops(1, sparse)
+
+
+SHAPES = {
+    "bert-base": Shape("bert", 12, 768, 12, 12, 3072, 30522, 512, 32, 0.15),
+    "gpt2": Shape("gpt2", 12, 768, 12, 12, 3072, 50257, 1024, 16, 1.0),
+    "llama-1b": Shape("llama", 16, 2048, 32, 8, 8192, 128256, 1024, 8, 1.0),
+}
+# As deep, with a head as heavy beside a layer, and a step in a fraction of a second on two cores.
+SMALL = {
+    "bert-base": Shape("bert", 12, 192, 3, 3, 768, 7680, 128, 4, 0.15),
+    "gpt2": Shape("gpt2", 12, 192, 3, 3, 768, 12544, 128, 2, 1.0),
+    "llama-1b": Shape("llama", 16, 128, 4, 1, 512, 8016, 128, 2, 1.0),
+}
+
+
+def build(shape: Shape, device: str = "cpu") -> nn.Module:
+    """The model as Hugging Face ships it, weights at random, in training mode."""
+    sizes = {
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.tokens,
     }
-    on_device = {name: value.to(device) for name, value in candidates.items()}
-    tasks = {"step": lambda: step(model, optimizer, batch, device)}
-    for j in layers:
-        tasks[f"ours {j}"] = lambda j=j: sifters[j].winners(
-            on_device, candidates["labels"], args.batch_size
+    with torch.device(device):
+        if shape.family == "bert":
+            config: Any = transformers.BertConfig(**sizes, intermediate_size=shape.inner)
+            model: nn.Module = transformers.BertForMaskedLM(config)
+        elif shape.family == "gpt2":
+            config = transformers.GPT2Config(
+                **sizes, n_inner=shape.inner, use_cache=False, bos_token_id=0, eos_token_id=0
+            )
+            model = transformers.GPT2LMHeadModel(config)
+        else:
+            config = transformers.LlamaConfig(
+                **sizes,
+                intermediate_size=shape.inner,
+                num_key_value_heads=shape.kv_heads,
+                tie_word_embeddings=True,
+                use_cache=False,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+            model = transformers.LlamaForCausalLM(config)
+    if shape.family != "bert":
+        model.loss_type = (
+            "ForCausalLM"  # what it uses anyway, after a warning that it had to guess
         )
-        tasks[f"naive {j}"] = lambda j=j: naive(model, on_device, j, args.criterion)
-    check_equal(sifters, model, candidates, on_device, args)
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for _ in range(args.repeats):
-        for name, task in tasks.items():
-            seconds[name].append(timed(task, device))
-    report(layers, {name: statistics.median(s) for name, s in seconds.items()}, args, pool)
+    return model.train()
 
 
-def arguments() -> argparse.Namespace:
+def make_batch(shape: Shape, rows: int, pinned: bool = False) -> Batch:
+    """Rows of random ids; as many labels in every row."""
+    ids = torch.randint(0, shape.vocabulary, (rows, shape.tokens))
+    batch = {"input_ids": ids, "labels": ids.clone()}
+    if not shape.is_causal:
+        left_out = torch.rand(ids.shape).argsort(1) >= shape.labels
+        batch["labels"] = ids.masked_fill(left_out, IGNORED)
+        batch["input_ids"] = ids.masked_fill(~left_out, min(103, shape.vocabulary - 1))
+        batch["attention_mask"] = torch.ones_like(ids)
+    return {name: value.pin_memory() for name, value in batch.items()} if pinned else batch
+
+
+# ---- ways to score
+
+
+@dataclass(frozen=True)
+class Way:
+    """A loader's options, measured at one exit layer."""
+
+    name: str
+    layer: int
+    options: dict[str, Any]
+    stride: int = 1
+    scores: bool = True  # else there is no scoring to time alone
+
+    # Those that switch a row on, where the loader has them.
+    ALL_OPTIONS: ClassVar = ("overlap", "scorer_device", "score_batch_size", "compile")
+
+
+def ways(shape: Shape, last: int, options: argparse.Namespace) -> list[Way]:
+    """Our own: at every exit layer as it comes, at the first with other options."""
+    layers = exit_layers(last, options)
+    first, known = layers[0], known_options()
+    pool = round((options.batch_size or shape.batch_size) / options.keep)
+    other = "entropy" if options.criterion == "loss" else "loss"
+    found = [Way("ours", layer, {}) for layer in layers]
+    found.append(Way("loader off (keep=1.0)", first, {"keep": 1.0}, scores=False))
+    found.append(Way("random half", first, {"criterion": "random"}, scores=False))
+    found.append(Way(f"ours, {other}", first, {"criterion": other}))
+    if shape.is_causal:
+        counts = np.ones(shape.vocabulary, np.int64)
+        for name, control in ((f"Stride({STRIDE})", None), (f"Stride({STRIDE}), control", counts)):
+            taken = {"positions": Stride(STRIDE, control)}
+            found.append(Way(name, first, taken, stride=STRIDE))
+    switched: list[tuple[str, Any]] = [("overlap", True)]
+    if options.scorer_device:
+        switched.append(("scorer_device", options.scorer_device))
+    switched.append(("score_batch_size", max(1, pool // 4)))
+    if options.compile:
+        switched.append(("compile", True))
+        if options.device.startswith("cuda"):
+            switched.append(("compile", "reduce-overhead"))  # CUDA graphs
+    found += [
+        Way(f"{name}={value!r}", first, {name: value}) for name, value in switched if name in known
+    ]
+    if options.compile and {"overlap", "compile"} <= known:
+        found.append(Way("overlap, compile", first, {"overlap": True, "compile": True}))
+    return found
+
+
+def exit_layers(last: int, options: argparse.Namespace) -> list[int]:
+    return sorted({layer for layer in options.exit_layers if layer < last} | {last})
+
+
+def known_options() -> set[str]:
+    """What the loader takes by name; anything else it would hand to torch's."""
+    return {*inspect.signature(SiftingDataLoader.__init__).parameters}
+
+
+def hidden_of(model: nn.Module, family: str, batch: Batch, layer: int) -> Tensor:
+    """[P, T, H], what the head would see after ``layer`` layers, from a run of the whole model."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    found: Any = model(**inputs, output_hidden_states=True)
+    hidden: Tensor = found.hidden_states[layer]
+    if layer == len(found.hidden_states) - 1 or family == "bert":
+        return hidden  # of the last layer it comes normed
+    body: Any = model
+    normed = body.transformer.ln_f if family == "gpt2" else body.model.norm
+    return normed(hidden)  # type: ignore[no-any-return]
+
+
+def naive(
+    model: nn.Module, shape: Shape, batch: Batch, layer: int, criterion: str, depth: str
+) -> Tensor:
+    """Scores [P] as one would write them first; ``depth`` says how much of the model runs."""
+    body: Any = model
+    with torch.no_grad():
+        if depth == "cut":
+            logits = EarlyExit(model, layer).logits(batch)
+        else:
+            was = model.training
+            model.eval()
+            if depth == "naive":
+                hidden = hidden_of(model, shape.family, batch, layer)
+                logits = body.cls(hidden) if shape.family == "bert" else body.lm_head(hidden)
+            else:
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                logits = body(**inputs).logits
+            model.train(was)
+        return score(logits, batch["labels"], shape, criterion)
+
+
+def score(logits: Tensor, labels: Tensor, shape: Shape, criterion: str) -> Tensor:
+    if shape.is_causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    labelled = labels != IGNORED
+    if criterion == "entropy":
+        values = torch.distributions.Categorical(logits=logits.float()).entropy()
+    else:
+        values = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, reduction="none"
+        )
+    return (values * labelled).sum(1) / labelled.sum(1)
+
+
+def check_equal(
+    model: nn.Module,
+    shape: Shape,
+    batch: Batch,
+    layers: Iterable[int],
+    criterion: str,
+    dtype: torch.dtype,
+) -> None:
+    """The ways must agree before it means anything which is faster."""
+    device = next(model.parameters()).device
+    on_device = {name: value.to(device) for name, value in batch.items()}
+    limit = 1e-3 if dtype == torch.float32 else 0.05
+    for layer in layers:
+        with autocast(device, dtype):
+            ours = Sifter(model, exit_layer=layer, criterion=criterion).score(batch)
+            for depth in ("cut", "naive") + (("full",) if layer == shape.layers else ()):
+                theirs = naive(model, shape, on_device, layer, criterion, depth)
+                assert torch.allclose(ours, theirs, atol=limit), (depth, layer, ours, theirs)
+
+
+# ---- measuring
+
+
+@dataclass
+class Row:
+    """One way at one exit layer: shares of a plain step, one a round."""
+
+    way: str
+    layer: int
+    floor: float
+    alone: list[float] = field(default_factory=list)
+    cost: list[float] = field(default_factory=list)
+    peak: float | None = None  # bytes over the plain loop's
+    peak_share: float | None = None  # of the plain loop's
+    syncs: float | None = None  # of a step
+    failed: str = ""
+
+
+class Bench:
+    """A model, its optimizer and its batches, and the clock."""
+
+    def __init__(self, shape: Shape, options: argparse.Namespace) -> None:
+        self.shape, self.options = shape, options
+        self.device = torch.device(options.device)
+        self.rows = options.batch_size or shape.batch_size
+        self.dtype = getattr(torch, options.dtype)
+        self.model = build(shape, options.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self.batches = [make_batch(shape, self.rows, on_gpu) for _ in range(BATCHES)]
+        pool = round(self.rows / options.keep)
+        self.candidates = make_batch(shape, pool, on_gpu)
+
+    def step(self, batch: Batch) -> None:
+        batch = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        with autocast(self.device, self.dtype):
+            loss = self.model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def endless(self) -> list[Batch]:
+        """As many batches as the longest window draws, and some to look ahead; the same few in turn."""
+        draws = round(1 / self.options.keep) * (WARM_FIRST + self.options.steps + 2)
+        return [self.batches[number % BATCHES] for number in range(draws)]
+
+    def loader(self, way: Way) -> Iterable[Batch]:
+        precision = None if self.dtype == torch.float32 else self.dtype
+        given = {"keep": self.options.keep, "criterion": self.options.criterion, **way.options}
+        return SiftingDataLoader.wrap(
+            self.endless(),
+            model=self.model,
+            exit_layer=way.layer,
+            warmup_steps=0,
+            autocast=precision,
+            **given,
+        )
+
+    def sifter(self, way: Way) -> Callable[[], object]:
+        """What scores the candidates, from the host on."""
+        precision = None if self.dtype == torch.float32 else self.dtype
+        known = inspect.signature(Sifter.__init__).parameters
+        given = {"keep": self.options.keep, "criterion": self.options.criterion, **way.options}
+        given = {name: value for name, value in given.items() if name in known}
+        sifter = Sifter(self.model, exit_layer=way.layer, autocast=precision, **given)
+        return lambda: sifter.score(self.candidates)
+
+    def rival(self, layer: int, depth: str) -> Callable[[], object]:
+        def task() -> None:
+            moved = {name: value.to(self.device) for name, value in self.candidates.items()}
+            with autocast(self.device, self.dtype):
+                naive(self.model, self.shape, moved, layer, self.options.criterion, depth)
+
+        return task
+
+    def seconds(self, task: Callable[[], object]) -> float:
+        """Of one call, in a run of as many as a window has steps."""
+        self.wait()
+        since = time.perf_counter()
+        for _ in range(self.options.steps):
+            task()
+        self.wait()
+        return (time.perf_counter() - since) / self.options.steps
+
+    def window(self, batches: Iterable[Batch], warm: int = WARM) -> float:
+        """Seconds of a step in a run of steps that nothing waits for but its end."""
+        since = 0.0
+        for number, batch in enumerate(batches, start=1):
+            self.step(batch)
+            if number == warm:
+                self.wait()
+                since = time.perf_counter()
+            if number == warm + self.options.steps:
+                break
+        self.wait()
+        return (time.perf_counter() - since) / self.options.steps
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def at_rest(self) -> float:
+        """Bytes that are in use between two loops."""
+        gc.collect()
+        self.wait()
+        if self.device.type == "cuda":
+            return float(torch.cuda.memory_allocated())
+        return resident("VmRSS")
+
+    def first_window(self, batches: Iterable[Batch]) -> tuple[float, float | None]:
+        """Bytes at the peak of a loop that is under way, and how often the host waits for a step."""
+        peak = syncs = 0.0
+        drawn = iter(batches)
+        for _ in range(WARM_FIRST):
+            self.step(next(drawn))
+        self.wait()
+        if self.device.type != "cuda":
+            forget_peak()
+            self._steps(drawn)
+            return resident("VmHWM"), None
+        torch.cuda.reset_peak_memory_stats()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self._steps(drawn)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        syncs = sum("called a synchronizing" in str(each.message) for each in told) / self.options.steps
+        peak = float(torch.cuda.max_memory_allocated())
+        return peak, syncs
+
+    def _steps(self, drawn: Iterator[Batch]) -> None:
+        for _ in range(self.options.steps):
+            self.step(next(drawn))
+
+
+def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
+    """All ways and rivals of one shape, in turn, until its share of the minutes is used up."""
+    torch.manual_seed(0)
+    begun = time.monotonic()
+    bench = Bench(shape, options)
+    shape = replace(shape, batch_size=bench.rows)
+    layers = exit_layers(shape.layers, options)
+    plain_batches = bench.endless()
+    check_equal(bench.model, shape, bench.candidates, layers, options.criterion, bench.dtype)
+    bench.window(plain_batches)  # the optimizer's state is there from here on
+    rest = bench.at_rest()
+    plain_peak, plain_syncs = bench.first_window(plain_batches)
+
+    rows: list[Row] = []
+    loops: list[tuple[Row, Iterable[Batch]]] = []
+    alone: list[tuple[Row, Callable[[], object]]] = []
+    for way in ways(shape, shape.layers, options):
+        below = floor(shape, way.layer, options.keep, way.stride) if way.scores else 0.0
+        row = Row(way.name, way.layer, below)
+        rows.append(row)
+        with telling(row):
+            before = bench.at_rest() - rest  # what other loaders keep
+            loader = bench.loader(way)
+            peak, row.syncs = bench.first_window(loader)
+            row.peak = peak - before - plain_peak
+            row.peak_share = row.peak / plain_peak
+            loops.append((row, loader))
+            if way.scores and not {"overlap", "scorer_device"} & {*way.options}:
+                alone.append((row, bench.sifter(way)))
+    rivals = [("j layers, head everywhere", "cut"), ("naive", "naive")]
+    for layer in layers:
+        for said, depth in rivals + ([("full depth", "full")] if layer == shape.layers else []):
+            row = Row(said, layer, floor(shape, layer, options.keep))
+            rows.append(row)
+            alone.append((row, bench.rival(layer, depth)))
+    for row, task in alone:
+        with telling(row):
+            task()  # first calls look at what they get
+
+    plain: list[float] = []
+    while len(plain) < LEAST_ROUNDS or (
+        len(plain) < options.rounds
+        and time.monotonic() - begun < 60 * options.minutes / len(options.shape)
+    ):
+        beside = []  # a plain step beside every loop, so that what disturbs one disturbs the other
+        for row, loader in [each for each in loops if not each[0].failed]:
+            beside.append(bench.window(plain_batches))
+            with telling(row):
+                row.cost.append(bench.window(loader) / beside[-1] - 1)
+        plain.append(median(beside or [bench.window(plain_batches)]))
+        for row, task in [each for each in alone if not each[0].failed]:
+            with telling(row):
+                row.alone.append(bench.seconds(task) / plain[-1])
+    return {
+        "name": name,
+        "shape": asdict(shape),
+        "keep": options.keep,
+        "criterion": options.criterion,
+        "dtype": options.dtype,
+        "plain": plain,
+        "plain_peak": plain_peak,
+        "plain_syncs": plain_syncs,
+        "sparse_floor": floor(shape, 1, options.keep, sparse=True),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+@contextmanager
+def telling(row: Row) -> Iterator[None]:
+    """What one way fails of is told in its row; the others go on."""
+    try:
+        yield
+    except Exception as error:
+        row.failed = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def resident(name: str) -> float:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); nan where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    found = [float(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")]
+    return found[0] if found else float("nan")
+
+
+def forget_peak() -> None:
+    """Let VmHWM begin again at what is in use now."""
+    file = Path("/proc/self/clear_refs")
+    if file.exists():
+        file.write_text("5")
+
+
+# ---- telling
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.draw:
+        draw(json.loads(options.draw.read_text()), options.draw.with_suffix(".png"))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"machine": header(torch.device(options.device)), "shapes": []}
+    text = found["machine"] + "\n"
+    print(text, flush=True)
+    for name in options.shape:
+        shape = (SHAPES if options.size == "full" else SMALL)[name]
+        found["shapes"].append(measure(name, shape, options))
+        told_of = table(found["shapes"][-1])
+        print(told_of, flush=True)
+        text += "\n" + told_of
+        # After every shape: what was measured stays, whatever befalls the next one.
+        (options.out / "bench_scoring.json").write_text(json.dumps(found, indent=1))
+        (options.out / "bench_scoring.txt").write_text(text)
+        if options.device.startswith("cuda"):
+            gc.collect()
+            torch.cuda.empty_cache()
+    draw(found, options.out / "bench_scoring.png")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--exit-layers", type=int, nargs="+", default=[1, 2, 6, 12], metavar="J")
-    parser.add_argument("--batch-size", type=int, default=2, help="rows trained on (default: 2)")
-    parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--depth", type=int, default=12, help="layers of the model")
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--masked", type=float, default=0.15, help="share of labelled positions")
-    parser.add_argument("--criterion", choices=["loss", "entropy"], default="loss")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    add = parser.add_argument
+    on_gpu = torch.cuda.is_available()
+    add("--shape", nargs="+", choices=SHAPES, default=[*SHAPES], help="(all three)")
+    add("--size", choices=["full", "small"], help="of the shapes (full on a GPU, else small)")
+    add("--batch-size", type=int, help="b, rows trained on (the shape's)")
+    add("--keep", type=float, default=0.5, help="P = b / keep candidates (0.5)")
+    add("--exit-layers", type=int, nargs="+", default=[1, 2, 3, 6], help="and N (1 2 3 6)")
+    add("--criterion", choices=["loss", "entropy"], default="loss")
+    add("--dtype", choices=["float32", "bfloat16"], help="of autocast (bfloat16 on a GPU)")
+    add("--minutes", type=float, default=5.0, help="for all shapes, roughly (5)")
+    add("--rounds", type=int, default=30, help="at most; at least three (30)")
+    add("--steps", type=int, help="of a round, one after the other (5 on a GPU, else 1)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="measure compile= (on a GPU)")
+    add("--scorer-device", help='measure scorer_device= ("cuda:1" where there is one)')
+    add("--device", default="cuda" if on_gpu else "cpu")
+    add("--out", type=Path, default=Path("runs/bench_scoring"), help="(runs/bench_scoring)")
+    add("--draw", type=Path, metavar="JSON", help="only draw what was measured")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device.startswith("cuda")
+    options.size = options.size or ("full" if on_gpu else "small")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.steps = options.steps or (5 if on_gpu else 1)
+    options.compile = on_gpu if options.compile is None else options.compile
+    if options.scorer_device is None:
+        options.scorer_device = "cpu" if not on_gpu else ""
+        if torch.cuda.device_count() > 1:
+            options.scorer_device = "cuda:1"
+    return options
 
 
 def header(device: torch.device) -> str:
@@ -107,79 +621,142 @@ def header(device: torch.device) -> str:
     )
 
 
-def make_batch(rows: int, args: argparse.Namespace) -> dict[str, Tensor]:
-    ids = torch.randint(1000, 30522, (rows, args.seq_len))
-    labels = ids.clone()
-    labels[torch.rand(ids.shape) >= args.masked] = -100
-    inputs = ids.masked_fill(labels != -100, 103)
-    return {"input_ids": inputs, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def step(model, optimizer, batch, device) -> None:
-    batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def naive(model, batch, layer: int, criterion: str) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        hidden = model(**inputs, output_hidden_states=True).hidden_states[layer]
-        logits = model.cls(hidden).float()
-        if criterion == "entropy":
-            values = torch.distributions.Categorical(logits=logits).entropy()
-        else:
-            values = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), batch["labels"], reduction="none"
-            )
-        labelled = batch["labels"] != -100
-        scores = (values * labelled).sum(1) / labelled.sum(1)
-    model.train()
-    return scores
-
-
-def check_equal(sifters, model, candidates, on_device, args) -> None:
-    # The two ways must agree before it means anything which is faster.
-    for j, sifter in sifters.items():
-        ours, theirs = sifter.score(candidates), naive(model, on_device, j, args.criterion)
-        assert torch.allclose(ours, theirs, atol=1e-3), (j, ours, theirs)
-
-
-def timed(task, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    task()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def flops(args: argparse.Namespace, rows: int, layers: int, head_share: float) -> float:
-    """Matrix products of one forward: 24 H^2 + 4 T H a token and layer, 2 H (H + V) a head position."""
-    tokens, hidden = rows * args.seq_len, args.hidden
-    layer = 24 * hidden**2 + 4 * args.seq_len * hidden
-    head = 2 * hidden * (hidden + 30522)
-    return tokens * (layers * layer + head_share * head)
-
-
-def report(layers, seconds: dict[str, float], args: argparse.Namespace, pool: int) -> None:
-    whole = 3 * flops(args, args.batch_size, args.depth, 1.0)
-    stepping = seconds["step"]
-    print(f"plain step {stepping:.2f} s = {whole / stepping / 1e9:.0f} GFLOP/s\n")
-    print("  j   floor    ours   ours/floor   naive   naive/ours   ours, s   naive, s")
-    for j in layers:
-        floor = flops(args, pool, j, args.masked) / whole
-        ours, other = seconds[f"ours {j}"], seconds[f"naive {j}"]
-        print(
-            f"{j:3d}  {floor:6.1%}  {ours / stepping:6.1%}   {ours / stepping / floor:8.2f} x  "
-            f"{other / stepping:6.1%}   {other / ours:8.1f} x   {ours:7.2f}   {other:8.2f}"
+def table(found: dict[str, Any]) -> str:
+    """What was measured of a shape, for people."""
+    shape, plain = Shape(**found["shape"]), found["plain"]
+    rate = shape.step_flops(shape.batch_size) / median(plain)
+    pool = round(shape.batch_size / found["keep"])
+    syncs = "" if found["plain_syncs"] is None else f", {found['plain_syncs']:g} syncs"
+    lines = [
+        f"{found['name']}: {shape.about()}, batch {shape.batch_size} of {pool}, {found['criterion']}, "
+        f"{found['dtype']}",
+        f"plain step {1000 * median(plain):.1f} ms ({1000 * min(plain):.1f} to {1000 * max(plain):.1f}) = "
+        f"{rate / 1e12:.3g} TFLOP/s, peak {found['plain_peak'] / 2**20:,.0f} MiB{syncs}, "
+        f"{len(plain)} rounds",
+    ]
+    if not shape.is_causal:
+        lines.append(
+            f"floor at j = 1 of a loop whose head runs at the labelled positions only: "
+            f"{found['sparse_floor']:.1%}"
         )
-    print(
-        "\nfloor, ours, naive: of a plain step. AdamW and everything elementwise is in the step."
+    lines += [
+        "",
+        f"{'j':>3} {'':<27}{'floor':>6}  {'scoring alone':>24}{'x floor':>8}"
+        f"{'cost of a sifted step':>27}{'x floor':>8}{'peak':>8}{'syncs':>6}",
+    ]
+    for row in (Row(**each) for each in found["rows"]):
+        line = f"{row.layer:>3} {row.way:<27}{row.floor or float('nan'):>6.1%}"
+        if row.failed:
+            lines.append(f"{line}  {row.failed}")
+            continue
+        line += f"  {told(row.alone):>24}{times(row.alone, row.floor):>8}"
+        line += f"{told(row.cost):>27}{times(row.cost, row.floor):>8}"
+        line += f"{'-' if row.peak_share is None else f'{row.peak_share:+.1%}':>8}"
+        lines.append(line + f"{'-' if row.syncs is None else f'{row.syncs:g}':>6}")
+    return "\n".join(lines).replace("nan%", "   -") + "\n"
+
+
+def told(values: list[float]) -> str:
+    """Median, least and most, in percent."""
+    if not values:
+        return "-"
+    return f"{median(values):.1%} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def times(values: list[float], below: float) -> str:
+    return f"{median(values) / below:.2f}" if values and below else "-"
+
+
+def draw(found: dict[str, Any], file: Path) -> None:
+    """Cost against j, a panel per shape."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(
+            f"matplotlib is not installed: --draw {file.with_suffix('.json')} draws it elsewhere"
+        )
+        return
+    shapes = [(each, [Row(**row) for row in each["rows"]]) for each in found["shapes"]]
+    figure = Figure(figsize=(1.0 + 4.6 * len(shapes), 6.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    switched = [row.way for _, rows in shapes for row in rows if is_switched(row)]
+    marks = dict(zip(dict.fromkeys(switched), MARKS, strict=False))
+    grid = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+    for axes, (shape, rows) in zip(grid, shapes, strict=True):
+        panel(axes, shape["name"], rows, marks)
+    grid[0].set_ylabel("share of a plain step")
+    handles = {}
+    for axes in grid:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        [*handles.values()],
+        [*handles],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=8,
     )
+    figure.suptitle(found["machine"], x=0.01, ha="left", fontsize=8, color="#666666")
+    figure.savefig(file, dpi=150, format="png")
+    print(f"{file}: the same as a picture")
+
+
+LINES = (
+    ("naive", "alone", "#b5543c", "naive: whole model, head on all of hidden state j"),
+    ("j layers, head everywhere", "alone", "#c98b2b", "j layers, head everywhere"),
+    ("ours", "alone", "#7fb0e6", "ours, scoring alone"),
+    ("ours", "cost", "#1f4e8c", "ours, the whole sifted step"),
+)
+MARKS = "sDv^<>phX*P8"
+
+
+def is_switched(row: Row) -> bool:
+    """Whether it scores with an option switched."""
+    return bool(row.cost and row.floor) and row.way != "ours"
+
+
+def panel(axes: Any, name: str, rows: list[Row], marks: dict[str, str]) -> None:
+    """One shape; bars are the least and the most of all rounds."""
+    ours = [row for row in rows if row.way == "ours"]
+    below = [100 * row.floor for row in ours]
+    lowest = 0.3 * min(row.floor for row in rows if row.floor)  # what is less stands at the edge
+    places = {row.layer: place for place, row in enumerate(ours)}
+    for way, what, color, label in LINES:
+        chosen = [row for row in rows if row.way == way and getattr(row, what)]
+        values = [[100 * max(lowest, each) for each in getattr(row, what)] for row in chosen]
+        at = [places[row.layer] for row in chosen]
+        middle = [median(each) for each in values]
+        axes.plot(at, middle, "o-", color=color, label=label, linewidth=1.8, markersize=4)
+        axes.vlines(
+            at, [*map(min, values)], [*map(max, values)], color=color, linewidth=1, alpha=0.5
+        )
+    for row in rows:
+        if row.way == "full depth" and row.alone:
+            level = 100 * median(row.alone)
+            axes.axhline(
+                level, color="#888888", linestyle=":", label="full depth, head everywhere"
+            )
+    every = [*places.values()]
+    axes.plot(every, below, "k--", label="floor: FLOPs", linewidth=1.2)
+    limit = [1.15 * each for each in below]
+    shade = {"color": "k", "alpha": 0.15, "linewidth": 0}
+    axes.fill_between(every, below, limit, label="up to 1.15 x the floor", **shade)
+    for number, row in enumerate(filter(is_switched, rows)):
+        if row.way in marks:
+            at = [places[row.layer] - 0.1 - 0.03 * number]  # side by side
+            level = [100 * max(lowest, median(row.cost))]
+            axes.plot(at, level, marks[row.way], color="#555555", markersize=5, label=row.way)
+    axes.set_yscale("log")
+    axes.set_xticks(every, [str(layer) for layer in places])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.yaxis.set_minor_formatter(
+        lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+    )
+    axes.set_xlabel("exit layer j")
+    axes.set_title(name, loc="left", fontweight="bold")
+    axes.grid(alpha=0.25, which="both", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
