@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
@@ -87,12 +88,66 @@ def move(batch: Batch, device: torch.device | str) -> Batch:
         return batch
     # Device to host must wait: nobody could tell when the host may read.
     asynchronous = target.type != "cpu"
+    if target.type == "cuda":
+        batch = pin(batch)
     return _map_tensors(batch, lambda tensor: tensor.to(target, non_blocking=asynchronous))
 
 
 def pin(batch: Batch) -> Batch:
-    """The same batch in page-locked memory, from which a GPU copies without waiting."""
-    return _map_tensors(batch, lambda tensor: tensor.pin_memory())
+    """The same batch in page-locked memory, from which a GPU copies without waiting.
+
+    From other memory CUDA copies when the stream has come to it, and the host waits for that.
+    """
+    return _map_tensors(batch, _pinned)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    can_be = tensor.device.type == "cpu" and tensor.layout is torch.strided
+    return tensor.pin_memory() if can_be else tensor
+
+
+@final
+class Copies:
+    """Batches on their way to a GPU, beside what it is doing.
+
+    copies = Copies()
+    batch = copies.to(batch, torch.device("cuda"))
+
+    ``move`` copies in the order of the loop's stream: after the training step that is still running. Here
+    the copy has a stream of its own, and what is put on the loop's stream from now on waits for it.
+    Elsewhere than on CUDA it is ``move``.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        # Kept until they are copied: torch sees to that for memory that it pinned itself only.
+        self._sources: deque[tuple[torch.cuda.Event, Batch]] = deque()
+
+    def to(self, batch: Batch, device: torch.device) -> Batch:
+        """The batch with its tensors on ``device``; the very same batch where they all are there."""
+        tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+        places, kinds = {each.device for each in tensors}, {each.layout for each in tensors}
+        host = torch.device("cpu")
+        ours = host in places and places <= {host, device} and kinds == {torch.strided}
+        if device.type != "cuda" or not ours:
+            return move(batch, device)
+        while self._sources and self._sources[0][0].query():  # type: ignore[no-untyped-call]
+            self._sources.popleft()
+        source, loop, own = pin(batch), torch.cuda.current_stream(device), self._stream(device)
+        with torch.cuda.stream(own):
+            moved = move(source, device)
+            copied = own.record_event()
+        self._sources.append((copied, source))
+        loop.wait_event(copied)
+        for leaf in leaves(moved):
+            if isinstance(leaf, Tensor):  # whose memory is that of `own`, which would use it again
+                leaf.record_stream(loop)
+        return moved
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
 
 
 def clone(batch: Batch) -> Batch:

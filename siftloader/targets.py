@@ -280,6 +280,8 @@ class Targets:
                 f"labels must be integers of shape [P] or [P, T], or probabilities [P, V] or [P, T, V], "
                 f"got {labels.dtype} {tuple(labels.shape)}; for anything else pass score_fn="
             )
+        if labels.device.type != "cpu":  # another GPU may score, or the host
+            labels = to_device(labels, device)
         labels = labels.long()
         if shift and labels.ndim != 2:
             raise ScoringError(f"a causal model needs labels [P, T], got {tuple(labels.shape)}")

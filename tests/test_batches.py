@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from simulated import Gpu
 from transformers import BatchEncoding
 
 from siftloader import BatchError
-from siftloader.batches import clone, cut, merge, move, rows, select
+from siftloader.batches import Copies, clone, cut, merge, move, rows, select
 
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -144,3 +146,54 @@ def test_a_field_of_another_first_dimension_is_left_alone():
     batch = {"x": x(4), "y": torch.arange(4), "frequencies": torch.arange(6)}
     picked = select(batch, torch.tensor([0]))
     assert len(picked["frequencies"]) == 6 and rows(batch) == 4
+
+
+HOST = torch.device("cpu")
+
+
+def test_copies_are_moves_on_the_host():
+    copies = Copies()
+    batch = SHAPES["dict"](4)
+    assert copies.to(batch, HOST) is batch
+    assert copies.to(5, HOST) == 5
+
+
+def test_a_copy_to_a_gpu_is_pinned_and_beside_the_loop():
+    with Gpu() as gpu:
+        copies, batch = Copies(), {**SHAPES["dict"](4), "names": list("abcd")}
+        moved = [copies.to(batch, gpu.device) for _ in range(3)]
+        assert not gpu.waits and len(set(gpu.copied_on)) == 1
+        own = gpu.copied_on[0]
+        assert own is not gpu.current and own in gpu.current.after
+        assert not own.after  # it waits for nothing that the loop does
+        used = {id(each) for each in gpu.current.uses}
+        for each in moved:
+            assert {id(each["x"]), id(each["y"])} <= used
+            assert torch.equal(each["x"].held, batch["x"]) and each["names"] is batch["names"]
+        assert copies.to(moved[0], gpu.device) is moved[0]
+
+
+def test_what_is_being_copied_is_kept_until_then():
+    with Gpu() as gpu:
+        copies, gone = Copies(), []
+        for number in range(3):
+            gpu.finishes = number == 2  # before the third nothing is done
+            source = {"x": x(4).pin_memory()}
+            weakref.finalize(source["x"], gone.append, number)
+            copies.to(source, gpu.device)
+            del source
+        assert gone == [0, 1]
+
+
+def test_a_batch_that_is_moved_is_pinned_first():
+    with Gpu() as gpu:
+        moved = move({"x": x(4), "scale": torch.tensor(2.0)}, gpu.device)
+        assert moved["x"].is_cuda and not gpu.waits
+        move({"x": x(4).to_sparse()}, HOST)
+
+
+def test_what_lies_on_the_gpu_in_part_is_copied_in_part():
+    with Gpu() as gpu:
+        there = {"x": move(x(4), gpu.device), "y": torch.arange(4)}
+        moved = Copies().to(there, gpu.device)
+        assert moved["x"].held is there["x"].held and moved["y"].is_cuda and not gpu.waits
