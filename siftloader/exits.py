@@ -60,10 +60,12 @@ class EarlyExit:
         model: nn.Module,
         layer: int | str = 1,
         compile: bool | str = False,  # noqa: A002 - as torch and Trainer have it
+        device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._compile = check_mode(compile)
+        self._device = None if device is None else torch.device(device)
         self._root = unwrap(model)
         with gathered(filter(is_fsdp1, self._root.modules())):  # only then they have their shapes
             self._exit = exit_at(self._root, layer)
@@ -87,8 +89,22 @@ class EarlyExit:
 
         For a forward that runs beside the live one, in another thread or on another stream.
         """
-        self._live_twin().hold()
+        self._followed().hold()
         self._held = True
+
+    def fetch(self) -> None:
+        """Copy the live weights of now to ``device``; between two fetches the copy stays what it was.
+
+        On return they are read, those on a GPU by what its stream of now was told to do: whatever writes
+        them comes after that on this stream, or waits for it. Nothing where weights are shared.
+        """
+        twin = self._twin if self._held and self._twin is not None else self._followed()
+        twin.fetch()
+
+    @property
+    def copied_bytes(self) -> int:
+        """What the copy on ``device`` takes, 0 where weights are shared."""
+        return self._live_twin().copied_bytes
 
     def release(self) -> None:
         """Follow the live model again."""
@@ -201,11 +217,16 @@ class EarlyExit:
         return logits
 
     def _live_twin(self) -> Twin:
+        if self._twin is None or not (self._held or self._device is not None):
+            return self._followed()
+        self._twin.lend_again()
+        return self._twin
+
+    def _followed(self) -> Twin:
         # Weights are shared, module objects are not: rebuilt when one was replaced (resize, PEFT).
-        if self._held and self._twin is not None:
-            return self._twin
         if self._twin is None or not self._twin.is_of(self._root):
-            self._twin = Twin(self._root, self._exit, self._compile)
+            self._twin = None  # two copies need not fit side by side
+            self._twin = Twin(self._root, self._exit, self._compile, self._device)
             self._capture = None
         self._twin.refresh()
         return self._twin

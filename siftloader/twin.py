@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from siftloader.compiled import Compiled
 from siftloader.errors import ScoringError
+from siftloader.replica import Replica, check_copyable
 from siftloader.sharded import check_root, gathered, is_fsdp1, is_spread, rows_of, silence, whole
 from siftloader.stack import Exit, unwrap
 
@@ -64,8 +65,17 @@ def rows_at_a_time(width: int) -> int:
 class Twin:
     """The shells of one moment's module tree, and the few among them that have a forward of their own."""
 
-    def __init__(self, root: nn.Module, where: Exit, compile: bool | str = False) -> None:  # noqa: A002
+    def __init__(
+        self,
+        root: nn.Module,
+        where: Exit,
+        compile: bool | str = False,  # noqa: A002
+        device: torch.device | None = None,
+    ) -> None:
         check_root(root)
+        if device is not None:
+            check_copyable(root.modules())
+        self._replica = None if device is None else Replica(device)
         self._identity = _identity(root)
         self._live = list(root.modules())  # kept alive, so that an id is never used again
         memo: dict[int, nn.Module] = {}
@@ -107,6 +117,10 @@ class Twin:
         kept_layers = (memo[id(root.get_submodule(path))]._modules.values() for path in where.cuts)
         self._kept = [each for layers in kept_layers for each in layers if each is not None]
         self._quick: list[_Quick] = []  # what is compiled
+        self._training = root.training
+        self._copied: list[dict[str, Tensor | None]] = []  # buffers of the replica, as fetched
+        if self._replica:
+            self._part_from_live(self._replica)
 
     def is_of(self, root: nn.Module) -> bool:
         """Whether these are still shells of the very modules, forwards and hooks of ``root``."""
@@ -122,6 +136,7 @@ class Twin:
         Of lists, dicts and sets the shells get shallow copies: what a forward collects there (the losses
         of a router) is not for the loop.
         """
+        self._training = self._live[0].training
         lent: dict[int, Any] = {}  # modules that share a list share its copy, too
         for (live, shell), seen in zip(self._shells, self._seen, strict=True):
             if seen.keys() != live.__dict__.keys():
@@ -131,31 +146,67 @@ class Twin:
             for name, value in live.__dict__.items():
                 if type(value) in CONTAINERS and name not in SHARED:
                     if id(value) not in lent:
-                        lent[id(value)] = _rebound(value.copy(), self._memo)
+                        lent[id(value)] = self._placed(_rebound(value.copy(), self._memo))
                     shell.__dict__[name], seen[name] = lent[id(value)], value
                 elif value is not seen.get(name, shell) and name not in OWN:
-                    shell.__dict__[name] = _rebound(value, self._memo)
+                    shell.__dict__[name] = self._placed(_rebound(value, self._memo))
                     seen[name] = value
         for live, shell, values in self._settings:
             # Past the config's own checks: a broken number of groups is no config that one could build.
             config = copy.copy(live.config)
             vars(config).update(values)
             shell.__dict__["config"] = config
+        if self._replica:
+            self._lend_copies(self._replica)
         self._lend_buffers()
 
     def hold(self) -> None:
         """Take over all of now as ``refresh`` does, and copy every buffer: the live model may write them meanwhile."""
         self.refresh()
-        for _, shell in self._shells:
+        for _, shell in [] if self._replica else self._shells:
             shell.__dict__["_buffers"] = {
                 name: None if buffer is None else buffer.clone()
                 for name, buffer in shell._buffers.items()
             }
 
+    def fetch(self) -> None:
+        """Copy the weights and buffers of now; where nothing is copied they are the live ones anyway."""
+        if self._replica:
+            self._replica.fetch()
+            self._lend_buffers()
+
+    @property
+    def copied_bytes(self) -> int:
+        """What copies of weights and buffers take; none where these are shared."""
+        return self._replica.bytes if self._replica else 0
+
+    def _part_from_live(self, replica: Replica) -> None:
+        # Tensors that a module keeps without registering them, too: tables that a forward looks up.
+        for _, shell in self._shells:
+            for name, value in list(shell.__dict__.items()):
+                if name not in SHARED and name not in HOOKS:
+                    shell.__dict__[name] = replica.placed(value)
+
+    def _placed(self, value: Any) -> Any:
+        return self._replica.placed(value) if self._replica else value
+
+    def _lend_copies(self, replica: Replica) -> None:
+        def copied(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+            return {n: None if each is None else replica.of(each) for n, each in tensors.items()}
+
+        for live, shell in self._shells:
+            shell.__dict__["_parameters"] = copied(live._parameters)
+        self._copied = [copied(live._buffers) for live, _ in self._shells]
+
     @property
     def draws(self) -> bool:
         """Whether its forward was seen to draw random numbers."""
         return self._draws
+
+    def lend_again(self) -> None:
+        """Put back what a forward wrote to its own buffers, where the live ones are not looked at."""
+        if self._replica:
+            self._lend_buffers()
 
     def _lend_buffers(self) -> None:
         # What a forward writes to (counters, running means) is lent as a copy. Which buffers those are
@@ -168,7 +219,9 @@ class Twin:
                 if buffer is not None
                 and (self._mutated is None or (number, name) in self._mutated)
                 else buffer
-                for name, buffer in live._buffers.items()
+                for name, buffer in (
+                    self._copied[number] if self._copied else live._buffers
+                ).items()
             }
 
     def _note_mutated(self, before: dict[tuple[int, str], tuple[Tensor, int]]) -> None:
@@ -231,8 +284,10 @@ class Twin:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # A model may do other things in another mode, and where it is given its labels.
-        kind = (self._live[0].training, *kwargs)
+        kind = (self._training, *kwargs)
         watched = kind in self._watched
+        if self._replica:
+            self._replica.wait()
         if watched and not self._draws:
             return self._root(*args, **kwargs)
         output, drew = self._unmoved(
