@@ -44,17 +44,17 @@ def test_a_plain_step_takes_the_flops_of_the_formula(name: str) -> None:
     assert found == shape.step_flops(4)
 
 
-@pytest.mark.parametrize("stride", [1, 4])
+@pytest.mark.parametrize("positions", [None, Stride(4)], ids=["all", "stride"])
 @pytest.mark.parametrize("layer", [1, 2, 3])
 @pytest.mark.parametrize("name", TINY)
 def test_the_floor_is_what_scoring_takes_and_scoring_takes_no_more(
-    name: str, layer: int, stride: int
+    name: str, layer: int, positions: Stride | None
 ) -> None:
     shape = TINY[name]
     model, batch = bench_scoring.build(shape), bench_scoring.make_batch(shape, 4)
-    sifter = Sifter(model, exit_layer=layer, positions=Stride(stride) if stride > 1 else None)
+    sifter = Sifter(model, exit_layer=layer, positions=positions)
     sifter.score(batch)  # the first pool is looked at twice
-    assert counted(lambda: sifter.score(batch)) == shape.scoring_flops(4, layer, stride)
+    assert counted(lambda: sifter.score(batch)) == shape.scoring_flops(4, layer, positions)
 
 
 def test_floors_are_those_of_the_design() -> None:

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 import siftloader
 from siftloader import EarlyExit, Sifter, SiftingDataLoader, Stride
+from siftloader.targets import Positions
 
 
 IGNORED = -100
@@ -106,9 +107,9 @@ class Shape:
         heads = self.labels if sparse else self.tokens
         return 3 * rows * (self.tokens * self.layers * self.layer + heads * self.head)
 
-    def scoring_flops(self, rows: int, layer: int, stride: int = 1) -> int:
-        """Of scoring ``rows`` candidates at exit layer j, one in ``stride`` labelled positions."""
-        scored = -(-self.labels // stride)
+    def scoring_flops(self, rows: int, layer: int, positions: Positions | None = None) -> int:
+        """Of scoring ``rows`` candidates at exit layer j, at all labelled positions or some of them."""
+        scored = self.labels if positions is None else positions.most(self.labels)
         return rows * (self.tokens * layer * self.layer + scored * self.head)
 
     def about(self) -> str:
@@ -121,10 +122,15 @@ class Shape:
 
 
 def floor(
-    shape: Shape, layer: int, keep: float, stride: int = 1, *, sparse: bool = False
+    shape: Shape,
+    layer: int,
+    keep: float,
+    positions: Positions | None = None,
+    *,
+    sparse: bool = False,
 ) -> float:
     """The least that scoring can cost, as a share of a plain step."""
-    return shape.scoring_flops(1, layer, stride) / keep / shape.step_flops(1, sparse)
+    return shape.scoring_flops(1, layer, positions) / keep / shape.step_flops(1, sparse)
 
 
 SHAPES = {
@@ -198,7 +204,6 @@ class Way:
     name: str
     layer: int
     options: dict[str, Any]
-    stride: int = 1
     scores: bool = True  # else there is no scoring to time alone
 
     # Those that switch a row on, where the loader has them.
@@ -218,8 +223,7 @@ def ways(shape: Shape, last: int, options: argparse.Namespace) -> list[Way]:
     if shape.is_causal:
         counts = np.ones(shape.vocabulary, np.int64)
         for name, control in ((f"Stride({STRIDE})", None), (f"Stride({STRIDE}), control", counts)):
-            taken = {"positions": Stride(STRIDE, control)}
-            found.append(Way(name, first, taken, stride=STRIDE))
+            found.append(Way(name, first, {"positions": Stride(STRIDE, control)}))
     switched: list[tuple[str, Any]] = [("overlap", True)]
     if options.scorer_device:
         switched.append(("scorer_device", options.scorer_device))
@@ -439,7 +443,10 @@ class Bench:
                 self._steps(drawn)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        syncs = sum("called a synchronizing" in str(each.message) for each in told) / self.options.steps
+        syncs = (
+            sum("called a synchronizing" in str(each.message) for each in told)
+            / self.options.steps
+        )
         peak = float(torch.cuda.max_memory_allocated())
         return peak, syncs
 
@@ -465,8 +472,8 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
     loops: list[tuple[Row, Iterable[Batch]]] = []
     alone: list[tuple[Row, Callable[[], object]]] = []
     for way in ways(shape, shape.layers, options):
-        below = floor(shape, way.layer, options.keep, way.stride) if way.scores else 0.0
-        row = Row(way.name, way.layer, below)
+        below = floor(shape, way.layer, options.keep, way.options.get("positions"))
+        row = Row(way.name, way.layer, below if way.scores else 0.0)
         rows.append(row)
         with telling(row):
             before = bench.at_rest() - rest  # what other loaders keep
