@@ -43,6 +43,7 @@ from siftloader.agreement import Doing, number_of
 from siftloader.batches import (
     IGNORED,
     Batch,
+    Copies,
     cut,
     leaves,
     move,
@@ -210,6 +211,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._on_select = on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
         self._gives_back = output_device == "inner"
+        self._copies = Copies()
         # The epoch to begin next, or the one under way; and where in it.
         self._epoch, self._cursor = self._source.first()
         self._begun = False
@@ -560,6 +562,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "watched": not self._scorer.precision.watches,
             "reading": self._scorer.reading_state,
             "learned": self._scorer.digests() if self._learned is None else self._learned,
+            "room": self._scorer.room_state,
             "ahead": None if self._prescored is None else self._prescored.state(),
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
@@ -589,6 +592,7 @@ class SiftingDataLoader(DataLoader[Any]):
         if state["watched"]:
             self._scorer.precision.settle()
         self._scorer.reading_state = state["reading"]
+        self._scorer.room_state = state["room"]
         self._learned = dict(state["learned"])
         self._turn += 1
         self._loads += 1
@@ -889,7 +893,7 @@ class SiftingDataLoader(DataLoader[Any]):
             rows(piece.batch)  # says what is wrong with it
         if self._sizes.inner is None and piece.rows:
             self._sizes.learn(piece.rows)
-        held.append(Drawn(move(piece.batch, self._scorer.device), piece))
+        held.append(Drawn(self._copies.to(piece.batch, self._scorer.device), piece))
         return True
 
     def _handed(self, batch: Batch, piece: Piece) -> Batch:

@@ -113,7 +113,7 @@ class Prescored:
         if found is None:
             return None
         values = [None if math.isinf(each) else each for each in found.values.tolist()]
-        missing = [int(found.nonfinite), int(found.unlabelled)]
+        missing = [int(found.nonfinite), int(found.unlabelled), int(found.capped)]
         return {"scores": values, "missing": missing, "rank": self._sifter.scorer.data_rank}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
@@ -123,9 +123,9 @@ class Prescored:
             return
         device = self._sifter.scorer.device
         values = [-math.inf if each is None else each for each in state["scores"]]
-        nonfinite, unlabelled = (torch.tensor(each, device=device) for each in state["missing"])
+        missing = (torch.tensor(each, device=device) for each in state["missing"])
         scores = torch.tensor(values, dtype=torch.float32, device=device)
-        self._restored = Scores(scores, nonfinite, unlabelled)
+        self._restored = Scores(scores, *missing)
 
     def _forget(self) -> None:
         self._overlap.drop()

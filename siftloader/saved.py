@@ -26,6 +26,8 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
         raise StateError(f"a state is a dict as state_dict() gives, found {type(state).__name__}")
     since: dict[str, Any] = {1: SINCE_1 | SINCE_2, 2: SINCE_2}.get(state.get("version", 0), {})
     state = {**since, **state}
+    if since and isinstance(state.get("stats"), Mapping):
+        state["stats"] = {"capped": 0, **state["stats"]}
     missing = own.keys() - state.keys()
     if missing:
         raise StateError(
@@ -156,14 +158,25 @@ def _prescored(value: Any) -> bool:
         isinstance(scores, list)
         and all(each is None or type(each) in (int, float) for each in scores)
         and isinstance(missing, list)
-        and len(missing) == 2
+        and len(missing) == 3
         and all(map(_counted, missing))
         and _counted(value["rank"])
     )
 
 
+def _room(value: Any) -> bool:
+    if value is None:
+        return True
+    counts = value[:3] if isinstance(value, list) and len(value) == 4 else [None]
+    return (
+        _counted(counts[0])
+        and all(each is None or _counted(each) for each in counts)
+        and type(value[3]) is int
+    )
+
+
 SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
-SINCE_2: dict[str, Any] = {"ahead": None, "watched": False}
+SINCE_2: dict[str, Any] = {"ahead": None, "watched": False, "room": None}
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "epoch": _counted,
@@ -180,6 +193,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "reading": _reading,
     "learned": _texts,
     "ahead": _prescored,
+    "room": _room,
     "set_epoch": lambda value: value is None or _counted(value),
     "stats": lambda value: isinstance(value, Mapping),
 }

@@ -42,7 +42,7 @@ from siftloader.sharded import (
 )
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
-from siftloader.targets import Positions, Targets, check_soft, to_device
+from siftloader.targets import Capacity, Positions, Targets, check_soft, to_device
 from siftloader.twin import Twin
 
 
@@ -61,11 +61,15 @@ _SHIFTS = (
 
 
 class Scores(NamedTuple):
-    """Of a pool, all on the device: values [P], -inf where a row must not win; and why."""
+    """Of a pool, all on the device: values [P], -inf where a row must not win; and how many rows are what.
+
+    Not finite; without a label; with more labels than there was room for.
+    """
 
     values: Tensor
     nonfinite: Tensor
     unlabelled: Tensor
+    capped: Tensor
 
 
 @final
@@ -121,6 +125,7 @@ class Scorer:
         self.scorer_device = None if scorer_device is None else torch.device(scorer_device)
         self._compile, self._rows_at_once = compile, at_once
         self._labels, self._score_fn, self._shift = labels, score_fn, shift_labels
+        self._room = Capacity()  # for labels that lie on a GPU
         self.attach_model(model)
 
     def attach_model(self, model: Model) -> None:
@@ -215,6 +220,15 @@ class Scorer:
             self._task = Task(shift if given is None else given, ignored)
 
     @property
+    def room_state(self) -> list[int | None] | None:
+        """What was learned of labels that lie on a GPU, JSON-able: a restart must take as many."""
+        return self._room.state
+
+    @room_state.setter
+    def room_state(self, state: list[int | None] | None) -> None:
+        self._room.state = state
+
+    @property
     def label_name(self) -> str:
         """The key under which labels are looked for."""
         return self._labels if isinstance(self._labels, str) else "labels"
@@ -283,6 +297,7 @@ class Scorer:
         self, pool: Pool, labels: Tensor | None, learn: bool, dtype: torch.dtype | None
     ) -> Scores:
         samples, device = rows(pool.batch), self.scorer_device or self.device
+        before = self._room.capped
         if self.scorer_device is not None:
             pool = replace(pool, batch=move(pool.batch, device))
         # Within it the ranks need nothing of each other, however much each has to run.
@@ -300,7 +315,8 @@ class Scorer:
         scores = self.agreed(scores.detach().to(device, torch.float32))
         labelled, finite = labelled.to(device), scores.isfinite()
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
-        return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum())
+        capped = torch.as_tensor(self._room.capped - before, device=device)
+        return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum(), capped)
 
     def agreed(self, values: Tensor) -> Tensor:
         """``values``, on the model's device, of the first of the ranks that hold one replica together."""
@@ -371,7 +387,7 @@ class Scorer:
         task = self._task_of(batch, labels)
         if task.ignored != IGNORED and not labels.is_floating_point():
             labels = labels.masked_fill(labels == task.ignored, IGNORED)
-        return Targets.of(labels, device, bool(task.shift), self.positions)
+        return Targets.of(labels, device, bool(task.shift), self.positions, capacity=self._room)
 
     def _try(self, candidates: Batch, targets: Targets) -> None:
         # Once: are there predictions without the labels? Else the model's own loss is listened to.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from siftloader.agreement import Agreement
-from siftloader.batches import Batch, move, rows, select
+from siftloader.batches import Batch, Copies, move, rows, select
 from siftloader.errors import RanksDisagree, ScoringError
 from siftloader.exchange import Deal, deal_of
 from siftloader.heads import ExitHead
@@ -134,6 +134,7 @@ class Sifter:
         if sift_weight and not (self._is_random or samples(self.selection)):
             weights(self.selection, torch.zeros(2), 1, Pool())  # says what is needed
         self.counts = Stats()
+        self._copies = Copies()
         self.pools = 0  # scored so far: the key of random draws
 
     @property
@@ -158,7 +159,7 @@ class Sifter:
                 f"{rows(candidates)} candidates * keep {self.keep} is not a whole number of rows"
             )
         labels = self.scorer.labels_of(candidates)
-        candidates = move(candidates, self.scorer.device)
+        candidates = self._copies.to(candidates, self.scorer.device)
         try:
             return self.handed(candidates, self.winners(candidates, labels, keep))
         except RanksDisagree:
@@ -197,7 +198,7 @@ class Sifter:
             self._check_replicas()
         with self.counts.timing(self.scorer.device):
             found = known or self.scorer.score(pool, labels, learn=True)
-            scores, nonfinite, unlabelled = found
+            scores = found.values
             weigh = self._weights_of if self.weighs else None
             if self._is_global:
                 deal = deal_of(self.agreement, scores, keep, self.selection, pool, weigh)
@@ -207,7 +208,7 @@ class Sifter:
                 kept = self.selection(scores, keep, pool)
                 weighed = None if weigh is None else weigh(scores, keep, pool)
         self.pools += 1
-        self.counts.count_pool(scores, kept, nonfinite, unlabelled)
+        self.counts.count_pool(scores, kept, found.nonfinite, found.unlabelled, found.capped)
         return Winners(kept, scores, weighed, deal)
 
     def handed(self, candidates: Batch, won: Winners, pad_id: int = 0) -> Batch:

@@ -26,6 +26,7 @@ class Stats:
     sifting: bool = False
     _nonfinite: int | Tensor = 0
     _unlabelled: int | Tensor = 0
+    _capped: int | Tensor = 0
     _scores: Tensor | None = None  # of the last pool, [P]
     _index: Tensor | None = None  # of its winners, [b]
     _seconds: float = 0.0
@@ -48,13 +49,19 @@ class Stats:
             self._seconds += time.perf_counter() - start
 
     def count_pool(
-        self, scores: Tensor, index: Tensor, nonfinite: Tensor, unlabelled: Tensor
+        self,
+        scores: Tensor,
+        index: Tensor,
+        nonfinite: Tensor,
+        unlabelled: Tensor,
+        capped: Tensor,
     ) -> None:
-        """Record the scores [P] of a pool and the indices [b] of its winners."""
+        """Record the scores [P] of a pool and the indices [b] of its winners, and how many rows are what."""
         self.candidates += len(scores)
         self.kept += len(index)
         self._unlabelled = self._unlabelled + unlabelled
         self._nonfinite = self._nonfinite + nonfinite
+        self._capped = self._capped + capped
         self._scores, self._index = scores, index
 
     def read(self) -> dict[str, Any]:
@@ -74,6 +81,7 @@ class Stats:
             "seconds_scoring": self._seconds,
             "nonfinite": int(self._nonfinite),
             "unlabelled": int(self._unlabelled),
+            "capped": int(self._capped),
             "tail_dropped": self.tail_dropped,
         }
 
@@ -87,6 +95,7 @@ class Stats:
                 _seconds=state["seconds_scoring"],
                 _nonfinite=state["nonfinite"],
                 _unlabelled=state["unlabelled"],
+                _capped=state["capped"],
             )
         except (KeyError, TypeError) as error:
             raise StateError(f"the saved stats are damaged: {error!r}") from error

@@ -717,10 +717,12 @@ REFUSED = [
     ("keep", {"keep": 0.25}, "keep 0.25"),
     ("ranks", {"ranks": 4}, "4 ranks, 1 run now"),
     ("shards", {"cursor": {"position": 3}}, "saved over TokenShards"),
-    ("scores ahead", {"ahead": {"scores": ["1.0"], "missing": [0, 0], "rank": 0}}, "ahead"),
+    ("scores ahead", {"ahead": {"scores": ["1.0"], "missing": [0, 0, 0], "rank": 0}}, "ahead"),
     ("counts ahead", {"ahead": {"scores": [1.0], "missing": [0], "rank": 0}}, "ahead"),
-    ("rank ahead", {"ahead": {"scores": [1.0], "missing": [0, 0], "rank": -1}}, "ahead"),
+    ("rank ahead", {"ahead": {"scores": [1.0], "missing": [0, 0, 0], "rank": -1}}, "ahead"),
     ("watched", {"watched": 1}, "watched"),
+    ("room", {"room": [8, None, -1, 0]}, "room"),
+    ("room of nothing", {"room": [None, None, None, 0]}, "room"),
 ]
 
 
@@ -900,10 +902,10 @@ class Asked(TorchDispatchMode):
         self.on, self.waited = True, []
 
     def unwatched(self, call):
-        def run(*args):
+        def run(*args, **kwargs):
             self.on = False
             try:
-                return call(*args)
+                return call(*args, **kwargs)
             finally:
                 self.on = True
 

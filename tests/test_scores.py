@@ -146,7 +146,7 @@ def test_labels_on_the_device_score_like_labels_on_the_host(monkeypatch):
     model, batch = gpt2(), candidates("gpt2")
     expected = {c: Sifter(model, criterion=c).score(batch) for c in ("loss", "entropy")}
 
-    def everywhere(labels, device, shift, positions=None):
+    def everywhere(labels, device, shift, positions=None, capacity=None):
         wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         assert shift and positions is None
         return Targets._of_capacity(wanted, None)
