@@ -1,4 +1,4 @@
-"""tools/bench_scoring.py: pytest tests/test_bench_scoring.py"""
+"""tools/bench_scoring.py and tools/bench_positions.py: pytest tests/test_bench_scoring.py"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,10 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
+import bench_positions
 import bench_scoring
 from bench_scoring import SHAPES, Row, Shape, Way
 
 from siftloader import Sifter, Stride
+from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
 # Sizes of which no two are alike, so that no term of a formula can stand for another.
@@ -175,3 +178,37 @@ def test_scores_of_all_ways_must_agree() -> None:
     wrong = replace(shape, family="bert")  # whose labels are not shifted
     with pytest.raises(AssertionError):
         bench_scoring.check_equal(model, wrong, batch, [1], "loss", torch.float32)
+
+
+def test_positions_have_a_frontier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout, rng = Layout.for_vocabulary(16, 90), np.random.default_rng(0)
+    (tmp_path / "clm").mkdir()
+    ids, none = rng.integers(0, 90, (64, 16)), np.zeros(64, np.uint8)
+    write_dataset(
+        tmp_path / "clm",
+        [write_shard(tmp_path / "clm", "train-000000", ids, none, layout)],
+        layout=layout,
+        objective="clm",
+        tokenizer=Tokenizer("letters", "0" * 64, 90, {"eos": 0}),
+        sources=[Source("a", "0" * 64, 1)],
+        unigrams=np.arange(90),
+        seed=0,
+    )
+    out = tmp_path / "out"
+    few = ["--steps=2", "--batch-size=4", "--pools=1", "--exit-layers=1", "--device=cpu"]
+    bench_positions.main([f"--shards={tmp_path / 'clm'}", f"--out={out}", *few])
+    found = json.loads((out / "bench_positions.json").read_text())
+    assert [moment["step"] for moment in found["moments"]] == [1, 2]
+    rows = [bench_positions.Row(**row) for row in found["moments"][1]["rows"]]
+    full, rarity = rows[0], rows[-1]
+    assert full.overlap == 1 and rarity.floor is None
+    # All positions and six subsets with and without control: the fewer, the lower the floor.
+    assert len(rows) == 2 + 13 and sum(row.controlled for row in rows) == 6
+    strided = [row.floor for row in rows if row.layer == 1 and not row.way.startswith("First")]
+    assert strided == sorted(strided, reverse=True)
+    assert "slope there" in (out / "bench_positions.txt").read_text()
+    picture = out / "bench_positions.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+    bench_positions.main([f"--draw={out / 'bench_positions.json'}"])
+    assert picture.exists() and "x floor" in capsys.readouterr().out
