@@ -256,10 +256,8 @@ class _Writer:
         if not self.rows:
             self._written = time.monotonic()
             return
-        while (part := self.folder / _part(self.rank, self.number)).exists():
-            self.number += 1
-        hidden = part.with_name(f".{part.name}.part")  # readers skip a leading dot
-        with _explained(part):
+        with self._free_part() as part, _explained(part):
+            hidden = part.with_name(f".{part.name}.part")  # readers skip a leading dot
             with hidden.open("wb") as file:
                 _write_table(self._arrived, self.ids, file)
                 file.flush()
@@ -268,6 +266,26 @@ class _Writer:
             _sync_folder(self.folder)
         self.number, self.rows, self._arrived = self.number + 1, 0, []
         self._written = time.monotonic()
+
+    @contextmanager
+    def _free_part(self) -> Iterator[Path]:
+        # The next that is neither there nor being written: a log that nobody holds any more writes its rest when it
+        # is collected, in whatever thread, and be it in the midst of another one's writing.
+        while True:
+            part = self.folder / _part(self.rank, self.number)
+            name = str(part.absolute())  # whoever puts a str there first has it, without a lock
+            if _WRITING.setdefault(name, self) is self:
+                if not part.exists():
+                    break
+                del _WRITING[name]
+            self.number += 1
+        try:
+            yield part
+        finally:
+            del _WRITING[name]
+
+
+_WRITING: dict[str, _Writer] = {}  # parts that are being written, and by whom
 
 
 def _part(rank: int, number: int) -> str:

@@ -19,6 +19,7 @@ import torch
 from effort import examples
 from hypothesis import given, strategies as st
 
+from siftloader import selection_log
 from siftloader.errors import SiftError
 from siftloader.selection_log import SelectionLog, _Pending
 
@@ -286,6 +287,33 @@ def test_a_log_that_is_dropped_writes_its_rest(tmp_path):
     del log
     gc.collect()
     assert read(tmp_path / "x.parquet")["pool"] == [0] * 4
+
+
+@pytest.mark.parametrize("path", ["x.parquet", "./x.parquet"])
+def test_a_log_that_is_dropped_in_the_midst_of_another_ones_writing_writes_beside_it(
+    tmp_path, monkeypatch, path
+):
+    """As the collector of garbage may have it; both begin with the same part."""
+    monkeypatch.chdir(tmp_path)
+    logs = [SelectionLog(tmp_path / "x.parquet"), SelectionLog(path)]
+    for pool, log in enumerate(logs):
+        add(log, pool)
+    dropped, write_table = [logs.pop(0)], selection_log._write_table
+    del log
+
+    def meanwhile(*given):
+        dropped.clear()
+        write_table(*given)
+
+    monkeypatch.setattr(selection_log, "_write_table", meanwhile)
+    (kept,) = logs
+    kept.flush()
+    assert sorted(read(tmp_path / "x.parquet")["pool"]) == [0] * 4 + [1] * 4
+    assert parts(tmp_path / "x.parquet") == [f"rank-00000-part-{n:06d}.parquet" for n in (0, 1)]
+    add(kept, 2)
+    kept.flush()
+    assert len(parts(tmp_path / "x.parquet")) == 3
+    assert not selection_log._WRITING
 
 
 def test_a_forked_child_does_not_write_the_rows_of_its_parent(tmp_path, monkeypatch):
