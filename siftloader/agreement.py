@@ -176,14 +176,13 @@ class Agreement:
         try:
             work.wait(PATIENCE)
         except RuntimeError:
-            if work.is_completed():
-                raise
-            warnings.warn(
-                f"the other ranks did not come to this step of their loaders for {PATIENCE.seconds} seconds; "
-                f"waiting on: is a model in eval mode there, or does one rank work alone?",
-                stacklevel=7,
-            )
-            work.wait()
+            if not work.is_completed():
+                warnings.warn(
+                    f"the other ranks did not come to this step of their loaders for {PATIENCE.seconds} seconds; "
+                    f"waiting on: is a model in eval mode there, or does one rank work alone?",
+                    stacklevel=7,
+                )
+            work.wait()  # of what has failed raises again; the others may also have come just now
 
     def _group(self) -> Any:
         home = dist.group.WORLD
