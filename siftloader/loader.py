@@ -105,6 +105,12 @@ class SiftingDataLoader(DataLoader[Any]):
       hands out ``keep`` of it.
     * ``output_device="inner"`` gives tensors back where the inner loader had them; else they are on
       the model's device, in every phase.
+    * ``overlap=True`` scores the next pool while the loop trains on this one, on a stream of its own (on a CPU: in
+      a thread), with the weights this batch is trained with: scores are one batch stale, exactly. The optimizers of
+      the model wait before they write, until it has read; those weights are written by torch's optimizers only.
+      One pool more is drawn and held, P rows. With ``scorer_device`` a copy of the layers that score, made anew
+      for every pool, lies on another GPU or the CPU, and they wait for the copy only. Refused where weights lie on
+      several ranks, and with what learns (``exit_head``, ``Predicted``).
     * ``keep`` may change with the steps: ``{0: 0.5, 10_000: 0.25}`` is half, later a quarter of a pool.
     * Where several ranks run, they are asked at every step whether all do the same, in a reduction of a few bytes
       on the host: ``RanksDisagree`` on all of them where they do not, and the epoch ends for all where one has no

@@ -526,12 +526,9 @@ class Scorer:
     def _exit(self) -> EarlyExit | ProbeExit:
         if self._early is None or not self._early.is_of(self.model):
             if self.exit_head is None:
-                given: dict[str, Any] = {}
-                if self._compile:
-                    given["compile"] = self._compile
-                if self.scorer_device is not None:
-                    given["device"] = self.scorer_device
-                self._early = EarlyExit(self.model, self.exit_layer, **given)
+                self._early = EarlyExit(
+                    self.model, self.exit_layer, compile=self._compile, device=self.scorer_device
+                )
             else:
                 self._early = ProbeExit(self.model, self.exit_layer, self.exit_head)
         return self._early

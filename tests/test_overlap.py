@@ -144,10 +144,12 @@ class Race:
             self.written.set()
 
 
-@pytest.mark.parametrize("each", [1, 3])
-def test_scores_are_those_of_the_weights_one_step_earlier(each: int) -> None:
+@pytest.mark.parametrize("each, options", [(1, {}), (3, {}), (2, {"scorer_device": "cpu"})])
+def test_scores_are_those_of_the_weights_one_step_earlier(
+    each: int, options: dict[str, Any]
+) -> None:
     steps = 200 // each
-    race = Race(steps)
+    race = Race(steps, **options)
     race.run(each)
     assert len(race.pools) == steps and all(race.stale())
     # It would show: no other weights of the run give these scores.
@@ -220,6 +222,13 @@ def test_an_optimizer_waits_until_the_weights_are_read_and_no_longer() -> None:
     go.set()
     assert overlap.result() == "scores" and steps == ["read", "written"]
     overlap.close()
+
+
+def test_a_copy_lets_the_optimizer_write_while_it_is_scored_by() -> None:
+    """The weights are read when the copy is made; only half-way through the scoring the loop goes on to write."""
+    race = Race(20, patience=20, scorer_device="cpu")  # without that it would wait 20 s a step
+    race.run()
+    assert len(race.pools) == 20 and all(race.stale())
 
 
 def test_what_goes_wrong_in_a_job_is_raised_where_its_result_is_wanted() -> None:
