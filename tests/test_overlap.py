@@ -4,15 +4,17 @@ import copy
 import gc
 import json
 import threading
+import warnings
 import weakref
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
@@ -517,3 +519,51 @@ def refuse_sharded(fully_shard: Any) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ScoringError, match="weights lie on several ranks"):
         next(iter(make(Rows(64), model)))
+
+
+def rank_of_two(rank: int, folder: str, scope: Literal["rank", "global"]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=2)
+    model, rows = Net(), Rows(96)
+    batches = [
+        torch.utils.data.default_collate([rows[16 * number + 8 * rank + row] for row in range(8)])
+        for number in range(6 - rank)  # the other rank has one more
+    ]
+    handed: list[tuple[dict[str, Tensor], list[int]]] = []
+    pools: list[tuple[Tensor, Tensor]] = []
+    loader = SiftingDataLoader.wrap(
+        batches,
+        model=model,
+        sharded=True,
+        exit_layer=2,
+        warmup_steps=0,
+        pool="split",
+        overlap=True,
+        scope=scope,
+        on_select=lambda ids, scores, kept: pools.append((ids, scores)),
+    )
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), 3.0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the epoch ends here because another rank")
+        for batch in loader:
+            handed.append((weights_of(model), batch["id"].tolist()))
+            functional.cross_entropy(parallel(batch["x"]), batch["labels"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(handed) == 5 and not listening()
+    for (weights, _), (ids, scores) in zip(handed[1:], pools[2:], strict=False):
+        assert torch.equal(scores, reference(weights, ids, rows))
+    own = [kept for _, kept in handed], [(s.tolist(), i.tolist()) for i, s in pools]
+    of_ranks: list[Any] = [None, None]
+    dist.all_gather_object(of_ranks, own)
+    for step in range(5) if scope == "global" else ():
+        pool = [pair for _, each in of_ranks for pair in zip(*each[step], strict=True)]
+        winners = {row for kept, _ in of_ranks for row in kept[step]}
+        assert {row for _, row in sorted(pool)[-8:]} == winners
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("scope", ["rank", "global"])
+def test_two_ranks_overlap_and_end_together(scope: str, tmp_path: Path) -> None:
+    on_ranks(rank_of_two, str(tmp_path), scope)
