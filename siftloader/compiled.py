@@ -13,6 +13,7 @@ Letters: P samples, T positions, H hidden size.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ class Compiled:
 
     What the compiled forward returns is compared with the eager one's once for each shape. Where they differ,
     where it cannot be compiled in one piece, or where it draws random numbers, it stays eager, with one warning
-    that says why. ``tensors`` lists the weights it reads, on which dynamo leaves marks that are taken off again.
+    that says why. Compiling takes its time, and sets the random streams of all threads back to its beginning, so only
+    the thread that this was made in compiles. ``tensors`` lists the weights it reads, on which dynamo leaves marks that are taken off again.
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class Compiled:
         tensors: Callable[[], Iterator[Tensor]],
     ) -> None:
         self._forward, self._unmoved, self._tensors = forward, unmoved, tensors
-        self._backend = _Backend(None if mode is True else str(mode), unmoved)
+        self._backend = _Backend(None if mode is True else str(mode))
         self._sights: dict[Any, int] = {}
         self._graphs: dict[Any, Forward] = {}
         self._eager = False  # for good
         self._told = False
+        self._thread = threading.get_ident()
+        self.pending = False  # whether what ran last will be compiled when it comes again
 
     @property
     def graphs(self) -> int:
@@ -82,21 +86,21 @@ class Compiled:
         # Modes are the listeners to a model's own loss, counters of FLOPs, and the like: a graph hides from them.
         if self._eager or torch.is_grad_enabled() or _modes():
             return self._forward(*args, **kwargs)
-        kind = _kind((args, kwargs))
+        kind, self.pending = _kind((args, kwargs)), False
         if kind in self._graphs:
             return self._compiled(self._graphs[kind], args, kwargs)
-        if not self._is_due(kind):
-            return self._forward(*args, **kwargs)
-        return self._first(kind, args, kwargs)
+        if threading.get_ident() == self._thread and self._is_due(kind):
+            return self._first(kind, args, kwargs)
+        return self._forward(*args, **kwargs)
 
     def _is_due(self, kind: Any) -> bool:
         if len(self._sights) >= COUNTED:
             self._sights.clear()
         self._sights[kind] = self._sights.get(kind, 0) + 1
-        if self._sights[kind] < SIGHTS:
-            return False
-        if len(self._graphs) < SHAPES:
-            return True
+        seen, room = self._sights[kind] >= SIGHTS, len(self._graphs) < SHAPES
+        self.pending = room and not seen
+        if room or not seen:
+            return room and seen
         if not self._told:
             self._told = True
             warnings.warn(
@@ -152,16 +156,19 @@ class Compiled:
 
 @final
 class _Backend:
-    """Inductor, but it counts its graphs, and leaves the random streams where they were."""
+    """Inductor, but it counts its graphs. Dynamo never forgets a backend, so it must hold nobody else."""
 
-    def __init__(self, mode: str | None, unmoved: Unmoved) -> None:
+    def __init__(self, mode: str | None) -> None:
         self.graphs = 0
-        self._mode, self._unmoved = mode, unmoved
+        self._mode, self._thread = mode, threading.get_ident()
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Forward:
+        if threading.get_ident() != self._thread:
+            raise RuntimeError(
+                "something in it changed, and beside the training step nothing can be compiled"
+            )
         self.graphs += 1
-        made: Forward = self._unmoved(lambda: inductor(graph, inputs, self._mode))[0]
-        return made
+        return inductor(graph, inputs, self._mode)
 
 
 def inductor(graph: torch.fx.GraphModule, inputs: list[Any], mode: str | None) -> Forward:

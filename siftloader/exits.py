@@ -80,9 +80,14 @@ class EarlyExit:
 
     @property
     def twin(self) -> Twin | None:
-        """The shells that ran last, while they are still those of the model and draw no random number."""
-        known = self._twin is not None and self._twin.is_of(self._root) and not self._twin.draws
-        return self._twin if known else None
+        """The shells that ran last, fit to run in another thread.
+
+        None where they are no more those of the model, draw random numbers, or are about to be compiled.
+        """
+        twin = self._twin
+        if twin is None or not twin.is_of(self._root) or twin.draws or twin.pending:
+            return None
+        return twin
 
     def hold(self) -> None:
         """Take over what the live model is now, but for its weights; nothing more before ``release``.

@@ -199,6 +199,11 @@ class Twin:
         self._copied = [copied(live._buffers) for live, _ in self._shells]
 
     @property
+    def pending(self) -> bool:
+        """Whether something of what ran last is to be compiled when it comes again, in the thread it ran in."""
+        return any(part.pending for part in self._quick)
+
+    @property
     def draws(self) -> bool:
         """Whether its forward was seen to draw random numbers."""
         return self._draws
@@ -540,6 +545,10 @@ class _Quick(_Overridden):
     def pause(self, paused: bool) -> bool:
         was, self._paused = self._paused, paused
         return was
+
+    @property
+    def pending(self) -> bool:
+        return self._compiled is not None and self._compiled.pending
 
     def own(self, *args: Any, **kwargs: Any) -> Any:
         run = self._forward if self._compiled is None or self._paused else self._compiled

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -335,6 +338,40 @@ def test_lengths_that_never_repeat_are_not_remembered_for_ever():
         for length in range(1000):
             quick(torch.zeros(length))
     assert len(quick._sights) <= compiled.COUNTED
+
+
+def test_beside_the_loop_nothing_is_compiled(quick):
+    model = Small()
+    early, plain = EarlyExit(model, 1, compile=True), EarlyExit(model, 1)
+    scored(early, POOL)
+    assert early.twin is None, "the loop is to score until it is compiled"
+    with ThreadPoolExecutor(1) as beside:
+        for _ in range(2 * SIGHTS):
+            assert torch.equal(beside.submit(scored, early, POOL).result(), scored(plain, POOL))
+        assert graphs(early) == [0]
+        for _ in range(SIGHTS):
+            scored(early, POOL)
+        assert graphs(early) == [1] and early.twin is not None
+        assert torch.equal(beside.submit(scored, early, POOL).result(), scored(plain, POOL))
+        assert not early._twin._quick[0]._compiled._eager
+        model.trunk.shift = 1.0
+        with pytest.warns(UserWarning, match="beside the training step nothing can be compiled"):
+            found = beside.submit(scored, early, POOL).result()
+    assert torch.equal(found, scored(plain, POOL)) and quick == [None]
+
+
+def test_twins_that_are_replaced_are_forgotten(quick):
+    model = Small()
+    early, held = EarlyExit(model, 1, compile=True), []
+    for _ in range(3):
+        for _ in range(SIGHTS + 1):
+            scored(early, POOL)
+        assert graphs(early) == [1]
+        held.append((weakref.ref(early._twin), weakref.ref(model.trunk.layers[0].weight)))
+        model.trunk.layers[0] = nn.Linear(16, 16)
+    scored(early, POOL)
+    gc.collect()
+    assert [each() for pair in held for each in pair] == [None] * 6
 
 
 @pytest.mark.slow
