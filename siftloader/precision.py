@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -27,7 +29,7 @@ class Precision:
         self._dtype = self._given = dtype
         self._left = WATCHES
         self.seen = False  # whether a forward in training mode was
-        self._hook: RemovableHandle | None = None
+        self._look: _Look | None = None
 
     @property
     def name(self) -> str | None:
@@ -66,8 +68,10 @@ class Precision:
         ``torch.compile`` that the loop calls, the dtype must be given.
         """
         if self.watches:
+            _heed_the_collector()
             self._left -= 1
-            self._hook = model.register_forward_pre_hook(_Look(self, model, device.type))
+            self._look = _Look(self, model, device.type)
+            self._look.hook = model.register_forward_pre_hook(self._look)
 
     def learn(self, kind: str) -> None:
         """Learn from the autocast of now for devices of this kind, and watch no longer."""
@@ -77,10 +81,14 @@ class Precision:
         self.unwatch()
 
     def unwatch(self) -> None:
-        """Take the hook off, whether or not it saw a forward."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        """Take the hook off, whether or not it saw a forward.
+
+        Where the collector of garbage ends an iterator, only the next forward takes it off: torch may be in the
+        midst of walking the hooks.
+        """
+        if self._look is not None:
+            self._look.end()
+            self._look = None
 
 
 def scoring_in(dtype: torch.dtype | None, device: torch.device) -> AbstractContextManager[Any]:
@@ -96,14 +104,24 @@ class _Look:
 
     def __init__(self, precision: Precision, model: nn.Module, kind: str) -> None:
         self._precision, self._model = weakref.ref(precision), weakref.ref(model)
-        self._kind = kind
+        self._kind, self._over = kind, False
+        self.hook: RemovableHandle | None = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # Shells carry copies of hooks.
-        if torch.compiler.is_compiling() or module is not self._model() or not module.training:
+        if torch.compiler.is_compiling() or module is not self._model():
             return
-        if (precision := self._precision()) is not None:
+        precision = self._precision()
+        if self._over or precision is None:
+            self.end()  # of those that torch calls now it has a list of its own
+        elif module.training:
             precision.learn(self._kind)
+
+    def end(self) -> None:
+        """Look no more, and go as soon as that is safe."""
+        self._over = True
+        if self.hook is not None and not _COLLECTS:
+            self.hook.remove()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (_blind,)
@@ -111,3 +129,14 @@ class _Look:
 
 def _blind(module: nn.Module, args: Any) -> None:
     pass
+
+
+_COLLECTS: list[bool] = []  # not empty while garbage is collected, in whatever thread
+
+
+@functools.cache
+def _heed_the_collector() -> None:
+    def heed(phase: str, info: Any) -> None:
+        _COLLECTS[:] = [True] if phase == "start" else []
+
+    gc.callbacks.append(heed)

@@ -103,8 +103,46 @@ LEFT = [
 def test_however_an_iterator_is_left_no_hook_stays(leave, warmup):
     model = classifier()
     leave(make(Rows(64), 4, model=model, warmup_steps=warmup))
+    if leave is dropped_in_a_cycle:
+        model.eval()(X)  # the collector itself takes none off
     assert hooks(model) == 0
     pickle.dumps(model)
+
+
+@pytest.mark.parametrize("held", [True, False], ids=["the loader lives", "all goes"])
+def test_an_iterator_that_is_collected_while_somebody_walks_the_hooks_does_no_harm(held):
+    """As torch does in every forward, and whoever copies the model."""
+
+    class Hook:
+        def __call__(self, *_):
+            pass
+
+        def __deepcopy__(self, memo):
+            gc.collect()
+            return self
+
+    model = classifier()
+    for _ in range(3):
+        model.register_forward_pre_hook(Hook())
+    loaders = [make(Rows(64), 4, model=model)]
+    cycle = [iter(loaders[0])]
+    next(cycle[0])
+    cycle.append(cycle)
+    gone = weakref.ref(cycle[0])
+    gc.disable()
+    try:
+        if not held:
+            loaders.clear()
+        del cycle
+        copied = copy.deepcopy(model)
+    finally:
+        gc.enable()
+    assert gone() is None
+    in_bfloat16(model)
+    assert hooks(model) == 3
+    copied(X)
+    for loader in loaders:
+        assert loader.state_dict()["precision"] is None, "no batch was out"
 
 
 def test_the_hook_is_there_while_a_batch_is_out_and_until_a_forward_in_training_mode():
