@@ -20,6 +20,30 @@ def slow_first(job: float, task: int) -> int:
     return task
 
 
+def waited_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def first_waits(job: str, task: int) -> int:
+    # Task 0 waits for the file, and a moment more.
+    if task == 0:
+        waited_for(Path(job))
+        time.sleep(0.2)
+    return task
+
+
+def meeting(job: tuple[str, int], task: int) -> int:
+    # Every worker waits, in its first task, until so many others are in one too.
+    folder, workers = job
+    Path(folder, str(os.getpid())).touch()
+    end = time.monotonic() + 60
+    while len(list(Path(folder).iterdir())) < workers and time.monotonic() < end:
+        time.sleep(0.01)
+    return os.getpid()
+
+
 def slow_but_first(job: float, task: int) -> int:
     time.sleep(job if task else 0)
     return task
@@ -62,7 +86,7 @@ def finishing(job: str, task: int) -> int:
         while not Path(job, "begun-1").exists():
             time.sleep(0.01)
         raise CorpusError("task 0")
-    time.sleep(0.5)
+    time.sleep(1)
     Path(job, f"done-{task}").touch()
     return task
 

@@ -27,11 +27,20 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == NAME]
 
 
-def until(happened, seconds: float = 5.0) -> bool:
+def until(happened, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not happened() and time.monotonic() < end:
         time.sleep(0.005)
     return happened()
+
+
+@pytest.fixture(autouse=True)
+def _long_patience(monkeypatch):
+    """What is to end at once ends long before: no stall of a busy machine is taken for a read that hangs."""
+    monkeypatch.setattr(ahead, "LINGER", 100.0)
+
+
+SOON = 50.0  # seconds: at once, on a busy machine, and no lingering
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +103,7 @@ def test_an_error_is_held_by_nobody_once_it_was_handled():
             list(prefetched(make(), 2))
         error = weakref.ref(raised.value)
         del raised
-        assert until(lambda: error() is None, 1)
+        assert until(lambda: error() is None)
     finally:
         gc.enable()
 
@@ -104,16 +113,17 @@ def test_closing_ends_a_thread_that_waits_for_room():
     next(items)
     begin = time.monotonic()
     items.close()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < SOON
     assert not readers()
 
 
 def test_closing_waits_for_the_item_being_made_and_lets_go_of_the_maker():
-    finished, closed = [], []
+    begun, finished, closed = threading.Event(), [], []
 
     def make():
         try:
             yield 0
+            begun.set()
             time.sleep(0.2)
             finished.append(1)
             yield 1
@@ -122,6 +132,7 @@ def test_closing_waits_for_the_item_being_made_and_lets_go_of_the_maker():
 
     items = prefetched(make(), 2)
     next(items)
+    assert begun.wait(60)
     items.close()
     assert not readers()
     del items
@@ -131,18 +142,20 @@ def test_closing_waits_for_the_item_being_made_and_lets_go_of_the_maker():
 
 def test_closing_does_not_wait_for_ever_for_a_maker_that_hangs(monkeypatch):
     monkeypatch.setattr(ahead, "LINGER", 0.05)
-    free = threading.Event()
+    begun, free = threading.Event(), threading.Event()
 
     def make():
         yield 0
-        free.wait(60)
+        begun.set()
+        free.wait(100)
 
     items = prefetched(make(), 2)
     next(items)
+    assert begun.wait(60)
     begin = time.monotonic()
     with pytest.warns(UserWarning, match=r"siftloader-ahead.* still .*0\.05 s"):
         items.close()
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     free.set()
 
 
@@ -160,7 +173,7 @@ def test_a_reader_in_a_cycle_that_the_thread_itself_collects_ends_it():
 
     def make():
         yield 0
-        collect.wait(10)
+        collect.wait(60)
         gc.collect()  # the cycle goes here, in the thread that it would wait for
         yield 1
 
@@ -197,18 +210,22 @@ def test_it_holds_no_item_that_it_gave():
     items.close()
 
 
+@pytest.mark.skipif(not hasattr(time, "pthread_getcpuclockid"), reason="needs a clock per thread")
 def test_an_idle_wait_costs_no_processor():
-    """Both sides wait a second: the reader for a slow maker, then the maker for room."""
+    """Both sides wait for half a second: the reader for a slow maker, then the maker for room."""
 
     def make():
         time.sleep(0.5)
         yield from range(100)
 
-    begin = time.process_time()
+    begin = time.thread_time()
     items = prefetched(make(), 2)
     next(items)
+    (maker,) = readers()
     time.sleep(0.5)
-    assert time.process_time() - begin < 0.1
+    # Of these two threads: others of this process may be at work.
+    makers = time.clock_gettime(time.pthread_getcpuclockid(maker.ident))
+    assert time.thread_time() - begin + makers < 0.1
     items.close()
 
 
@@ -220,20 +237,20 @@ def test_a_timeout_says_where_every_thread_stands():
 
     def a_read_that_hangs():
         yield 0
-        free.wait(60)
+        free.wait(60)  # far beyond the timeout
 
     idle = threading.Thread(target=free.wait, args=(60,), name="somebody-else", daemon=True)
     idle.start()
-    items = prefetched(a_read_that_hangs(), 2, timeout=0.2)
+    items = prefetched(a_read_that_hangs(), 2, timeout=1)  # which the first one must not take
     assert next(items) == 0
     begin = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the error says it all
         with pytest.raises(Stalled) as raised:
             next(items)
-    assert 0.15 < time.monotonic() - begin < 2
+    assert 0.9 < time.monotonic() - begin < SOON
     text = str(raised.value)
-    assert "0.2 s" in text and "timeout" in text and "1 item" in text
+    assert "for 1 s" in text and "timeout" in text and "1 item" in text
     for name in (NAME, "a_read_that_hangs", "somebody-else", "MainThread", "free.wait(60)"):
         assert name in text, name
     assert isinstance(raised.value, RuntimeError)
@@ -244,16 +261,17 @@ def test_a_timeout_says_where_every_thread_stands():
 
 def test_a_slow_maker_within_the_timeout_is_fine():
     slow = (time.sleep(0.05) or number for number in range(4))
-    assert list(prefetched(slow, 2, timeout=2)) == [0, 1, 2, 3]
+    assert list(prefetched(slow, 2, timeout=60)) == [0, 1, 2, 3]
 
 
 def test_without_a_timeout_a_long_wait_is_warned_about_once(monkeypatch):
-    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
-    slow = (time.sleep(0.2) or number for number in range(3))
+    monkeypatch.setattr(ahead, "PATIENCE", 0.5)
+    slow = (time.sleep(2 - number) or number for number in range(2))
     with pytest.warns(UserWarning, match="nothing came") as caught:
-        assert list(prefetched(slow, 1)) == [0, 1, 2]
+        assert list(prefetched(slow, 1)) == [0, 1]
     assert len(caught) == 1
-    assert "time.sleep(0.2)" in str(caught[0].message) and "timeout=" in str(caught[0].message)
+    assert "time.sleep(2 - number)" in str(caught[0].message)
+    assert "timeout=" in str(caught[0].message)
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf"), "3"])
@@ -273,17 +291,22 @@ def test_stacks_name_the_threads_and_show_their_code():
 
 def test_ctrl_c_while_waiting_passes_at_once_and_the_next_one_begins_afresh():
     free, waits = threading.Event(), threading.Event()
+    main = threading.main_thread().ident
 
     def a_read_that_hangs():
         yield 0
         waits.set()
-        free.wait(60)
+        free.wait(100)
+
+    def waiting():
+        return sys._current_frames()[main].f_code is ahead._Maker.take.__code__
 
     def interrupt():
         waits.wait(60)
+        until(waiting)  # anywhere else an interrupt would end the tests
         time.sleep(0.1)
         began.append(time.monotonic())
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGINT)
 
     items, began = prefetched(a_read_that_hangs(), 2), []
     next(items)
@@ -291,7 +314,7 @@ def test_ctrl_c_while_waiting_passes_at_once_and_the_next_one_begins_afresh():
     thread.start()
     with pytest.warns(UserWarning, match=r"still .*0\.2 s"), pytest.raises(KeyboardInterrupt):
         next(items)
-    assert time.monotonic() - began[0] < 1
+    assert time.monotonic() - began[0] < SOON
     thread.join()
     free.set()
     assert list(prefetched(iter(range(3)), 2)) == [0, 1, 2]
@@ -308,6 +331,7 @@ def test_an_interrupt_at_any_moment_leaves_neither_a_thread_nor_a_lock(moments):
         raise Rung
 
     before = signal.signal(signal.SIGALRM, ring)
+    gc.disable()  # what is raised in a callback of the collector goes nowhere
     try:
         for moment in range(moments):
             items = prefetched(iter(range(10**9)), 2)
@@ -322,6 +346,7 @@ def test_an_interrupt_at_any_moment_leaves_neither_a_thread_nor_a_lock(moments):
                 items.close()
             assert until(lambda: not readers())
     finally:
+        gc.enable()
         signal.signal(signal.SIGALRM, before)
 
 
@@ -343,7 +368,7 @@ def test_a_forked_child_may_drop_it_and_is_told_not_to_read_from_it():
     begin = time.monotonic()
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 0
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     assert [next(items) for _ in range(3)] == [1, 2, 3]
     items.close()
 
@@ -358,7 +383,10 @@ SCRIPTS = {
 
 MAKER = """
 from itertools import count
+from siftloader import ahead
 from siftloader.ahead import prefetched
+
+ahead.LINGER = 100.0
 
 def closing():
     try:
@@ -378,15 +406,13 @@ def test_a_script_that_ends_in_the_middle_ends_at_once_and_quietly(script):
     package.__path__ = [str(pathlib.Path("siftloader").resolve())]
     sys.modules["siftloader"] = package
     """
-    begin = time.monotonic()
     run = subprocess.run(
         [sys.executable, "-X", "dev", "-c", textwrap.dedent(stub) + code],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=SOON,
         check=False,
     )
-    assert time.monotonic() - begin < 4
     if "1 / 0" in script:
         assert "ZeroDivisionError" in run.stderr and "Exception ignored" not in run.stderr
     else:

@@ -265,7 +265,7 @@ def job(tmp_path: Path) -> dict[str, object]:
         "memory": 128_000_000,
         "way": [1, "encode_batch_fast", "documents", 16],
         "skip": 0.1,
-        "seconds": 0.5,
+        "seconds": 2.0,
         "work": str(tmp_path / "arm"),
     }
 
@@ -288,7 +288,7 @@ def test_bare_is_measured(job: dict[str, object]) -> None:
     assert row.steady is not None
     assert row.steady > 0
     assert row.tokens > 0
-    assert row.seconds > 0.5
+    assert row.seconds > 2
     assert row.cpu > 0.3
     assert 0 <= row.others < (os.cpu_count() or 1)
     assert row.peak >= row.anonymous > 10 << 20
@@ -304,7 +304,7 @@ def test_an_arm_that_fails_or_hangs_is_a_row(job: dict[str, object]) -> None:
     start = time.perf_counter()
     row = bench_prepare.measure(sys.executable, "bare", dict(job, seconds=1000.0), 2.0)
     assert row.failed == "stopped after 2 s"
-    assert time.perf_counter() - start < 20
+    assert time.perf_counter() - start < 100
     assert not Path(str(job["work"])).exists()
 
 

@@ -1104,7 +1104,7 @@ def test_a_document_longer_than_a_block_takes_memory_and_time_in_proportion(
     path.write_bytes(b'id,text\n1,"' + data + b'"\n' if table else data)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(path)],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=250, check=True,
     )  # fmt: skip
     length, peak = map(int, done.stdout.split())
     assert length == size + 3 - data.count(b'""')

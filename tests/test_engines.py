@@ -21,8 +21,10 @@ from engine_tasks import (
     environment,
     failing,
     finishing,
+    first_waits,
     large,
     length,
+    meeting,
     scaled,
     sleepy,
     slow_first,
@@ -37,7 +39,7 @@ from siftloader.errors import CorpusError, CorruptShard
 
 
 TESTS = Path(__file__).parent
-SOON = 10.0  # seconds: "at once", on a busy machine
+SOON = 60.0  # seconds: "at once", on a busy machine
 
 
 # ---- helpers
@@ -130,17 +132,19 @@ def test_processes_give_what_one_process_gives(tasks, job, workers, ahead):
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (2, 1), (2, 2), (2, 5), (3, 1)])
-def test_never_more_tasks_drawn_than_agreed(workers, ahead):
-    drawn = 0
+def test_never_more_tasks_drawn_than_agreed(workers, ahead, tmp_path):
+    drawn, reached = 0, tmp_path / "reached"
 
     def tasks() -> Iterator[int]:
         nonlocal drawn
         for task in range(30):
             drawn += 1
+            if drawn == workers * ahead:
+                reached.touch()
             yield task
 
     most = 0
-    results = run_processes(slow_first, 0.3, tasks(), workers, ahead)
+    results = run_processes(first_waits, str(reached), tasks(), workers, ahead)
     assert drawn == 0
     for taken, result in enumerate(results):
         assert result == taken
@@ -160,8 +164,8 @@ def test_order_is_that_of_the_tasks_when_the_first_is_the_slowest():
     assert list(run_processes(slow_first, 0.5, range(20), 2, ahead=4)) == list(range(20))
 
 
-def test_workers_work_at_the_same_time():
-    with closing(run_processes(sleepy, 0.2, range(12), 2)) as results:
+def test_workers_work_at_the_same_time(tmp_path):
+    with closing(run_processes(meeting, (str(tmp_path), 2), range(12), 2)) as results:
         pids = list(results)
     assert len(set(pids)) == 2
     assert os.getpid() not in pids
@@ -253,16 +257,16 @@ def test_errors_that_do_not_pickle_say_what_they_were():
         list(run_processes(undecodable, None, [b"a\xff"], 1))
 
 
-def test_what_is_at_work_when_another_fails_is_finished_and_nothing_else_begun(tmp_path):
+@linux
+def test_what_is_at_work_when_another_fails_is_finished_and_nothing_else_begun(tmp_path, there):
     with pytest.raises(CorpusError, match="task 0"):
         list(run_processes(finishing, str(tmp_path), range(20), 2, ahead=3))
+    assert not children(os.getpid(), there)  # which could begin another
     names = {path.name for path in tmp_path.iterdir()}
     begun = {name.split("-")[1] for name in names if name.startswith("begun")} - {"0"}
     assert "1" in begun
     assert len(begun) <= 2  # the failed worker may have gone on to the next before it was stopped
     assert {name.split("-")[1] for name in names if name.startswith("done")} == begun
-    time.sleep(0.7)
-    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 @pytest.mark.parametrize(
@@ -291,8 +295,8 @@ def test_a_worker_killed_between_megabytes_is_an_error(there):
     assert gone(children(os.getpid(), there))
 
 
-def test_tasks_do_not_wait_behind_one_another_while_workers_start():
-    with closing(run_processes(sleepy, 0.5, range(3), 3)) as results:
+def test_tasks_do_not_wait_behind_one_another_while_workers_start(tmp_path):
+    with closing(run_processes(meeting, (str(tmp_path), 3), range(3), 3)) as results:
         assert len(set(results)) == 3
 
 
@@ -303,7 +307,7 @@ def test_workers_do_not_read_what_is_meant_for_the_caller(tmp_path, started):
         print(list(run_processes(eavesdropping, None, [1], 1)), sys.stdin.read())
     """
     caller = started(script(tmp_path, body), stdin=subprocess.PIPE)
-    assert caller.communicate("hello", timeout=60) == ("[''] hello\n", "")
+    assert caller.communicate("hello", timeout=SOON) == ("[''] hello\n", "")
 
 
 def test_a_function_of_the_main_script_is_refused(tmp_path, started):
@@ -313,7 +317,7 @@ def test_a_function_of_the_main_script_is_refused(tmp_path, started):
             return task
         run_processes(mine, None, [1], 2)
     """
-    _, errors = started(script(tmp_path, body)).communicate(timeout=60)
+    _, errors = started(script(tmp_path, body)).communicate(timeout=SOON)
     assert "ValueError: mine is defined in the main script" in errors
 
 
@@ -328,13 +332,13 @@ BODY = """
 
 
 def test_a_script_needs_no_guard(tmp_path, started):
-    out, errors = started(script(tmp_path, BODY)).communicate(timeout=60)
+    out, errors = started(script(tmp_path, BODY)).communicate(timeout=SOON)
     assert (out, errors) == ("[0, 10, 20, 30]\n", "")
 
 
 def test_a_script_may_come_from_standard_input(tmp_path, started):
     with script(tmp_path, BODY).open() as source:
-        out, errors = started("-", stdin=source).communicate(timeout=60)
+        out, errors = started("-", stdin=source).communicate(timeout=SOON)
     assert (out, errors) == ("[0, 10, 20, 30]\n", "")
 
 
@@ -343,7 +347,7 @@ def test_the_folder_the_script_runs_in_shadows_nothing(tmp_path, started):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    out, errors = started(script(elsewhere, BODY), cwd=tmp_path).communicate(timeout=60)
+    out, errors = started(script(elsewhere, BODY), cwd=tmp_path).communicate(timeout=SOON)
     assert (out, errors) == ("[0, 10, 20, 30]\n", "")
 
 
@@ -359,7 +363,7 @@ def test_closing_early_ends_the_workers(there):
     assert len(workers) >= 2
     begun = time.monotonic()
     results.close()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < SOON
     assert not any(map(alive, workers))
     assert next(tasks) <= 5
     gc.collect()  # a ResourceWarning would be an error
@@ -372,7 +376,7 @@ def test_forgotten_results_end_the_workers(there):
     workers = children(os.getpid(), there)
     del results
     gc.collect()
-    assert gone(workers, 2)
+    assert gone(workers)
 
 
 ENDLESS = """
@@ -410,7 +414,7 @@ def test_a_killed_caller_leaves_nobody(tmp_path, started, sleep):
     assert len(workers) == 2
     assert all(map(alive, workers))
     caller.kill()
-    assert gone(workers, 3)
+    assert gone(workers, 30)  # half of a long one
 
 
 @linux
@@ -441,15 +445,13 @@ def test_an_interrupt_while_workers_start_is_for_the_caller_alone(tmp_path, star
     os.killpg(caller.pid, signal.SIGINT)
     _, errors = caller.communicate(timeout=SOON)
     assert errors.count("Traceback") == 1, errors
-    assert gone(workers, 3)
+    assert gone(workers)
 
 
 @linux
 def test_results_left_open_do_not_keep_python_from_ending(tmp_path, started):
-    begun = time.monotonic()
     caller = started(endless(tmp_path, "kept = results", sleep=1.0))
     workers = list(map(int, caller.stdout.readline().split()))
     _, errors = caller.communicate(timeout=SOON)
     assert (caller.returncode, errors) == (0, "")
-    assert gone(workers, 3)
-    assert time.monotonic() - begun < 20
+    assert gone(workers)

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from models import classifier
 from test_loader import Rows, ids, planted
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, dataloader as torchs, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from siftloader import SiftingDataLoader, TokenShards, ahead, watched
@@ -37,7 +37,10 @@ DEMO = "shards/demo"
 SHARED = Path("/dev/shm")
 
 
-def until(happened, seconds: float = 5.0) -> bool:
+SOON = 50.0  # seconds: at once, on a busy machine; what hangs here does so for longer
+
+
+def until(happened, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not happened() and time.monotonic() < end:
         time.sleep(0.01)
@@ -51,6 +54,12 @@ def kill(worker: multiprocessing.Process) -> None:
     """From outside, so between naming a piece of shared memory and unnaming it, too: nobody is to blame."""
     KILLED.add(worker.pid)
     worker.kill()
+
+
+def killed(worker: multiprocessing.Process) -> None:
+    """Kill, and wait for the end, which on a busy machine takes a while; it stays unreaped."""
+    kill(worker)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
 
 
 def shared_memory() -> set[str]:
@@ -81,11 +90,14 @@ def _serves(process: psutil.Process) -> bool:
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left():
-    before = shared_memory(), threading.active_count(), set(children())
+    if multiprocessing.active_children():  # of other tests, in garbage
+        gc.collect()
+        assert until(lambda: not multiprocessing.active_children())
+    before = shared_memory(), set(threading.enumerate()), set(children())
 
     def clean() -> bool:
         multiprocessing.active_children()  # reaps
-        now = shared_memory(), threading.active_count(), set(children())
+        now = shared_memory(), set(threading.enumerate()), set(children())
         return now[0] <= before[0] and now[1] <= before[1] and now[2] <= before[2]
 
     yield
@@ -214,7 +226,7 @@ def test_a_worker_that_dies_is_one_kind_of_error(kind, how, switch):
     begin = time.monotonic()
     with pytest.raises(WorkerDied) as raised:
         list(loader)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < SOON
     text = str(raised.value)
     assert {"SIGKILL": "SIGKILL", "exit 3": "exit code 3"}[kind] in text
     assert "pid " in text and "iter()" in text
@@ -252,7 +264,7 @@ def test_however_the_death_shows_the_type_is_the_same(turn, switch):
             time.sleep(0.001)
             return super().__getitem__(index)
 
-    loader = sifting(DataLoader(Slow(4000), 8, num_workers=2))
+    loader = sifting(DataLoader(Slow(400_000), 8, num_workers=2))  # for minutes
     iterator = iter(loader)
     next(iterator)
     victim = multiprocessing.active_children()[turn % 2]
@@ -279,7 +291,7 @@ def test_a_death_in_the_middle_of_a_step_waits_for_its_end(how, switch):
     iterator = iter(loader)
     next(iterator)
     next(iterator)
-    kill(multiprocessing.active_children()[0])
+    killed(multiprocessing.active_children()[0])
     end = time.monotonic() + 0.3
     while time.monotonic() < end:  # the loop's step
         sum(range(1000))
@@ -299,11 +311,13 @@ def test_a_death_is_told_at_once_though_the_timeout_is_long(switch):
     begin = time.monotonic()
     with pytest.raises(WorkerDied, match=f"pid {victim.pid}"):
         next(iterator)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < SOON
     timer.join()
 
 
-def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch):
+def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch, monkeypatch):
+    # Torch itself looks after five seconds.
+    monkeypatch.setattr(torchs._MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (99,))
     switch.unlink()
     loader = sifting(LOADERS["persistent"](Failing("never", switch)))
     list(loader)
@@ -315,7 +329,7 @@ def test_persistent_workers_that_died_between_epochs_are_told_at_the_next(switch
         begin = time.monotonic()
         with pytest.raises(WorkerDied, match=f"pid {victim.pid}"):
             next(iter(loader))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < SOON
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert sorted(row for batch in loader for row in ids(batch)) == list(range(100))
@@ -344,8 +358,9 @@ def test_a_resumed_run_with_persistent_workers_fails_and_begins_again_too(kind, 
     assert_it_works_again(loader, switch)
 
 
-def test_persistent_workers_end_at_once_with_their_loader():
+def test_persistent_workers_end_at_once_with_their_loader(monkeypatch):
     """A cycle holds our loader: its queues close before torch would say through them that it is over."""
+    monkeypatch.setattr(torchs._utils, "MP_STATUS_CHECK_INTERVAL", 99)  # it waits so long for each
     loader = SiftingDataLoader(
         Rows(40),
         8,
@@ -361,7 +376,7 @@ def test_persistent_workers_end_at_once_with_their_loader():
     del loader
     gc.collect()
     assert not multiprocessing.active_children()
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < SOON
 
 
 def test_the_death_of_another_loaders_worker_is_torchs_to_tell():
@@ -373,7 +388,7 @@ def test_the_death_of_another_loaders_worker_is_torchs_to_tell():
     (victim,) = {*multiprocessing.active_children()} - known
     with pytest.raises(RuntimeError, match=f"pid {victim.pid}") as raised:
         kill(victim)
-        time.sleep(5)  # torch raises in here
+        time.sleep(60)  # torch raises in here
     assert not isinstance(raised.value, WorkerDied)
     next(ours)
     ours.close()
@@ -388,7 +403,7 @@ def test_two_loaders_at_once_each_tell_of_their_own(switch):
     next(two)
     assert len(workers_of_one) == 2
     victim = next(iter(workers_of_one))
-    kill(victim)
+    killed(victim)
     time.sleep(0.2)
     told = []
     for iterator in (one, two):
@@ -430,7 +445,7 @@ def test_an_exception_of_the_data_keeps_its_type_and_the_traceback_of_the_worker
         {"ValueError": ValueError, "KeyError": KeyError}.get(kind, OSError)
     ) as raised:
         list(loader)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < SOON
     assert type(raised.value).__name__ == kind
     assert "in fail" in str(raised.value) and "worker process" in str(raised.value)
     if how in ("torch", "iterable", "stateful"):
@@ -464,11 +479,12 @@ def test_a_broken_shard_read_by_a_worker_knows_its_place(switch):
 )
 @pytest.mark.usefixtures("hasty")
 def test_a_worker_that_hangs_is_told_with_stacks_and_states(how, switch):
-    loader = sifting(LOADERS[how](Failing("hang", switch), timeout=1))
+    inner = LOADERS[how](Failing("hang", switch), timeout=1)
+    loader = sifting(inner)
     begin = time.monotonic()
     with pytest.raises(Stalled) as raised:
         list(loader)
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < SOON
     text = str(raised.value)
     assert "timed out after 1 seconds" in text
     assert "MainThread" in text and "test_a_worker_that_hangs" in text
@@ -479,6 +495,7 @@ def test_a_worker_that_hangs_is_told_with_stacks_and_states(how, switch):
         assert not multiprocessing.active_children()
     del raised
     if how != "around":
+        inner.timeout = 100  # what is only slow may take its time
         assert_it_works_again(loader, switch)
 
 
@@ -499,13 +516,13 @@ def test_shards_honour_the_timeout_whatever_the_workers(workers):
     Stuck.free.clear()
     shards = Stuck(DEMO)
     loader = SiftingDataLoader(
-        shards, 8, model=classifier(), keep=1.0, timeout=0.3, num_workers=workers
+        shards, 8, model=classifier(), keep=1.0, timeout=1.5, num_workers=workers
     )
     begin, seen = time.monotonic(), 0
     with pytest.raises(Stalled) as raised:
         for _ in loader:
             seen += 1
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     assert seen == 3
     assert "read_batches" in str(raised.value) and "MainThread" in str(raised.value)
     state = loader.state_dict()
@@ -517,9 +534,15 @@ def test_shards_honour_the_timeout_whatever_the_workers(workers):
 
 
 def test_shards_without_a_timeout_warn_after_a_while(monkeypatch):
-    monkeypatch.setattr(ahead, "PATIENCE", 0.1)
+    def told() -> str:
+        text = stacks()
+        Stuck.free.set()
+        return text
+
+    stacks = ahead.stacks
+    monkeypatch.setattr(ahead, "PATIENCE", 0.5)
+    monkeypatch.setattr(ahead, "stacks", told)
     Stuck.free.clear()
-    threading.Timer(0.4, Stuck.free.set).start()
     with pytest.warns(UserWarning, match=r"(?s)nothing came.*read_batches") as caught:
         total = sum(
             len(batch["labels"])
@@ -551,7 +574,7 @@ def test_a_loop_that_fails_leaves_no_thread_process_or_hook(source, mode):
         loader = SiftingDataLoader(
             Rows(), 8, num_workers=2, model=model, **options | {"score_fn": planted}
         )
-    threads = threading.active_count()
+    threads = set(threading.enumerate())
 
     def train():
         for number, _ in enumerate(loader):
@@ -562,7 +585,7 @@ def test_a_loop_that_fails_leaves_no_thread_process_or_hook(source, mode):
         train()
     del raised
     gc.collect()
-    assert until(lambda: threading.active_count() == threads)  # each ends with what it is at
+    assert until(lambda: threads >= {*threading.enumerate()})  # each ends with what it is at
     assert not multiprocessing.active_children()
     for module in model.modules():
         assert not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
@@ -623,7 +646,7 @@ if __name__ == "__main__":
             seen.append(batch["id"].tolist())
             if step == 5:
                 print("now", flush=True)
-            time.sleep(0.01)
+            time.sleep(0.01 if step < 15 else 1)  # it must not be over before the signal comes
     finally:
         with open(out, "w") as file:
             json.dump({"seen": seen, "state": loader.state_dict()}, file)
@@ -657,8 +680,8 @@ def test_ctrl_c_ends_training_at_once_with_a_state_that_resumes(source, scoring,
         assert len(workers) == (2 if source == "workers" else 0)
         begin = time.monotonic()
         (os.killpg if group else os.kill)(run.pid, signal.SIGINT)
-        _, errors = run.communicate(timeout=20)
-        assert time.monotonic() - begin < 5
+        _, errors = run.communicate(timeout=100)
+        assert time.monotonic() - begin < SOON
     assert run.returncode == -signal.SIGINT
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert "Exception ignored" not in errors
@@ -763,7 +786,7 @@ from siftloader import SiftingDataLoader
 from torch.utils.data import DataLoader
 
 data = [torch.zeros(1 << 19) for _ in range(16)]
-inner = DataLoader(data, 4, num_workers=2, timeout=10)
+inner = DataLoader(data, 4, num_workers=2, timeout=50)
 try:
     list(SiftingDataLoader.wrap(inner, model=torch.nn.Linear(2, 2), keep=1.0, exit_layer="full"))
 except RuntimeError as error:

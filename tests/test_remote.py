@@ -34,7 +34,7 @@ def web(folder) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SIFTLOADER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(Patience.__init__, "__defaults__", (3, 0.02, 0.1, 5.0, 1))
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (3, 0.02, 0.1, 60.0, 1))  # no stall
     return tmp_path / "cache"
 
 
