@@ -12,13 +12,15 @@ Letters: M positions, H hidden size, V vocabulary (or classes), S tiles of it.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from siftloader.errors import ScoringError
 
@@ -28,6 +30,9 @@ from siftloader.errors import ScoringError
 TILE_OF_A_THREAD, TILE_OF_A_DEVICE = 1 << 18, 1 << 24
 ROWS_OF_A_HOST, ROWS_OF_A_DEVICE = 512, 4096  # of a tile
 ROWS_AT_ONCE = 8192  # that share one cast of the weight, and whose tiles are put together
+CAST_BYTES = (
+    64 << 20
+)  # of a weight at a time, where it is of another precision than a kernel needs
 FEWEST_CLASSES = 512  # of a tile: below, products are too thin
 
 
@@ -145,6 +150,9 @@ def _all_tiles(
     hidden: Tensor, labels: Tensor, head: LinearHead
 ) -> Iterator[tuple[Tensor, Tensor]]:
     # What the tiles of some rows leave, [4, S, m], and their labels, [m].
+    if kernel := _kernel(hidden):
+        yield _tiles_by(kernel, hidden, labels, head), labels
+        return
     on_host = hidden.device.type == "cpu"
     tile = TILE_OF_A_THREAD * torch.get_num_threads() if on_host else TILE_OF_A_DEVICE
     rows = max(1, min(len(hidden), ROWS_OF_A_HOST if on_host else ROWS_OF_A_DEVICE))
@@ -163,6 +171,52 @@ def _tiles(hidden: Tensor, labels: Tensor, head: LinearHead, rows: int, classes:
         pieces = zip(torch.split(hidden, rows), torch.split(labels - first, rows), strict=True)
         columns.append(torch.cat([_left(part.logits(some), place) for some, place in pieces], 1))
     return torch.stack(columns, 1)
+
+
+def _kernel(hidden: Tensor) -> Callable[..., Tensor] | None:
+    # Subclasses (of tests, of compilers that trace) are not what a kernel could read.
+    plain = type(hidden) in (Tensor, nn.Parameter) and hidden.device.type == "cuda"
+    if not plain or not len(hidden) or hidden.dtype == torch.float64:
+        return None
+    return _tried(hidden.device, hidden.dtype)
+
+
+@functools.cache
+def _tried(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    # The kernel, where there is Triton and it runs: it wants a compiler of C, and a GPU that it knows.
+    try:
+        from siftloader.kernels import tiles
+    except ImportError:
+        return None
+    try:
+        # AMD's processors have less memory of their own, older ones of NVIDIA no bfloat16; never tried there.
+        if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+            return None
+        few = torch.zeros(16, 16, device=device, dtype=dtype)
+        tiles(few, few.new_zeros(16, dtype=torch.long), few)
+    except Exception as error:
+        warnings.warn(
+            f"Triton does not run here ({type(error).__name__}: {error}), so the head's loss and entropy "
+            f"are computed by torch: right, but slower",
+            stacklevel=2,
+        )
+        return None
+    return tiles
+
+
+def _tiles_by(
+    kernel: Callable[..., Tensor], hidden: Tensor, labels: Tensor, head: LinearHead
+) -> Tensor:
+    # [4, S, M], as `_tiles`, in one go: with a copy of some of the weight where it must be cast.
+    classes = len(head.weight)
+    if head.weight.dtype != hidden.dtype:
+        classes = max(1, CAST_BYTES // (hidden.shape[1] * hidden.element_size()))
+    found = []
+    for first in range(0, len(head.weight), classes):
+        part = head.part(first, first + classes, hidden.dtype)
+        of = part.weight, part.bias, part.scale, part.softcap
+        found.append(kernel(hidden, labels - first, *of))
+    return torch.cat(found, 1)
 
 
 def _left(logits: Tensor, place: Tensor) -> Tensor:

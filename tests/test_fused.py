@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -96,8 +97,10 @@ def floor(hidden: Tensor, head: LinearHead) -> float:
     return 4 * torch.finfo(torch.float32).eps * max(largest, math.log(len(head.weight)))
 
 
-def check_no_worse(hidden: Tensor, labels: Tensor, head: LinearHead) -> None:
-    found = loss_and_entropy(hidden, labels, head)
+def check_no_worse(
+    hidden: Tensor, labels: Tensor, head: LinearHead, by: Callable[..., Any] = loss_and_entropy
+) -> None:
+    found = by(hidden, labels, head)
     best, usual = reference(hidden, labels, head), eager(hidden, labels, head)
     allowed = floor(hidden, head)
     for name, ours, theirs, right in zip(("loss", "entropy"), found, usual, best, strict=True):
