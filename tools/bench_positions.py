@@ -378,7 +378,9 @@ def panel(axes: Any, moment: dict[str, Any]) -> None:
     for (layer, controlled), every in series.items():
         color = COLORS[places[layer], controlled]
         label = f"j = {layer}, {'with' if controlled else 'without'} control variate"
-        strides = sorted((r for r in every if not r.way.startswith("First")), key=lambda r: r.cost)
+        strides = sorted(
+            (r for r in every if not r.way.startswith("First")), key=lambda r: r.floor
+        )
         axes.plot(
             [100 * row.cost for row in strides],
             [100 * row.overlap for row in strides],
@@ -414,7 +416,7 @@ def panel(axes: Any, moment: dict[str, Any]) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     axes.xaxis.set_minor_formatter(
-        lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+        lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else ""
     )
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
     axes.set_xlabel("cost of scoring, share of a plain step")

@@ -249,9 +249,8 @@ def known_options() -> set[str]:
     return {*inspect.signature(SiftingDataLoader.__init__).parameters}
 
 
-def hidden_of(model: nn.Module, family: str, batch: Batch, layer: int) -> Tensor:
+def hidden_of(model: nn.Module, family: str, inputs: Batch, layer: int) -> Tensor:
     """[P, T, H], what the head would see after ``layer`` layers, from a run of the whole model."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
     found: Any = model(**inputs, output_hidden_states=True)
     hidden: Tensor = found.hidden_states[layer]
     if layer == len(found.hidden_states) - 1 or family == "bert":
@@ -262,23 +261,25 @@ def hidden_of(model: nn.Module, family: str, batch: Batch, layer: int) -> Tensor
 
 
 def naive(
-    model: nn.Module, shape: Shape, batch: Batch, layer: int, criterion: str, depth: str
+    model: nn.Module, shape: Shape, batch: Batch, criterion: str, layer: int | EarlyExit | None
 ) -> Tensor:
-    """Scores [P] as one would write them first; ``depth`` says how much of the model runs."""
+    """Scores [P] as one would write them first, the whole model run: from hidden state j, or at full depth.
+
+    Of an early exit in place of j nothing more than its layers is run, and the head everywhere.
+    """
     body: Any = model
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    was = model.training
     with torch.no_grad():
-        if depth == "cut":
-            logits = EarlyExit(model, layer).logits(batch)
+        if isinstance(layer, EarlyExit):
+            return score(layer.logits(batch), batch["labels"], shape, criterion)
+        model.eval()
+        if layer is None:
+            logits = body(**inputs).logits
         else:
-            was = model.training
-            model.eval()
-            if depth == "naive":
-                hidden = hidden_of(model, shape.family, batch, layer)
-                logits = body.cls(hidden) if shape.family == "bert" else body.lm_head(hidden)
-            else:
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                logits = body(**inputs).logits
-            model.train(was)
+            hidden = hidden_of(model, shape.family, inputs, layer)
+            logits = body.cls(hidden) if shape.family == "bert" else body.lm_head(hidden)
+        model.train(was)
         return score(logits, batch["labels"], shape, criterion)
 
 
@@ -310,9 +311,10 @@ def check_equal(
     for layer in layers:
         with autocast(device, dtype):
             ours = Sifter(model, exit_layer=layer, criterion=criterion).score(batch)
-            for depth in ("cut", "naive") + (("full",) if layer == shape.layers else ()):
-                theirs = naive(model, shape, on_device, layer, criterion, depth)
-                assert torch.allclose(ours, theirs, atol=limit), (depth, layer, ours, theirs)
+            full = [None] if layer == shape.layers else []
+            for other in [EarlyExit(model, layer), layer, *full]:
+                theirs = naive(model, shape, on_device, criterion, other)
+                assert torch.allclose(ours, theirs, atol=limit), (layer, other, ours, theirs)
 
 
 # ---- measuring
@@ -382,11 +384,11 @@ class Bench:
         sifter = Sifter(self.model, exit_layer=way.layer, autocast=precision, **given)
         return lambda: sifter.score(self.candidates)
 
-    def rival(self, layer: int, depth: str) -> Callable[[], object]:
+    def rival(self, layer: int | EarlyExit | None) -> Callable[[], object]:
         def task() -> None:
             moved = {name: value.to(self.device) for name, value in self.candidates.items()}
             with autocast(self.device, self.dtype):
-                naive(self.model, self.shape, moved, layer, self.options.criterion, depth)
+                naive(self.model, self.shape, moved, self.options.criterion, layer)
 
         return task
 
@@ -418,11 +420,11 @@ class Bench:
 
     def at_rest(self) -> float:
         """Bytes that are in use between two loops."""
+        if self.device.type != "cuda":
+            return resident("VmRSS")
         gc.collect()
         self.wait()
-        if self.device.type == "cuda":
-            return float(torch.cuda.memory_allocated())
-        return resident("VmRSS")
+        return float(torch.cuda.memory_allocated())
 
     def first_window(self, batches: Iterable[Batch]) -> tuple[float, float | None]:
         """Bytes at the peak of a loop that is under way, and how often the host waits for a step."""
@@ -484,12 +486,17 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
             loops.append((row, loader))
             if way.scores and not {"overlap", "scorer_device"} & {*way.options}:
                 alone.append((row, bench.sifter(way)))
-    rivals = [("j layers, head everywhere", "cut"), ("naive", "naive")]
     for layer in layers:
-        for said, depth in rivals + ([("full depth", "full")] if layer == shape.layers else []):
+        rivals: dict[str, Any] = {
+            "j layers, head everywhere": EarlyExit(bench.model, layer),
+            "naive": layer,
+        }
+        if layer == shape.layers:
+            rivals["full depth"] = None
+        for said, how in rivals.items():
             row = Row(said, layer, floor(shape, layer, options.keep))
             rows.append(row)
-            alone.append((row, bench.rival(layer, depth)))
+            alone.append((row, bench.rival(how)))
     for row, task in alone:
         with telling(row):
             task()  # first calls look at what they get
