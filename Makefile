@@ -14,7 +14,7 @@ BERT := --tokenizer shards/demo/tokenizer.json --objective mlm --seq-len 128 --v
 TEXTS := gpt gpt-repeated-0.5 gpt-repeated-0.25 gpt-repeated-0.1
 SHOW := --tokenizer shards/demo/bpe-2048.json
 
-.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms
+.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms gpu-bench gpu-compare
 
 setup: $(READY)
 
@@ -46,13 +46,28 @@ compare-full: $(READY) $(foreach s,bert $(TEXTS),shards/built/$(s)/manifest.json
 	$(RUN) tools/compare.py --subject bert --shards shards/built/bert --suite masked --out runs/full/bert --seeds 12
 	$(RUN) -m siftloader.cli report runs/full
 
-# For a machine with a GPU: as many runs of a minute as fit into MINUTES each, added to those in tools/results.
-# Nothing is installed there: make gpu-arms RUN=python3 TEXT=corpus.txt.xz GPU_OUT=somewhere
+# For a machine with a GPU, where nothing is installed: make gpu-arms RUN=python3 TEXT=corpus.txt.xz GPU_OUT=somewhere
+# Its two halves can be called alone, of ten minutes each.
 MINUTES ?= 4
+BENCH_MINUTES ?= 5
 GPU_OUT ?= runs/gpu
 gpu-arms:
+	failed=0; $(MAKE) gpu-bench || failed=1; $(MAKE) gpu-compare || failed=1; exit $$failed
+
+# What scoring costs, the head alone, and the tests that need a GPU: what fails keeps none of the others from running.
+gpu-bench:
+	mkdir -p $(GPU_OUT)
+	failed=0; \
+	$(RUN) tools/bench_scoring.py --minutes $(BENCH_MINUTES) --out $(GPU_OUT)/scoring || failed=1; \
+	$(RUN) tools/bench_head.py > $(GPU_OUT)/bench_head.txt 2>&1 || failed=1; cat $(GPU_OUT)/bench_head.txt; \
+	$(RUN) -m pytest -q -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py) > $(GPU_OUT)/tests.txt 2>&1 || failed=1; \
+	tail -n 40 $(GPU_OUT)/tests.txt; exit $$failed
+
+# As many runs of a minute as fit into MINUTES each, added to those in tools/results; first what some positions cost.
+gpu-compare:
 	$(RUN) tools/make_shards.py $(TEXT) --out shards/built/gpu-bert $(BERT)
 	$(RUN) tools/make_shards.py $(TEXT) --out shards/built/gpu-gpt $(GPT)
+	$(RUN) tools/bench_positions.py --shards shards/built/gpu-gpt --preset small --batch-size 64 --out $(GPU_OUT)/positions
 	mkdir -p $(GPU_OUT)/bert $(GPU_OUT)/gpt
 	@# Where a plan went on here, older results must not take its place.
 	for s in bert gpt; do test -e $(GPU_OUT)/$$s/plan.json || ! test -d tools/results/gpu-$$s || \
@@ -100,7 +115,8 @@ bench: $(READY)
 	$(BIN)/python tools/shuffle_quality.py
 	$(BIN)/python tools/simulate_scale.py
 	$(BIN)/python tools/fuzz_shards.py
-	$(BIN)/python tools/bench_scoring.py
+	$(BIN)/python tools/bench_scoring.py --minutes 4
+	$(BIN)/python tools/bench_head.py
 	$(BIN)/python tools/bench_positions.py
 	$(BIN)/python tools/bench_exits.py
 	$(BIN)/python tools/bench_ranks.py

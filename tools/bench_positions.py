@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # siftloader may not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 import pretrain_bert

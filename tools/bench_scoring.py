@@ -33,6 +33,7 @@ import gc
 import inspect
 import json
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -46,6 +47,9 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # siftloader may not be installed
 
 import siftloader
 from siftloader import EarlyExit, Sifter, SiftingDataLoader, Stride
