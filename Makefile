@@ -60,7 +60,7 @@ gpu-bench:
 	failed=0; \
 	$(RUN) tools/bench_scoring.py --minutes $(BENCH_MINUTES) --out $(GPU_OUT)/scoring || failed=1; \
 	$(RUN) tools/bench_head.py > $(GPU_OUT)/bench_head.txt 2>&1 || failed=1; cat $(GPU_OUT)/bench_head.txt; \
-	$(RUN) -m pytest -q -m gpu $$(grep -l 'mark\.gpu' tests/test_*.py) > $(GPU_OUT)/tests.txt 2>&1 || failed=1; \
+	$(RUN) -m pytest -q -m gpu $$(grep -ls 'mark\.gpu' tests/test_*.py) > $(GPU_OUT)/tests.txt 2>&1 || failed=1; \
 	tail -n 40 $(GPU_OUT)/tests.txt; exit $$failed
 
 # As many runs of a minute as fit into MINUTES each, added to those in tools/results; first what some positions cost.
