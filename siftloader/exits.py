@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +26,33 @@ from torch import Tensor, nn
 from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.compiled import check_mode
 from siftloader.errors import ScoringError
+from siftloader.fused import LinearHead, loss_and_entropy
 from siftloader.labels import arguments, with_labels
 from siftloader.sharded import gathered, is_fsdp1, within
 from siftloader.stack import exit_at, unwrap
 from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
-from siftloader.twin import Twin, check_shape, rows_at_a_time
+from siftloader.twin import Twin, Undeferred, check_shape, rows_at_a_time
 
 
 # Fields that change predictions, also where a forward takes them as **kwargs.
 HANDED_ON = ("attention_mask", "token_type_ids", "position_ids")
+
+
+# Positions at which a head's own loss and entropy are compared with those of the model's logits.
+COMPARED = 256
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label], [m], nats."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def token_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-sum p log p of softmax(logits), [m], nats."""
+    log_p = logits.log_softmax(-1)
+    # 0 * -inf is NaN: a class ruled out by the model contributes nothing.
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 class Task(NamedTuple):
@@ -72,6 +90,8 @@ class EarlyExit:
         self.layer, self.layers = self._exit.layer, self._exit.layers
         self._twin: Twin | None = None
         self._capture: bool | None = None  # whether the head at M positions was seen to be right
+        self._defers = True  # until its logits are seen to be no linear head's
+        self._compared: dict[tuple[Any, ...], bool] = {}  # by kind of head: are its values right?
         self._held = False
 
     def is_of(self, model: nn.Module) -> bool:
@@ -137,16 +157,110 @@ class EarlyExit:
         """
         twin = self._live_twin()
         args, kwargs = model_inputs(self._root, batch)
+        count = len(targets.positions)
+        if self._captures(twin, args, kwargs, targets) and twin.in_one_go(count):
+            places = targets.samples * targets.length
+            yield from twin.head_chunks(args, kwargs, targets.positions, places)
+        else:
+            yield from self._row_chunks(batch, targets)
+
+    def values_at(
+        self,
+        batch: Batch,
+        targets: Targets,
+        values: Iterable[Callable[[Tensor, Tensor], Tensor]],
+    ) -> dict[Any, Tensor] | None:
+        """``token_loss`` and ``token_entropy`` at the targets in one pass, [M] each, without any logits.
+
+        early.values_at(batch, targets, [token_loss])[token_loss]
+
+        None where only logits will do: other ``values``, soft labels, hooks that would see them, a head that
+        is not a linear one followed by scales, a bias, a soft-cap or a cut-off of padding. What it is made
+        of is read from every run. How it is computed is compared, at first use and again for another
+        precision or size, with the model's own logits on up to two rows, with a warning where they differ.
+        Memory: the head's inputs at the targets, M x H of its precision (again as much where autocast
+        casts them), beside what ``loss_and_entropy`` takes. Call it under ``torch.no_grad()``.
+        """
+        wanted = tuple(values)
+        soft = targets.labels.is_floating_point()
+        if soft or not {token_loss, token_entropy}.issuperset(wanted):
+            return None
+        twin = self._live_twin()  # it may be a new one, of which nothing is known
+        if not self._defers:
+            return None
+        with twin.opened():
+            return self._values_at(twin, batch, targets, wanted)
+
+    def _values_at(
+        self, twin: Twin, batch: Batch, targets: Targets, wanted: tuple[Any, ...]
+    ) -> dict[Any, Tensor] | None:
+        args, kwargs = model_inputs(self._root, batch)
+        if not self._captures(twin, args, kwargs, targets):
+            return None
+        try:
+            places = targets.samples * targets.length
+            hidden, head = twin.deferred(args, kwargs, targets.positions, places)
+            kind = _kind(hidden, head)
+            right = self._compared.get(kind)
+            if right is None and (right := self._compare(twin, batch, targets)) is not None:
+                self._compared[kind] = right
+        except Undeferred:
+            self._defers = False
+            return None
+        if not right:
+            return None
+        loss, entropy = _values_of(hidden, targets.labels, head)
+        if targets.real is not None:  # wrong labels among them, too
+            entropy = entropy.masked_fill(targets.labels < 0, torch.nan)
+        found = {token_loss: loss, token_entropy: entropy}
+        return {value: found[value] for value in wanted}
+
+    def _compare(self, twin: Twin, batch: Batch, targets: Targets) -> bool | None:
+        # None where these rows cannot tell. A head is not of one kind with another precision.
+        few = min(2, targets.samples)
+        args, kwargs = model_inputs(self._root, cut(batch, 0, few))
+        part = targets.part(0, few)
+        positions, labels = part.positions[:COMPARED], part.labels[:COMPARED].clamp_min(0)
+        if not len(positions):  # the first rows have no label: any will do
+            positions = torch.arange(min(8, part.length), device=part.labels.device)
+            labels = torch.zeros_like(positions)
+        places = few * part.length
+        with twin.eagerly():
+            logits = torch.cat(list(twin.head_chunks(args, kwargs, positions, places)))
+        if logits.shape[-1] < 2:
+            return False  # no cross-entropy, which is for the caller to say
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        expected = torch.stack((token_loss(wide, labels), token_entropy(wide, labels)))
+        if not bool(expected.isfinite().any()):
+            return None
+        with twin.eagerly():
+            hidden, head = twin.deferred(args, kwargs, positions, places)
+        found = torch.stack(_values_of(hidden, labels, head))
+        # Both are roundings of the truth, and logits are rounded in proportion to their size.
+        largest = wide.masked_fill(wide.isinf(), 0).abs().amax(1)
+        precision = max(torch.finfo(each.dtype).eps for each in (hidden, logits))
+        allowed = min(precision**0.5, 4 * precision if precision > 1e-6 else 1) * (1 + largest)
+        apart = torch.where(expected == found, 0, (expected - found).abs())  # infinite ones alike
+        if bool((apart <= allowed).all()):
+            return True
+        warnings.warn(
+            f"loss and entropy as they come from the head's inputs differ from those of the logits of "
+            f"{type(self._root).__name__} by up to {float(apart.max()):.2g} nats on the first rows, so the "
+            f"logits are made: right, but slower, and in chunks of 256 MiB",
+            stacklevel=2,
+        )
+        return False
+
+    def _captures(
+        self, twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any], targets: Targets
+    ) -> bool:
         if self._capture is None:
             self._capture = twin.captures_at(
                 args, kwargs, targets.positions, targets.starts, targets.length
             )
         if self._capture is False:
             twin.tell_not_compiled()
-        if self._capture:
-            yield from twin.head_chunks(args, kwargs, targets.positions)
-        else:
-            yield from self._row_chunks(batch, targets)
+        return bool(self._capture)
 
     def classes(self, batch: Batch, length: int) -> int:
         """V, seen on two samples; ScoringError where a label has no prediction without the labels.
@@ -232,9 +346,24 @@ class EarlyExit:
         if self._twin is None or not self._twin.is_of(self._root):
             self._twin = None  # two copies need not fit side by side
             self._twin = Twin(self._root, self._exit, self._compile, self._device)
-            self._capture = None
+            self._capture, self._defers, self._compared = None, True, {}
         self._twin.refresh()
         return self._twin
+
+
+def _kind(hidden: Tensor, head: LinearHead) -> tuple[Any, ...]:
+    # What decides how a head is computed; its weights and numbers change with every step.
+    weight, bias = head.weight, head.bias
+    kinds = [(each.dtype, each.device) for each in (hidden, weight, bias) if each is not None]
+    return head.softcap is None, weight.shape, *kinds
+
+
+def _values_of(hidden: Tensor, labels: Tensor, head: LinearHead) -> tuple[Tensor, Tensor]:
+    # The precision is that of `hidden`, as autocast wanted it where the model multiplied.
+    device = hidden.device.type
+    on = torch.is_autocast_enabled(device)
+    with torch.autocast(device, enabled=False) if on else nullcontext():
+        return loss_and_entropy(hidden, labels, head)
 
 
 def _heard_task(taps: list[Tap], own: Tensor) -> Task | None:

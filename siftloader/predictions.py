@@ -23,6 +23,8 @@ Reduction: TypeAlias = Literal["mean", "sum"]
 Value: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # Of a batch that begins with sample number `first` of the pool: logits at the targets, in chunks.
 Run: TypeAlias = Callable[[Batch, Targets, int], Iterator[Tensor]]
+# Values at the targets, [M] each, where they can be had without logits: of those that were asked for, or None.
+Quick: TypeAlias = Callable[[Batch, Targets, tuple[Value, ...]], Mapping[Value, Tensor] | None]
 
 
 @final
@@ -37,10 +39,11 @@ class Predictions:
         first: int = 0,
         known: Mapping[Value, Tensor] | None = None,
         learn: bool = True,
+        quick: Quick | None = None,
     ) -> None:
         self.pool = Pool() if pool is None else pool
         self.learn = learn  # whether criteria that learn from what they see should
-        self._targets, self._run, self._first = targets, run, first
+        self._targets, self._run, self._quick, self._first = targets, run, quick, first
         self._known: dict[Value, Tensor] = dict(known or {})  # [M] each
 
     @property
@@ -73,9 +76,15 @@ class Predictions:
         return self._known[value]
 
     def ahead(self, *values: Value) -> None:
-        """Find several values in one pass over the predictions; ``each`` then returns them at once."""
+        """Find several values in one pass over the predictions; ``each`` then returns them at once.
+
+        No logits are made where all of them can be had without.
+        """
         found: dict[Value, list[Tensor]] = {v: [] for v in values if v not in self._known}
-        if not found:  # a sum within a sum asks again
+        if found and self._quick is not None:
+            self._known |= self._quick(self.pool.batch, self._targets, tuple(found)) or {}
+            found = {v: parts for v, parts in found.items() if v not in self._known}
+        if not found:  # or a sum within a sum asks again
             return
         done = 0
         for logits in self._run(self.pool.batch, self._targets, self._first):
@@ -123,7 +132,8 @@ class Predictions:
         targets, pool = self._targets.part(first, last), self.pool.part(first, last)
         begin, end = self._targets.starts[first], self._targets.starts[last]
         known = {value: found[begin:end] for value, found in self._known.items()}
-        return Predictions(targets, self._run, pool, self._first + first, known, self.learn)
+        first += self._first
+        return Predictions(targets, self._run, pool, first, known, self.learn, self._quick)
 
     def _per_row(self, values: Tensor) -> Tensor:
         # Dense [P, T]: index_put without repeats is deterministic on a GPU, index_add is not.

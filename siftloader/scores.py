@@ -28,6 +28,7 @@ from torch import Tensor
 
 from siftloader.bigrams import Bigrams
 from siftloader.errors import ScoringError
+from siftloader.exits import token_entropy as token_entropy, token_loss as token_loss
 from siftloader.predictions import Predictions, Reduction, Value
 from siftloader.targets import Unigrams, to_device
 
@@ -116,18 +117,6 @@ class _PerPosition(Criterion):
 def _check(reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
-
-
-def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """-log softmax(logits)[label], [m], nats."""
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
-def token_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """-sum p log p of softmax(logits), [m], nats."""
-    log_p = logits.log_softmax(-1)
-    # 0 * -inf is NaN: a class ruled out by the model contributes nothing.
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 def token_margin(logits: Tensor, labels: Tensor) -> Tensor:

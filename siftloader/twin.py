@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 import random
 import threading
@@ -25,16 +26,21 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any, cast, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from siftloader.compiled import Compiled
 from siftloader.errors import ScoringError
+from siftloader.fused import LinearHead
 from siftloader.replica import Replica, check_copyable
 from siftloader.sharded import check_root, gathered, is_fsdp1, is_spread, rows_of, silence, whole
 from siftloader.stack import Exit, unwrap
@@ -109,9 +115,11 @@ class Twin:
         self._watched: set[tuple[Any, ...]] = set()  # the kinds of calls of which one was watched
         self._spoiled = False
         self._draws = False  # whether the forward was seen to draw random numbers
-        heads, trunks = _heads_and_trunks(root, list(where.cuts))
+        heads, trunks, self._guessed = _heads_and_trunks(root, list(where.cuts))
         self._vocabulary = _width(heads[-1]) if heads else 0
         self._heads = [_Gather(memo[id(module)]) for module in heads]
+        # Those that are handed the logits, or what holds them.
+        self._around = [memo[id(each)] for each in _ancestors(root, heads[-1])] if heads else []
         self._trunks = {path: _Replay(memo[id(module)]) for path, module in trunks.items()}
         self._compile = compile
         kept_layers = (memo[id(root.get_submodule(path))]._modules.values() for path in where.cuts)
@@ -367,13 +375,14 @@ class Twin:
         Compared once, on up to two rows, with the output of the untouched twin. None where these rows
         cannot tell.
         """
-        if not (self._trunks and self._heads):
+        if not self._heads:
             return False
         samples, few = len(starts) - 1, min(2, len(starts) - 1)
         args = tuple(_first_rows(value, samples, few) for value in args)
         kwargs = {name: _first_rows(value, samples, few) for name, value in kwargs.items()}
         whole = self.logits(args, kwargs)
-        if whole.ndim != 3:
+        flat = whole.ndim == 2 and length > 1 and len(whole) == few * length
+        if whole.ndim != 3 and not flat:
             return False
         check_shape(whole, few, length)
         wanted = positions[: starts[few]]
@@ -383,17 +392,23 @@ class Twin:
         if not bool(expected.isfinite().all()):
             return None
         while self._heads:
-            found = torch.cat(list(self.head_chunks(args, kwargs, wanted)))
+            found = torch.cat(list(self.head_chunks(args, kwargs, wanted, few * length)))
             if self._heads[0].fired and _agree(found, expected):
                 self._keep_outermost_trunk()
                 return True
             self._heads.pop(0).restore()
+        if self._guessed:
+            return False
         warnings.warn(
             "the model's head does not act on single positions (or is not called as a module), so "
             "scoring runs it on all of them: right, but slower",
             stacklevel=2,
         )
         return False
+
+    def in_one_go(self, count: int) -> bool:
+        """Whether ``head_chunks`` runs the layers once for ``count`` positions."""
+        return bool(self._trunks) or count <= rows_at_a_time(self._vocabulary)
 
     def _keep_outermost_trunk(self) -> None:
         # Some models reach past the outer modules (OPT calls `model.decoder`): those never fire. What
@@ -433,10 +448,11 @@ class Twin:
             part.compile(self._compile, self._unmoved, self._tensors)
 
     def head_chunks(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor, places: int
     ) -> Iterator[Tensor]:
-        """The first chunk runs trunk and head; the others only what comes after the trunk."""
+        """Logits at some of P * T ``places``: the first chunk runs trunk and head, the others only the head."""
         head, size = self._heads[0], rows_at_a_time(self._vocabulary)
+        head.places = places
         for trunk in self._trunks.values():
             trunk.forget()
         try:
@@ -450,6 +466,38 @@ class Twin:
             head.positions = None
             for trunk in self._trunks.values():
                 trunk.forget()
+
+    def deferred(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor, places: int
+    ) -> tuple[Tensor, LinearHead]:
+        """What the logits at ``positions`` are made of, [m, H] and a head, instead of the logits.
+
+        The output embedding is not multiplied with. What the model does with its logits afterwards is read
+        from this very run, so that it is that of the moment. Raises Undeferred where it is more than a
+        linear head can say, and where hooks would be handed logits that do not exist. The weights of the
+        head are those of the model, gathered: use it within ``opened()``.
+        """
+        if any(map(_is_heard, self._around)) or nn.modules.module._global_forward_hooks:
+            raise Undeferred("a hook is to see the logits")
+        head, output = self._heads[0], self._heads[-1]
+        head.positions, head.places, output.defers = positions, places, True
+        try:
+            logits = self.logits(args, kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # Whatever a forward says of logits that have no data; other faults of it show with real ones, too.
+            raise Undeferred(str(error)) from error
+        finally:
+            head.positions, output.defers = None, False
+            for trunk in self._trunks.values():
+                trunk.forget()
+        if not isinstance(logits, _Deferred):
+            raise Undeferred(f"{type(self._root).__name__} makes its logits in another way")
+        made = logits.made
+        if logits.shape[:-1].numel() != len(positions):
+            raise Undeferred(f"{tuple(logits.shape)} logits for {len(positions)} positions")
+        return made.hidden, made.head()
 
 
 @final
@@ -516,16 +564,229 @@ class _Overridden:
 
 
 class _Gather(_Overridden):
-    """Sees only the wanted positions: [P, T, H] in, [1, m, V] out."""
+    """Sees only the wanted positions: [P, T, H] in, [1, m, V] out; deferred logits if it ``defers``.
+
+    Or [P * T, H] in, [m, V] out, where the model has them in one row.
+    """
 
     positions: Tensor | None = None
+    places = 0  # P * T
+    defers = False
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if len(args) == 1 and not kwargs else None
-        if self.positions is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        if self.positions is not None and not kwargs and self._are_all(*args):
+            self.fired = True
+            rows = rows_of(args[0], self.positions)
+            args = (rows if args[0].ndim == 2 else rows[None],)
+        with _Deferring() if self.defers else nullcontext():
             return self._forward(*args, **kwargs)
-        self.fired = True
-        return self._forward(rows_of(hidden, self.positions)[None])
+
+    def _are_all(self, hidden: Any = None, *others: Any) -> bool:
+        known = isinstance(hidden, Tensor) and hidden.ndim in (2, 3) and not others
+        return known and hidden.shape[:-1].numel() == self.places
+
+
+class Undeferred(Exception):
+    """These logits must be made: they are not a linear head's, or something wants to look at them."""
+
+
+class _Deferring(TorchFunctionMode):
+    """What is multiplied with a weight by ``linear`` is not: it becomes deferred logits."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.linear:
+            return _deferred(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _deferred(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> _Deferred:  # noqa: A002
+    tensors = [input, weight] if bias is None else [input, weight, bias]
+    if not all(map(_is_plain, tensors)) or weight.ndim != 2 or input.ndim < 2:
+        kinds = ", ".join(f"{type(each).__name__} {each.dtype}" for each in tensors)
+        raise Undeferred(f"the head multiplies {kinds}")
+    # In the precision of now, which autocast decides; seen on nothing.
+    none = functional.linear(
+        input.reshape(-1, input.shape[-1])[:0], weight[:1], None if bias is None else bias[:1]
+    )
+    hidden = input.reshape(-1, input.shape[-1]).to(none.dtype)
+    shaped = none.new_empty((*input.shape[:-1], len(weight)), device="meta")
+    return _Deferred(_Made(hidden, weight, bias), shaped)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Logits as what they are made of: ``outer * act(inner * (hidden @ weight.T + bias)) + constant``.
+
+    ``act`` is tanh where they are capped, else nothing and ``outer`` 1. No softmax sees the constant.
+    """
+
+    hidden: Tensor  # [m, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None
+    inner: float = 1.0
+    outer: float = 1.0
+    capped: bool = False
+    moved: bool = False  # whether the constant is not 0
+
+    def head(self) -> LinearHead:
+        if not self.capped:
+            return LinearHead(self.weight, self.bias, self.inner)
+        # c tanh(i z) = c tanh((i c) z / c), whatever the signs.
+        return LinearHead(self.weight, self.bias, self.inner * self.outer, abs(self.outer))
+
+    def scaled(self, factor: float) -> _Made | None:
+        if not math.isfinite(factor) or factor == 0:
+            return None
+        if self.capped:
+            return replace(self, outer=self.outer * factor)
+        return replace(self, inner=self.inner * factor)
+
+    def bounded(self, factor: float) -> _Made | None:
+        # tanh, and 2 sigmoid(x) - 1 = tanh(x / 2)
+        if self.capped or self.moved:
+            return None
+        return replace(self, inner=self.inner * factor, outer=factor, capped=True)
+
+    def plus(self, other: Any, classes: int) -> _Made | None:
+        if _is_number(other):
+            return replace(self, moved=True)
+        if self.capped or not isinstance(other, Tensor) or not _is_plain(other):
+            return None
+        if other.shape[-1:] != (classes,) or other.numel() != classes:
+            return None
+        more = other.reshape(classes) / self.inner
+        return replace(self, bias=more if self.bias is None else self.bias + more)
+
+    def only(self, classes: range) -> _Made | None:
+        if classes.step != 1 or not len(classes):
+            return None
+        part = slice(classes.start, classes.stop)
+        bias = None if self.bias is None else self.bias[part]
+        return replace(self, weight=self.weight[part], bias=bias)
+
+
+_ATEN = torch.ops.aten
+# Another shape or precision, the same logits in the same order while the last dimension stays.
+_SAME = {
+    _ATEN._to_copy.default,
+    _ATEN._unsafe_view.default,
+    _ATEN.alias.default,
+    _ATEN.clone.default,
+    _ATEN.detach.default,
+    _ATEN.squeeze.default,
+    _ATEN.squeeze.dim,
+    _ATEN.unsqueeze.default,
+    _ATEN.view.default,
+}
+# What asks logits for no more than their precision and device.
+_WITHOUT_DATA = {
+    _ATEN.new_empty.default,
+    _ATEN.new_full.default,
+    _ATEN.new_ones.default,
+    _ATEN.new_zeros.default,
+}
+
+
+@final
+class _Deferred(Tensor):
+    """Logits that were not made: their shape, dtype and device, and what they are made of.
+
+    It has no data. What makes other logits of it that a linear head has, too, gives another of its kind;
+    whatever else is done with it raises Undeferred.
+    """
+
+    made: _Made
+    _shaped: Tensor  # on no device
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, made: _Made, shaped: Tensor) -> _Deferred:
+        found: _Deferred = Tensor._make_wrapper_subclass(
+            cls,
+            shaped.shape,
+            strides=shaped.stride(),
+            dtype=shaped.dtype,
+            device=made.hidden.device,
+        )
+        found.made, found._shaped = made, shaped
+        return found
+
+    def __init__(self, made: _Made, shaped: Tensor) -> None:
+        pass
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        logits = args[0]
+        if not isinstance(logits, cls) or any(isinstance(each, cls) for each in args[1:]):
+            raise Undeferred(str(func))
+        if kwargs.get("device") not in (None, logits.device):
+            raise Undeferred(f"{func} to another device")
+        if func in _WITHOUT_DATA:
+            hidden = logits.made.hidden
+            return func(hidden, *args[1:], **{"dtype": logits.dtype, **kwargs})
+        kwargs.pop("device", None)
+        made = _after(func, logits, args[1:], kwargs)
+        if made is None:
+            raise Undeferred(str(func))
+        shaped = func(logits._shaped, *map(_shape_of, args[1:]), **kwargs)
+        if shaped.shape[-1:] != (len(made.weight),) or not shaped.is_floating_point():
+            raise Undeferred(f"{func} to {tuple(shaped.shape)} {shaped.dtype}")
+        return cls(made, shaped)
+
+
+def _after(func: Any, logits: _Deferred, others: Any, kwargs: dict[str, Any]) -> _Made | None:
+    made, kind = logits.made, func.overloadpacket
+    if func in _SAME:
+        return made
+    if func == _ATEN.slice.Tensor:
+        dimension = others[0] if others else 0
+        size = logits.shape[dimension]
+        kept = range(size)[slice(*(*others[1:], *[None] * 3)[:3])]
+        if dimension in (-1, logits.ndim - 1):
+            return made.only(kept)
+        return made if kept == range(size) else None
+    if kwargs or func in (_ATEN.div.Tensor_mode, _ATEN.div.Scalar_mode):
+        return None  # rounded, or with an alpha
+    if kind in (_ATEN.mul, _ATEN.div) and _is_number(others[0]):
+        number = float(others[0])
+        return made.scaled(number if kind is _ATEN.mul else 1 / number if number else 0)
+    if func == _ATEN.tanh.default:
+        return made.bounded(1.0)
+    if func == _ATEN.sigmoid.default:
+        return made.bounded(0.5)
+    if func == _ATEN.add.Tensor:
+        return made.plus(others[0], logits.shape[-1])
+    return None
+
+
+def _shape_of(value: Any) -> Any:
+    return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # Not one that is spread over ranks, or quantised: those know another product.
+    plain = type(tensor) in (Tensor, nn.Parameter) or isinstance(tensor, FakeTensor)
+    return plain and tensor.is_floating_point() and tensor.layout == torch.strided
+
+
+def _is_heard(shell: nn.Module) -> bool:
+    hooks = [*shell._forward_hooks.values()]
+    # FSDP's cast, which stands in the place of its hook, is no listener.
+    own = silence.__module__
+    return any(getattr(getattr(each, "func", None), "__module__", "") != own for each in hooks)
 
 
 class _Quick(_Overridden):
@@ -594,13 +855,22 @@ def _width(head: nn.Module) -> int:
 
 def _heads_and_trunks(
     root: nn.Module, stacks: list[str]
-) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+) -> tuple[list[nn.Module], dict[str, nn.Module], bool]:
     # The modules around the output embedding that hold no layers, outermost first, and beside them the
     # modules that hold the layers: BERT's `cls`, `cls.predictions`, its decoder; `bert`, `bert.encoder`.
+    # And whether the model does not say which it is, so that it is the widest matrix outside of the stacks.
     output = getattr(root, "get_output_embeddings", lambda: None)()
     names = {id(module): name for name, module in root.named_modules()}
+    if guessed := output is None:
+        linear = [
+            each
+            for name, each in root.named_modules()
+            if isinstance(each, nn.Linear)
+            and not any(f"{name}.".startswith(f"{stack}.") for stack in stacks)
+        ]
+        output = max(reversed(linear), key=_width, default=None)
     if not stacks or not isinstance(getattr(output, "weight", None), Tensor):
-        return [], {}
+        return [], {}, guessed
     head = names[id(output)].split(".")
     ways = [stack.split(".") for stack in stacks]
     common = [
@@ -608,11 +878,18 @@ def _heads_and_trunks(
         for way in ways
     ]
     if None in common:
-        return [], {}
+        return [], {}, guessed
     first = max(cast(list[int], common))
     heads = [root.get_submodule(".".join(head[:n])) for n in range(first + 1, len(head) + 1)]
     paths = [".".join(way[:n]) for way in ways for n in range(first + 1, len(way))]
-    return heads, {path: root.get_submodule(path) for path in sorted({*paths}, key=len)}
+    trunks = {path: root.get_submodule(path) for path in sorted({*paths}, key=len)}
+    return heads, trunks, guessed
+
+
+def _ancestors(root: nn.Module, module: nn.Module) -> list[nn.Module]:
+    # Of the module, and itself.
+    path = next(name for name, each in root.named_modules() if each is module).split(".")
+    return [root, *(root.get_submodule(".".join(path[: n + 1])) for n in range(len(path)))]
 
 
 def _shell(
