@@ -172,8 +172,8 @@ class Capacity:
             self._copied.record()
 
     def _heard(self, asked: Tensor) -> int:
-        if self._copied is not None:  # done since many steps: this does not wait
-            self._copied.synchronize()
+        if self._copied is not None and not self._copied.query():  # type: ignore[no-untyped-call]
+            self._copied.synchronize()  # not met in training: the copy is done since many steps
         return int(asked)
 
     @property

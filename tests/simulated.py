@@ -95,6 +95,9 @@ class Gpu(TorchDispatchMode):
         self._lifts = torch._C._only_lift_cpu_tensors()
         # torch.tensor([...], device=...) is then made on the host, and copied in sight
         torch._C._set_only_lift_cpu_tensors(True)
+        # module.to(device) then makes new parameters, rather than new data for the old ones
+        self._overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         self._patched = ExitStack()
         for name, value in self._of_torch().items():
             self._patched.enter_context(patch.object(torch.cuda, name, value))
@@ -108,6 +111,7 @@ class Gpu(TorchDispatchMode):
         super().__exit__(*error)
         self._patched.close()
         torch._C._set_only_lift_cpu_tensors(self._lifts)
+        torch.__future__.set_overwrite_module_params_on_conversion(self._overwrites)
 
     def _of_torch(self) -> dict[str, Any]:
         gpu = self
@@ -170,6 +174,7 @@ class Gpu(TorchDispatchMode):
             "set_rng_state": lambda state, device=None: None,
             "_lazy_init": lambda: None,
             "current_device": lambda: 0,
+            "is_bf16_supported": lambda *_: True,
         }
 
     def moved(self, model: nn.Module) -> nn.Module:
@@ -229,12 +234,12 @@ class Gpu(TorchDispatchMode):
             to_gpu = isinstance(args[0], OnGpu)
         elif "device" not in kwargs or kwargs["device"] is None:
             to_gpu = from_gpu
-        if to_gpu != from_gpu:
+        if to_gpu != from_gpu and source.numel():
             if to_gpu:
                 self.copied_on.append(self.current)
             if waits:
                 self._note("a blocking copy")
-            elif to_gpu and source.numel() and not self._is_pinned(source):
+            elif to_gpu and not self._is_pinned(source):
                 self._note("a copy from memory that is not pinned")
             elif not to_gpu and name == "copy_" and not self._is_pinned(args[0]):
                 self._note("a copy to memory that is not pinned")
