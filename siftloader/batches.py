@@ -156,6 +156,11 @@ def clone(batch: Batch) -> Batch:
     return _map(cloned, lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf)
 
 
+def map_leaves(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with ``change`` of every leaf; the nest and its types stay."""
+    return _map(batch, change)
+
+
 def _map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     return _map(batch, lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf)
 

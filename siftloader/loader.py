@@ -860,7 +860,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 goes_on = self._test(taken.first)
             drawn = taken.rows
             merged = None if self._prescored is None else self._prescored.take(taken)
-            candidates, labels, fields, known = merged or Merged.of(
+            candidates, labels, fields, ends, known = merged or Merged.of(
                 taken, self._sifter, self._pad_id
             )
             if self._prescored is not None and known is None:
@@ -869,7 +869,7 @@ class SiftingDataLoader(DataLoader[Any]):
             if not (goes_on and self._agreed(Doing.SIFTS)):
                 self._end_with_others(drawn, held)
                 return None
-            won = self._sifter.winners(candidates, labels, keep, fields, known)
+            won = self._sifter.winners(candidates, labels, keep, fields, ends, known)
             self._tested = True
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep

@@ -22,7 +22,7 @@ from siftloader.errors import ScoringError
 class Pool:
     """What criteria and selections may look at, beside predictions and scores.
 
-    ``number`` counts the pools scored before this one on this ``rank``, one of ``ranks`` whose pools are selected
+    ``ends`` [P] is how many positions of each row are read, on the host, where that is known there. ``number`` counts the pools scored before this one on this ``rank``, one of ``ranks`` whose pools are selected
     from together (1: each selects from its own). ``fields`` [P] are known of the
     rows without being part of the batch: ``id`` and ``source`` where the candidates come from shards.
     """
@@ -32,6 +32,7 @@ class Pool:
     rank: int = 0
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     ranks: int = 1
+    ends: Tensor | None = None
 
     def field(self, name: str) -> Tensor:
         """One value per candidate, [P]; ScoringError where neither the loader nor the batch has it."""
@@ -51,7 +52,8 @@ class Pool:
     def part(self, first: int, last: int) -> Pool:
         """The rows ``first`` to ``last`` alone."""
         fields = {name: values[first:last] for name, values in self.fields.items()}
-        return Pool(cut(self.batch, first, last), self.number, self.rank, fields, self.ranks)
+        ends = None if self.ends is None else self.ends[first:last]
+        return Pool(cut(self.batch, first, last), self.number, self.rank, fields, self.ranks, ends)
 
     def uniform(self, seed: int, samples: int) -> Tensor:
         """[P] float64 on the host, in (0, 1): a function of (seed, rank, number) alone.

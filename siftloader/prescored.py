@@ -25,6 +25,7 @@ from siftloader.batches import Batch, leaves
 from siftloader.candidates import Piece
 from siftloader.drawn import Drawn, Taken
 from siftloader.overlap import HasRead, Overlap
+from siftloader.padding import ends_of
 from siftloader.scorer import Scores
 from siftloader.sifter import Sifter
 
@@ -35,6 +36,7 @@ class Merged(NamedTuple):
     candidates: Batch
     labels: Tensor | None
     fields: Mapping[str, Tensor]
+    ends: Tensor | None = None  # of the rows, on the host
     scores: Scores | None = None  # if they are known
 
     @classmethod
@@ -42,7 +44,14 @@ class Merged(NamedTuple):
         """Those of ``taken``, whose parts are let go of."""
         scorer = sifter.scorer
         candidates = taken.merged(pad_id, scorer.label_name, scorer.ignored)
-        return cls(candidates, taken.labels(scorer.labels_of), taken.fields())
+        found = [ends_of(piece.batch) for piece, _, _ in taken.slices]
+        known = [
+            each[first:end]
+            for each, (_, first, end) in zip(found, taken.slices, strict=True)
+            if each is not None
+        ]
+        ends = torch.cat(known) if len(known) == len(found) else None
+        return cls(candidates, taken.labels(scorer.labels_of), taken.fields(), ends)
 
 
 @final
@@ -66,7 +75,8 @@ class Prescored:
         slices, merged = taken.slices, Merged.of(taken, self._sifter, pad_id)
         self._slices, self._merged = slices, merged
         sifter, scorer = self._sifter, self._sifter.scorer
-        pool, counts = sifter.pool(merged.candidates, merged.fields), sifter.counts
+        pool = sifter.pool(merged.candidates, merged.fields, merged.ends)
+        counts = sifter.counts
         job = scorer.ahead(pool, merged.labels)
         if (
             job is None
@@ -90,7 +100,7 @@ class Prescored:
         merged, scores = self._merged, self._scores()
         assert merged is not None
         self._forget()
-        return Merged(merged.candidates, merged.labels, merged.fields, scores)
+        return merged._replace(scores=scores)
 
     def restored(self, rows: int) -> Scores | None:
         """What a state knew of the first pool after it; given once, and only for as many rows."""

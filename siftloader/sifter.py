@@ -22,6 +22,7 @@ from siftloader.errors import RanksDisagree, ScoringError
 from siftloader.exchange import Deal, deal_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
+from siftloader.padding import ends_of
 from siftloader.pool import Pool
 from siftloader.predicted import Predicted
 from siftloader.schedule import check_keep, whole
@@ -158,10 +159,10 @@ class Sifter:
             raise ValueError(
                 f"{rows(candidates)} candidates * keep {self.keep} is not a whole number of rows"
             )
-        labels = self.scorer.labels_of(candidates)
+        labels, ends = self.scorer.labels_of(candidates), ends_of(candidates)
         candidates = self._copies.to(candidates, self.scorer.device)
         try:
-            return self.handed(candidates, self.winners(candidates, labels, keep))
+            return self.handed(candidates, self.winners(candidates, labels, keep, ends=ends))
         except RanksDisagree:
             raise
         except BaseException:
@@ -171,15 +172,20 @@ class Sifter:
 
     def score(self, candidates: Batch) -> Tensor:
         """One score per candidate, [P] float32, on the model's device; -inf ranks last."""
-        pool = self.pool(move(candidates, self.scorer.device))
+        pool = self.pool(move(candidates, self.scorer.device), ends=ends_of(candidates))
         return self.scorer.score(pool, self.scorer.labels_of(candidates)).values
 
-    def pool(self, candidates: Batch, fields: Mapping[str, Tensor] | None = None) -> Pool:
+    def pool(
+        self,
+        candidates: Batch,
+        fields: Mapping[str, Tensor] | None = None,
+        ends: Tensor | None = None,
+    ) -> Pool:
         """Candidates on the model's device as the next pool, with what else is known of them, [P]."""
+        agreement, rank, ranks = self.agreement, self.scorer.data_rank, 1
         if self._is_global:
-            agreement = self.agreement
-            return Pool(candidates, self.pools, agreement.rank, fields or {}, agreement.ranks)
-        return Pool(candidates, self.pools, self.scorer.data_rank, fields or {})
+            rank, ranks = agreement.rank, agreement.ranks
+        return Pool(candidates, self.pools, rank, fields or {}, ranks, ends)
 
     def winners(
         self,
@@ -187,13 +193,15 @@ class Sifter:
         labels: Tensor | None,
         keep: int,
         fields: Mapping[str, Tensor] | None = None,
+        ends: Tensor | None = None,
         known: Scores | None = None,
     ) -> Winners:
         """Which rows of ``candidates``, on the model's device, are kept; counted.
 
-        ``known`` are their scores, where somebody has found them.
+        ``ends`` [P] say on the host how many positions of each row are read, where that is known; ``known`` are
+        the scores, where somebody has found them.
         """
-        pool, deal = self.pool(candidates, fields), None
+        pool, deal = self.pool(candidates, fields, ends), None
         if self._is_global:
             self._check_replicas()
         with self.counts.timing(self.scorer.device):
