@@ -95,10 +95,10 @@ def test_a_cost_is_what_a_sifted_step_takes_more_than_the_plain_one_of_its_round
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("bench")
-    arguments = ["--device=cpu", "--minutes=0", "--exit-layers", "1", "2", f"--out={out}"]
+    arguments = ["--device=cpu", "--minutes=0", "--exit-layers", "1", "2", "N"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_scoring, "SMALL", {name: TINY[name] for name in ("bert-base", "gpt2")})
-        bench_scoring.main([*arguments, "--shape", "bert-base", "gpt2"])
+        bench_scoring.main([*arguments, f"--out={out}", "--shape", "bert-base", "gpt2"])
     return out, (out / "bench_scoring.txt").read_text()
 
 

@@ -19,7 +19,8 @@ AdamW, under autocast. Every sifted step has a plain one of its own beside it; t
 shares, and the least and the most.
 
     python tools/bench_scoring.py                                                # cut in width on a CPU
-    python tools/bench_scoring.py --shape bert-base --size full --batch-size 2   # the real width there
+    python tools/bench_scoring.py --shape bert-base --size full --batch-size 2 --exit-layers 1 2 N \\
+        --only ours naive full                                                   # the real width there
     python tools/bench_scoring.py --draw runs/bench_scoring/bench_scoring.json   # measured elsewhere
 
 Table, figures of every round (JSON) and picture (PNG, where matplotlib is installed) go to --out.
@@ -245,7 +246,8 @@ def ways(shape: Shape, last: int, options: argparse.Namespace) -> list[Way]:
 
 
 def exit_layers(last: int, options: argparse.Namespace) -> list[int]:
-    return sorted({layer for layer in options.exit_layers if layer < last} | {last})
+    wanted = {last if each == "N" else int(each) for each in options.exit_layers}
+    return sorted(layer for layer in wanted if layer <= last)
 
 
 def known_options() -> set[str]:
@@ -478,6 +480,8 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
     loops: list[tuple[Row, Iterable[Batch]]] = []
     alone: list[tuple[Row, Callable[[], object]]] = []
     for way in ways(shape, shape.layers, options):
+        if not way.name.startswith(tuple(options.only)):
+            continue
         below = floor(shape, way.layer, options.keep, way.options.get("positions"))
         row = Row(way.name, way.layer, below if way.scores else 0.0)
         rows.append(row)
@@ -490,14 +494,13 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
             loops.append((row, loader))
             if way.scores and not {"overlap", "scorer_device"} & {*way.options}:
                 alone.append((row, bench.sifter(way)))
+    rivals: list[tuple[str, int, int | EarlyExit | None]] = []
     for layer in layers:
-        rivals: dict[str, Any] = {
-            "j layers, head everywhere": EarlyExit(bench.model, layer),
-            "naive": layer,
-        }
-        if layer == shape.layers:
-            rivals["full depth"] = None
-        for said, how in rivals.items():
+        rivals.append(("j layers, head everywhere", layer, EarlyExit(bench.model, layer)))
+        rivals.append(("naive", layer, layer))
+    rivals.append(("full depth", shape.layers, None))
+    for said, layer, how in rivals:
+        if said.startswith(tuple(options.only)):
             row = Row(said, layer, floor(shape, layer, options.keep))
             rows.append(row)
             alone.append((row, bench.rival(how)))
@@ -598,7 +601,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--size", choices=["full", "small"], help="of the shapes (full on a GPU, else small)")
     add("--batch-size", type=int, help="b, rows trained on (the shape's)")
     add("--keep", type=float, default=0.5, help="P = b / keep candidates (0.5)")
-    add("--exit-layers", type=int, nargs="+", default=[1, 2, 3, 6], help="and N (1 2 3 6)")
+    add("--exit-layers", nargs="+", default=[*"1236N"], metavar="J", help="(1 2 3 6 N)")
+    add("--only", nargs="+", metavar="ROW", default=[""], help="rows whose names begin so (all)")
     add("--criterion", choices=["loss", "entropy"], default="loss")
     add("--dtype", choices=["float32", "bfloat16"], help="of autocast (bfloat16 on a GPU)")
     add("--minutes", type=float, default=5.0, help="for all shapes, roughly (5)")
