@@ -14,7 +14,7 @@ BERT := --tokenizer shards/demo/tokenizer.json --objective mlm --seq-len 128 --v
 TEXTS := gpt gpt-repeated-0.5 gpt-repeated-0.25 gpt-repeated-0.1
 SHOW := --tokenizer shards/demo/bpe-2048.json
 
-.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms gpu-bench gpu-compare
+.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms gpu-tests gpu-bench gpu-compare
 
 setup: $(READY)
 
@@ -47,21 +47,27 @@ compare-full: $(READY) $(foreach s,bert $(TEXTS),shards/built/$(s)/manifest.json
 	$(RUN) -m siftloader.cli report runs/full
 
 # For a machine with a GPU, where nothing is installed: make gpu-arms RUN=python3 TEXT=corpus.txt.xz GPU_OUT=somewhere
-# Its two halves can be called alone, of ten minutes each.
+# What fails keeps none of the others from running. The three can be called alone, of ten minutes each.
 MINUTES ?= 4
 BENCH_MINUTES ?= 5
 GPU_OUT ?= runs/gpu
 gpu-arms:
-	failed=0; $(MAKE) gpu-bench || failed=1; $(MAKE) gpu-compare || failed=1; exit $$failed
+	failed=0; for part in gpu-tests gpu-bench gpu-compare; do $(MAKE) $$part || failed=1; done; exit $$failed
 
-# What scoring costs, the head alone, and the tests that need a GPU: what fails keeps none of the others from running.
-gpu-bench:
+# The tests that need a GPU, and the head alone.
+gpu-tests:
 	mkdir -p $(GPU_OUT)
 	failed=0; \
-	$(RUN) tools/bench_scoring.py --minutes $(BENCH_MINUTES) --out $(GPU_OUT)/scoring || failed=1; \
-	$(RUN) tools/bench_head.py > $(GPU_OUT)/bench_head.txt 2>&1 || failed=1; cat $(GPU_OUT)/bench_head.txt; \
 	$(RUN) -m pytest -q -m gpu $$(grep -ls 'mark\.gpu' tests/test_*.py) > $(GPU_OUT)/tests.txt 2>&1 || failed=1; \
-	tail -n 40 $(GPU_OUT)/tests.txt; exit $$failed
+	tail -n 40 $(GPU_OUT)/tests.txt; \
+	$(RUN) tools/bench_head.py > $(GPU_OUT)/bench_head.txt 2>&1 || failed=1; cat $(GPU_OUT)/bench_head.txt; \
+	$(RUN) tools/bench_head.py --tune > $(GPU_OUT)/tune.txt 2>&1 || failed=1; cat $(GPU_OUT)/tune.txt; \
+	exit $$failed
+
+# What scoring costs, of three shapes.
+gpu-bench:
+	mkdir -p $(GPU_OUT)
+	$(RUN) tools/bench_scoring.py --minutes $(BENCH_MINUTES) --out $(GPU_OUT)/scoring
 
 # As many runs of a minute as fit into MINUTES each, added to those in tools/results; first what some positions cost.
 gpu-compare:
