@@ -324,9 +324,8 @@ def test_ctrl_c_while_waiting_passes_at_once_and_the_next_one_begins_afresh():
 def test_an_interrupt_at_any_moment_leaves_neither_a_thread_nor_a_lock(moments):
     """SIGALRM raises wherever the reader happens to be; a held lock would hang the close."""
 
-    class Rung(
-        BaseException
-    ):  # as Ctrl-C: starting a thread takes any Exception for its own failure
+    # As Ctrl-C is: the start of a thread takes any Exception for its own failure.
+    class Rung(BaseException):
         pass
 
     def ring(*_):
