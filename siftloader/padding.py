@@ -10,6 +10,7 @@ Letters: P samples, T positions, M positions with a prediction.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,22 +77,16 @@ def by_length(
 
 def shortened(batch: Batch, targets: Targets, length: int) -> tuple[Batch, Targets]:
     """The first ``length`` columns of all fields [P, T, ...], a multiple of 8, and the targets in them."""
-    before, after = targets.length, min(-(-length // ROUND) * ROUND, targets.length)
+    count, before = rows(batch), batch[MASK].shape[1]
+    after = min(-(-max(length, 1) // ROUND) * ROUND, before)
     if after == before:
         return batch, targets
-    count = rows(batch)
 
     def cut(leaf: Any) -> Any:
         fits = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[:2] == (count, before)
         return leaf[:, :after] if fits else leaf
 
-    positions = targets.positions
-    moved = Targets(
-        positions - positions // before * (before - after),
-        targets.labels,
-        targets.starts,
-        after,
-        targets.counts,
-        targets.real,
-    )
-    return map_leaves(batch, cut), moved
+    if targets.length == before:  # else a sample has one prediction
+        positions = targets.positions - targets.positions // before * (before - after)
+        targets = replace(targets, positions=positions, length=after)
+    return map_leaves(batch, cut), targets

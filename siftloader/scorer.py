@@ -28,9 +28,10 @@ from siftloader.labels import (
     without_padding,
 )
 from siftloader.overlap import HasRead
+from siftloader.padding import MASK, ROUND, by_length, covering, shortened, without_mask
 from siftloader.pool import Pool
 from siftloader.precision import Precision, scoring_in
-from siftloader.predictions import Predictions
+from siftloader.predictions import Predictions, Value
 from siftloader.scores import Random, Rarity, ScoreOf, Weighted, criterion_named
 from siftloader.sharded import (
     agreed,
@@ -43,7 +44,7 @@ from siftloader.sharded import (
 from siftloader.stack import unwrap
 from siftloader.taps import Reading, listen
 from siftloader.targets import Capacity, Positions, Targets, check_soft, to_device
-from siftloader.twin import Twin
+from siftloader.twin import Twin, agree
 
 
 Model: TypeAlias = nn.Module | Callable[[], nn.Module]
@@ -138,7 +139,10 @@ class Scorer:
         self._heard_shift: bool | None = None
         self._listens: bool | None = None  # to the model's loss, though it gives logits
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
-        self._settled: tuple[Twin, Any] | None = None  # what was seen to score such batches
+        self._settled: tuple[Twin, set[Any]] | None = None  # what was seen to score such batches
+        self._skips: dict[
+            str, bool
+        ] = {}  # whether predictions are the same without the mask, the tail
         self._overlapped: Twin | None = None  # that was seen to need no other rank
         self._alike = False  # whether ranks of one replica were seen to hold the same candidates
         self._replica: tuple[nn.Module, list[Any]] | None = None
@@ -252,7 +256,10 @@ class Scorer:
             self._own_exit().fetch()
         scores = self._score(pool, labels, learn, self.precision.dtype(device))
         twin = self._early.twin if isinstance(self._early, EarlyExit) else None
-        self._settled = None if twin is None else (twin, _kind(pool.batch))
+        if self._settled is None or self._settled[0] is not twin:
+            self._settled = None if twin is None else (twin, set())
+        if self._settled is not None:
+            self._settled[1].add(_kind(pool, labels))
         return scores
 
     def ahead(self, pool: Pool, labels: Tensor | None) -> Callable[[HasRead], Scores] | None:
@@ -265,7 +272,9 @@ class Scorer:
         if not (isinstance(early, EarlyExit) and self._needs_model and settled):
             return None
         # One look at everything that this batch will meet was taken on the loop's own time.
-        if not early.is_of(self.model) or (early.twin, _kind(pool.batch)) != settled:
+        if not early.is_of(self.model) or early.twin is not settled[0]:
+            return None
+        if _kind(pool, labels) not in settled[1]:
             return None
         if self._overlapped is not settled[0]:
             self.check_overlap()
@@ -361,26 +370,112 @@ class Scorer:
         if self._reading is not None:
             return self._heard(self._reading, self._own_exit().with_labels, pool, learn)
 
+        ends = self._ends(pool, labels, targets)
+
         def run(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:
-            for part, wanted in self._parts(batch, targets):
+            known = ends if batch is pool.batch else None
+            for part, wanted in self._parts(batch, targets, known):
                 yield from self._exit().logits_at(part, wanted)
 
-        scores = self.criterion(Predictions(targets, run, pool, learn=learn))
+        def quick(
+            batch: Batch, targets: Targets, values: tuple[Value, ...]
+        ) -> dict[Value, Tensor] | None:
+            known, places = ends if batch is pool.batch else None, None
+            if known is not None and self._are_short(known, batch):
+                batch, targets, known, places = by_length(batch, targets, known)
+            found: list[dict[Value, Tensor]] = []
+            for part, wanted in self._parts(batch, targets, known):
+                values_of = self._own_exit().values_at(part, wanted, values)
+                if values_of is None:
+                    return None
+                found.append(values_of)
+            joined = {value: torch.cat([each[value] for each in found]) for value in values}
+            if places is None:
+                return joined
+            return {v: torch.empty_like(x).index_copy_(0, places, x) for v, x in joined.items()}
+
+        fused = quick if isinstance(self._early, EarlyExit) else None
+        scores = self.criterion(Predictions(targets, run, pool, learn=learn, quick=fused))
         if isinstance(probe := self._early, ProbeExit):
             if learn:  # after the scores: those are of the weights before it
                 probe.learn(pool.batch, targets)
             probe.forget()
         return scores, targets.labelled()
 
-    def _parts(self, batch: Batch, targets: Targets) -> Iterator[tuple[Batch, Targets]]:
+    def _parts(
+        self, batch: Batch, targets: Targets, ends: Tensor | None
+    ) -> Iterator[tuple[Batch, Targets]]:
         # As many rows at once as fill a device, and no more: what scoring needs on top of the training step.
-        size = self._rows_at_once or max(1, TOKENS_AT_ONCE // targets.length)
-        if size >= targets.samples or isinstance(self._early, ProbeExit):
+        width, short = targets.length, False
+        if ends is not None:
+            width, short = batch[MASK].shape[1], self._are_short(ends, batch)
+            batch = batch if short else without_mask(batch)
+        size = self._rows_at_once or max(1, TOKENS_AT_ONCE // (4 * width if short else width))
+        if isinstance(self._early, ProbeExit) or (size >= targets.samples and not short):
             yield batch, targets
             return
         for first in range(0, targets.samples, size):
             last = min(first + size, targets.samples)
-            yield cut(batch, first, last), targets.part(first, last)
+            part, wanted = cut(batch, first, last), targets.part(first, last)
+            if ends is not None and short:
+                part, wanted = shortened(part, wanted, int(ends[first:last].max()))
+            yield part, wanted
+
+    def _ends(self, pool: Pool, labels: Tensor, targets: Targets) -> Tensor | None:
+        # Where the rows end, if what is behind need not be computed, or the mask that tells need not be looked at.
+        ends = pool.ends
+        if ends is None or not isinstance(self._early, EarlyExit) or not self._needs_model:
+            return None
+        width = pool.batch[MASK].shape[1]
+        if labels.ndim > 1:
+            if labels.device.type != "cpu" or labels.shape != (len(ends), width):
+                return None
+            ends = covering(ends, labels)
+        masks = self._are_short(pool.ends, pool.batch)
+        what = "tail" if masks else "mask"
+        if masks and (self._compile or not self._are_short(ends, pool.batch)):
+            return None  # compiled for one shape; or there is a label behind every end
+        if what not in self._skips:
+            same = self._same_without(what, pool.batch, targets, ends)
+            if same is None:
+                return None
+            self._skips[what] = same
+        return ends if self._skips[what] else None
+
+    def _same_without(
+        self, what: str, batch: Batch, targets: Targets, ends: Tensor
+    ) -> bool | None:
+        # Whether a row is predicted alike without its tail, or the mask; None where no row can tell.
+        width, early = batch[MASK].shape[1], self._own_exit()
+        asked = [
+            row for row in range(targets.samples) if targets.starts[row] < targets.starts[row + 1]
+        ]
+        if what == "tail":
+            asked = [row for row in asked if int(ends[row]) <= width - ROUND]
+        if not asked:
+            return None
+        row = min(asked, key=lambda row: int(ends[row]))
+        whole, wanted = cut(batch, row, row + 1), targets.part(row, row + 1)
+        expected = torch.cat(list(early.logits_at(whole, wanted)))
+        try:
+            if what == "tail":
+                part, few = shortened(whole, wanted, int(ends[row]))
+            else:
+                part, few = without_mask(whole), wanted
+            if agree(torch.cat(list(early.logits_at(part, few))), expected):
+                return True
+        except (TypeError, ValueError, RuntimeError):
+            pass  # a forward that wants its mask, or all of its columns
+        if what == "tail":
+            warnings.warn(
+                "the model predicts otherwise where the padding at the end of a row is cut off, so that is "
+                "computed for the scores: right, but slower",
+                stacklevel=2,
+            )
+        return False
+
+    def _are_short(self, ends: Tensor, batch: Batch) -> bool:
+        return int(ends.min()) < int(batch[MASK].shape[1])
 
     def _targets(self, batch: Batch, labels: Tensor | None, device: torch.device) -> Targets:
         assert labels is not None
@@ -572,8 +667,11 @@ def _check_classes(labels: Tensor, classes: int) -> None:
         )
 
 
-def _kind(batch: Batch) -> Any:
-    return type(batch), tuple(batch) if isinstance(batch, Mapping) else None
+def _kind(pool: Pool, labels: Tensor | None) -> Any:
+    # What a pool asks of a model: its fields, and whether all rows are read to their end.
+    batch, ends = pool.batch, pool.ends
+    whole = ends is not None and int(ends.min()) == batch[MASK].shape[1]
+    return type(batch), tuple(batch) if isinstance(batch, Mapping) else None, ends is None, whole
 
 
 def _nothing(batch: Batch, targets: Targets, first: int) -> Iterator[Tensor]:

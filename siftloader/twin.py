@@ -48,6 +48,8 @@ from siftloader.stack import Exit, unwrap
 
 # Elements of logits alive at a time: 256 MiB of float32, whatever P, T and V are.
 CHUNK_ELEMENTS = 1 << 26
+# Runs after which it is clear that nobody asks for the head at some positions only: a loss is listened to.
+UNCAPTURED = 8
 # What a shell has for itself; everything else in a module's __dict__ is taken over as it is. The hooks are
 # copied: a hook that a library installs on a shell must not fire on the live module.
 OWN = {"_modules", "_buffers", "training", "_compiled_call_impl"}
@@ -125,6 +127,7 @@ class Twin:
         kept_layers = (memo[id(root.get_submodule(path))]._modules.values() for path in where.cuts)
         self._kept = [each for layers in kept_layers for each in layers if each is not None]
         self._quick: list[_Quick] = []  # what is compiled
+        self._runs, self._thread = 0, threading.get_ident()
         self._training = root.training
         self._copied: list[dict[str, Tensor | None]] = []  # buffers of the replica, as fetched
         if self._replica:
@@ -209,7 +212,7 @@ class Twin:
     @property
     def pending(self) -> bool:
         """Whether something of what ran last is to be compiled when it comes again, in the thread it ran in."""
-        return any(part.pending for part in self._quick)
+        return any(part.pending for part in self._quick) or bool(self._compile and not self._quick)
 
     @property
     def draws(self) -> bool:
@@ -301,6 +304,9 @@ class Twin:
         watched = kind in self._watched
         if self._replica:
             self._replica.wait()
+        self._runs += 1
+        if self._runs > UNCAPTURED and threading.get_ident() == self._thread:
+            self.compile_layers()
         if watched and not self._draws:
             return self._root(*args, **kwargs)
         output, drew = self._unmoved(
@@ -393,7 +399,7 @@ class Twin:
             return None
         while self._heads:
             found = torch.cat(list(self.head_chunks(args, kwargs, wanted, few * length)))
-            if self._heads[0].fired and _agree(found, expected):
+            if self._heads[0].fired and agree(found, expected):
                 self._keep_outermost_trunk()
                 return True
             self._heads.pop(0).restore()
@@ -420,22 +426,27 @@ class Twin:
             else:
                 trunk.restore()
         self._trunks = kept
-        if self._compile and not self._quick:
-            self._compile_parts()
+        # The trunks, embeddings and masks and all; where a forward calls its layers itself, each of those.
+        if self._compile and kept:
+            for part in self._quick:
+                part.restore()
+            self._compile_parts([*kept.values()])
+        self.compile_layers()
 
-    def tell_not_compiled(self) -> None:
-        """Warn, once, where compiling was asked for and there is no part of the model to compile."""
-        if self._compile:
+    def compile_layers(self) -> None:
+        """Compile the layers, if that was asked for and no larger part was found that holds them."""
+        if not self._compile or self._quick:
+            return
+        if not self._kept:
             self._compile = False
             warnings.warn(
-                f"compile: the head of {type(self._root).__name__} was not told apart from its layers, so the "
-                f"model is scored without",
+                f"compile: no stack of layers was found in {type(self._root).__name__}, so it is scored without",
                 stacklevel=2,
             )
+        self._compile_parts([*map(_Layer, dict.fromkeys(self._kept))])
 
-    def _compile_parts(self) -> None:
-        # The trunks, embeddings and masks and all; where a forward calls its layers itself, each of those.
-        if any(map(is_spread, self._live)):
+    def _compile_parts(self, parts: list[_Quick]) -> None:
+        if parts and any(map(is_spread, self._live)):
             self._compile = False
             warnings.warn(
                 "compile: the weights lie on several ranks, and what gathers them cannot be compiled with "
@@ -443,8 +454,8 @@ class Twin:
                 stacklevel=2,
             )
             return
-        self._quick = [*self._trunks.values()] or [*map(_Layer, dict.fromkeys(self._kept))]
-        for part in self._quick:
+        self._quick = parts
+        for part in parts:
             part.compile(self._compile, self._unmoved, self._tensors)
 
     def head_chunks(
@@ -1014,7 +1025,8 @@ def _first_rows(value: Any, samples: int, few: int) -> Any:
     return value
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same but for rounding in their precision; waits for the device."""
     if found.shape != expected.shape:
         return False
     scale = expected.abs().amax().float().clamp_min(1e-6)

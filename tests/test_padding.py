@@ -1,9 +1,17 @@
 from __future__ import annotations
 
-import torch
-from hypothesis import given, strategies as st
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import pytest
+import torch
+import transformers as hf
+from hypothesis import given, strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from siftloader import Entropy, Margin, Predicted, Sifter, SiftingDataLoader
 from siftloader.padding import by_length, covering, ends_of, shortened, without_mask
 from siftloader.targets import Targets
 
@@ -87,3 +95,204 @@ def test_targets_mean_the_same_in_any_order_and_length(
     for place, one in zip(places.tolist(), seen, strict=True):
         given_back[place] = one
     assert given_back == list(before)
+
+
+# In a Sifter
+
+
+def bert(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = hf.BertConfig(vocab_size=97, num_hidden_layers=3, **shape, **options)
+    return _loud(hf.BertForMaskedLM(config))
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=3, n_head=2, n_positions=64)
+    return _loud(hf.GPT2LMHeadModel(config))
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    config = hf.BertConfig(vocab_size=97, num_hidden_layers=3, num_labels=5, **shape)
+    return _loud(hf.BertForSequenceClassification(config))
+
+
+class Mixing(nn.Module):
+    """Predicts at each position from the mean of all of them, padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(97, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 97)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embed(input_ids) * 8
+        for layer in self.layers:
+            x = layer(x + x.mean(1, keepdim=True)).tanh()
+        return self.head(x)
+
+
+def _loud(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    return model.train()
+
+
+ENDS = [64, 9, 17, 33, 40, 1, 12, 63]
+
+
+def padded(ends: list[int] = ENDS, single: bool = False) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    read = mask(ends, 64)
+    ids = torch.randint(1, 97, (len(ends), 64), generator=generator) * read
+    hidden = (torch.rand(ids.shape, generator=generator) < 0.7) | (read == 0)
+    labels = torch.arange(len(ends)) % 5 if single else ids.masked_fill(hidden, -100)
+    return {"input_ids": ids, "attention_mask": read, "labels": labels}
+
+
+class Positions(TorchDispatchMode):
+    """Counts positions that are embedded."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.embedding.default:
+            self.count += args[1].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counting() -> Iterator[Positions]:
+    with Positions() as found:
+        yield found
+
+
+def plainly(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:
+    """Scores of somebody who knows of no ends."""
+    sifter = Sifter(model, **options)
+    return sifter.scorer.score(sifter.pool(batch), sifter.scorer.labels_of(batch)).values
+
+
+@pytest.mark.parametrize("criterion", ["loss", Entropy(), Margin()])
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_scores_do_not_depend_on_whether_padding_is_computed(build: Any, criterion: Any) -> None:
+    model, batch = build(), padded()
+    sifter = Sifter(model, criterion=criterion)
+    expected = plainly(model, batch, criterion=criterion)
+    for _ in range(2):
+        assert torch.allclose(sifter.score(batch), expected, atol=1e-4)
+    assert torch.equal(expected.isfinite(), (batch["labels"] != -100).any(1))
+
+
+def test_padding_is_not_computed_and_how_much_is_not() -> None:
+    model, batch = bert(), padded()
+    sifter = Sifter(model, score_batch_size=2)
+    sifter.score(batch)
+    with counting() as ours:
+        sifter.score(batch)
+    plain = Sifter(model, score_batch_size=2)
+    plain.scorer.score(plain.pool(batch), batch["labels"])
+    with counting() as theirs:
+        plain.scorer.score(plain.pool(batch), batch["labels"])
+    # In order of length, two rows at a time, in multiples of 8: 64, 64, 40, 40, 24, 24, 16, 16.
+    assert ours.count * 8 * 64 == theirs.count * 2 * (64 + 40 + 24 + 16)
+
+
+def test_a_classifier_of_whole_rows_skips_it_too() -> None:
+    model, batch = classifier(), padded(single=True)
+    expected = plainly(model, batch)
+    sifter = Sifter(model, score_batch_size=1)
+    assert torch.allclose(sifter.score(batch), expected, atol=1e-4)
+    with counting() as ours:
+        sifter.score(batch)
+    with counting() as theirs:
+        plainly(model, batch)
+    assert ours.count < 0.7 * theirs.count
+
+
+def test_a_mask_that_masks_nothing_is_left_out_and_any_other_is_not() -> None:
+    seen: list[bool] = []
+
+    class Watched(hf.BertForMaskedLM):  # type: ignore[misc]
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> Any:
+            seen.append(attention_mask is not None)
+            return super().forward(input_ids, attention_mask, **others)
+
+    quiet = bert()
+    model = Watched(quiet.config).train()
+    model.load_state_dict(quiet.state_dict())
+    sifter, whole = Sifter(model), padded([64] * 8)
+    expected = plainly(quiet, whole)
+    for _ in range(2):
+        seen.clear()
+        assert torch.allclose(sifter.score(whole), expected, atol=1e-5)
+    assert seen and not any(seen)
+    # Behind every end stands a label: nothing can be cut off, and the mask does mask.
+    ends = [64] * 7 + [20]
+    labelled = padded(ends)
+    labelled["labels"][7, 63] = 5
+    seen.clear()
+    assert torch.allclose(sifter.score(labelled), plainly(quiet, labelled), atol=1e-4)
+    assert seen and all(seen)
+
+
+def test_a_model_that_mixes_padding_in_is_told_of_once_and_computed_whole() -> None:
+    model, batch = Mixing().train(), padded()
+    expected = plainly(model, batch, shift_labels=False)
+    sifter = Sifter(model, shift_labels=False)
+    with pytest.warns(UserWarning, match="padding at the end of a row is cut off"):
+        assert torch.allclose(sifter.score(batch), expected, atol=1e-5)
+    assert torch.allclose(sifter.score(batch), expected, atol=1e-5)  # and not told again
+
+
+def test_a_forward_that_wants_its_mask_keeps_it() -> None:
+    model, batch = Mixing().train(), padded([64] * 8)
+    sifter = Sifter(model, shift_labels=False)
+    assert torch.allclose(
+        sifter.score(batch), plainly(model, batch, shift_labels=False), atol=1e-5
+    )
+
+
+def test_a_criterion_that_asks_for_a_part_of_the_pool_gets_it() -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 1)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.linear(input_ids.float())
+
+    model, batch = bert(), padded()
+    torch.manual_seed(0)
+    sifter = Sifter(model, criterion=Predicted(Small(), teach=0.5))
+    for _ in range(3):
+        sifter(batch)
+    assert sifter.stats["candidates"] == 24
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_loader_of_padded_rows_keeps_what_it_kept(overlap: bool) -> None:
+    """Pools of padded rows and whole ones in turn; weights stand still."""
+    pools = [padded(), padded([64] * 8), padded(ENDS[::-1]), padded(), padded([64] * 8)]
+    model, expected = bert(), []
+    for pool in pools:
+        expected.append(plainly(model, pool))
+    found: list[Tensor] = []
+    loader = SiftingDataLoader.wrap(
+        pools,
+        model=model,
+        pool="split",
+        warmup_steps=0,
+        overlap=overlap,
+        on_select=lambda ids, scores, kept: found.append(scores),
+    )
+    for batch in loader:
+        model(**batch)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
