@@ -281,9 +281,8 @@ def test_a_criterion_that_asks_for_a_part_of_the_pool_gets_it() -> None:
 def test_a_loader_of_padded_rows_keeps_what_it_kept(overlap: bool) -> None:
     """Pools of padded rows and whole ones in turn; weights stand still."""
     pools = [padded(), padded([64] * 8), padded(ENDS[::-1]), padded(), padded([64] * 8)]
-    model, expected = bert(), []
-    for pool in pools:
-        expected.append(plainly(model, pool))
+    model = bert()
+    expected = [plainly(model, pool) for pool in pools]
     found: list[Tensor] = []
     loader = SiftingDataLoader.wrap(
         pools,
