@@ -16,12 +16,14 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from siftloader.batches import leaves
 
@@ -50,13 +52,17 @@ def check_mode(mode: object) -> bool | str:
     )
 
 
+class Listening(TorchFunctionMode):
+    """A mode that wants to hear what no layer does: with nothing else on, layers run compiled."""
+
+
 @final
 class Compiled:
     """Call ``forward`` without gradients, compiled where the same shapes came before.
 
     What the compiled forward returns is compared with the eager one's once for each shape. Where they differ,
     where it cannot be compiled in one piece, or where it draws random numbers, it stays eager, with one warning
-    that says why. Compiling takes its time, and sets the random streams of all threads back to its beginning, so only
+    that says why, and that others with the same ``told`` do not repeat. Compiling takes its time, and sets the random streams of all threads back to its beginning, so only
     the thread that this was made in compiles. ``tensors`` lists the weights it reads, on which dynamo leaves marks that are taken off again.
     """
 
@@ -66,13 +72,14 @@ class Compiled:
         mode: bool | str,
         unmoved: Unmoved,
         tensors: Callable[[], Iterator[Tensor]],
+        told: set[str],
     ) -> None:
         self._forward, self._unmoved, self._tensors = forward, unmoved, tensors
         self._backend = _Backend(None if mode is True else str(mode))
         self._sights: dict[Any, int] = {}
         self._graphs: dict[Any, Forward] = {}
         self._eager = False  # for good
-        self._told = False
+        self._told = told
         self._thread = threading.get_ident()
         self.pending = False  # whether what ran last will be compiled when it comes again
 
@@ -83,10 +90,14 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` returns."""
-        # Modes are the listeners to a model's own loss, counters of FLOPs, and the like: a graph hides from them.
-        if self._eager or torch.is_grad_enabled() or _modes():
+        listened = _listened()
+        if self._eager or torch.is_grad_enabled() or listened is None:
             return self._forward(*args, **kwargs)
-        kind, self.pending = _kind((args, kwargs)), False
+        with torch._C.DisableTorchFunction() if listened else nullcontext():
+            return self._run((listened, _kind((args, kwargs))), args, kwargs)
+
+    def _run(self, kind: Any, args: Any, kwargs: Any) -> Any:
+        self.pending = False
         if kind in self._graphs:
             return self._compiled(self._graphs[kind], args, kwargs)
         if threading.get_ident() == self._thread and self._is_due(kind):
@@ -101,13 +112,11 @@ class Compiled:
         self.pending = room and not seen
         if room or not seen:
             return room and seen
-        if not self._told:
-            self._told = True
-            warnings.warn(
-                f"compile: the pools come in more than {SHAPES} shapes; {SHAPES} are compiled, all others are "
-                f"scored without; pad them to one length, or to a few",
-                stacklevel=2,
-            )
+        self._warn(
+            "shapes",
+            f"compile: the pools come in more than {SHAPES} shapes; {SHAPES} are compiled, all others are "
+            f"scored without; pad them to one length, or to a few",
+        )
         return False
 
     def _first(self, kind: Any, args: Any, kwargs: Any) -> Any:
@@ -148,10 +157,12 @@ class Compiled:
     def _give_up(self, reason: str) -> None:
         self._eager = True
         self._graphs.clear()
-        warnings.warn(
-            f"compile: {_name(self._forward)} is scored without: {reason}",
-            stacklevel=2,
-        )
+        self._warn("eager", f"compile: {_name(self._forward)} is scored without: {reason}")
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            warnings.warn(message, stacklevel=2)
 
 
 @final
@@ -209,8 +220,15 @@ def _unmark(tensors: Iterator[Tensor]) -> None:
             del each.__dict__[MARK]
 
 
-def _modes() -> bool:
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
+def _listened() -> bool | None:
+    # None where something watches that a graph would hide from: a counter of FLOPs, say.
+    if torch._C._len_torch_dispatch_stack():
+        return None
+    kinds = [type(each) for each in _get_current_function_mode_stack()]  # type: ignore[no-untyped-call]
+    if kinds and all(issubclass(each, Listening) for each in kinds):
+        return True
+    # A default device is a mode, too, but it watches nobody.
+    return False if all(each is DeviceContext for each in kinds) else None
 
 
 def _kind(value: Any) -> Any:

@@ -259,7 +259,7 @@ class EarlyExit:
                 args, kwargs, targets.positions, targets.starts, targets.length
             )
         if self._capture is False:
-            twin.tell_not_compiled()
+            twin.compile_layers()
         return bool(self._capture)
 
     def classes(self, batch: Batch, length: int) -> int:

@@ -18,9 +18,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from siftloader.batches import IGNORED, Batch, cut, leaves
+from siftloader.compiled import Listening
 from siftloader.twin import rows_at_a_time
 
 
@@ -46,7 +46,7 @@ _LISTENED = {
 }
 
 
-class _Listening(TorchFunctionMode):
+class _Listening(Listening):
     def __init__(self) -> None:
         super().__init__()
         self.taps: list[Tap] = []

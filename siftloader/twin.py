@@ -454,9 +454,9 @@ class Twin:
                 stacklevel=2,
             )
             return
-        self._quick = parts
+        self._quick, told = parts, set[str]()
         for part in parts:
-            part.compile(self._compile, self._unmoved, self._tensors)
+            part.compile(self._compile, self._unmoved, self._tensors, told)
 
     def head_chunks(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor, places: int
@@ -806,13 +806,8 @@ class _Quick(_Overridden):
     _paused = False
     _compiled: Compiled | None = None
 
-    def compile(
-        self,
-        mode: bool | str,
-        unmoved: Callable[[Callable[[], Any]], tuple[Any, bool]],
-        tensors: Callable[[], Iterator[Tensor]],
-    ) -> None:
-        self._compiled = Compiled(self._forward, mode, unmoved, tensors)
+    def compile(self, mode: bool | str, *others: Any) -> None:
+        self._compiled = Compiled(self._forward, mode, *others)
 
     def pause(self, paused: bool) -> bool:
         was, self._paused = self._paused, paused

@@ -17,7 +17,7 @@ import torch
 from models import FAMILIES, LAYERS, VOCAB, bert, candidates, classifier, scaled, trace
 from torch import Tensor, nn
 
-from siftloader import EarlyExit, compiled
+from siftloader import EarlyExit, Sifter, compiled, twin
 from siftloader.compiled import GRAPHS, SHAPES, SIGHTS, Compiled
 from siftloader.targets import Targets
 
@@ -82,6 +82,7 @@ class Small(nn.Module):
 
 IDS = torch.randint(5, VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 POOL = {"ids": IDS, "labels": IDS}
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
 
 
 def scored(early: EarlyExit, batch: dict[str, Tensor]) -> Tensor:
@@ -294,12 +295,58 @@ def test_the_first_call_of_each_kind_is_watched_without_a_graph(quick):
     assert ran == ["graph", "graph"]
 
 
-def test_a_model_without_a_head_to_capture_is_scored_without_and_told(quick):
+def test_a_model_without_a_head_to_capture_has_its_layers_compiled(quick):
     model, batch = classifier(), candidates("classifier")
-    early, plain = EarlyExit(model, 1, compile=True), EarlyExit(model, 1)
-    with pytest.warns(UserWarning, match="compile: .*Classifier.* scored without") as told:
+    early, plain = EarlyExit(model, 2, compile=True), EarlyExit(model, 2)
+    for _ in range(SIGHTS + 2):
+        assert torch.equal(scored(early, batch), scored(plain, batch))
+    assert graphs(early) == [1, 1]
+
+
+def test_a_model_whose_loss_is_listened_to_has_its_layers_compiled(quick):
+    class Told(Small):
+        def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+            logits = super().forward(ids)
+            return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    torch.manual_seed(0)
+    model = Told(trunk=False)
+    sifters = [
+        Sifter(model, exit_layer=2, compile=each, labels="targets") for each in (True, False)
+    ]
+    for _ in range(twin.UNCAPTURED + SIGHTS + 2):
+        quickly, slowly = (each.score({"ids": IDS, "targets": IDS}) for each in sifters)
+        assert torch.equal(quickly, slowly)
+    early = sifters[0].scorer._early
+    assert graphs(early) == [1, 1] and early.twin is not None
+
+
+def test_a_model_without_layers_is_told(quick):
+    model = nn.Linear(8, 10)
+    early = EarlyExit(model, "full", compile=True)
+    with pytest.warns(UserWarning, match="no stack of layers was found in Linear") as told:
         for _ in range(SIGHTS + 2):
-            assert torch.equal(scored(early, batch), scored(plain, batch))
+            scored(early, {"input": X, "labels": torch.zeros(6).long()})
+    assert len(told) == 1 and early.twin is not None
+
+
+def test_with_a_default_device_the_model_is_compiled_too(quick):
+    early = EarlyExit(Small(), 1, compile=True)
+    with torch.device("cpu"):
+        for _ in range(SIGHTS):
+            scored(early, POOL)
+    assert graphs(early) == [1]
+
+
+def test_what_several_layers_say_is_said_once(quick, monkeypatch):
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(compiled, "inductor", fails)
+    early = EarlyExit(Small(trunk=False), 3, compile=True)
+    with pytest.warns(UserWarning, match="Linear is scored without.*no compiler here") as told:
+        for _ in range(SIGHTS + 2):
+            scored(early, POOL)
     assert len(told) == 1
 
 
@@ -318,7 +365,7 @@ def test_a_mode_that_is_none_is_refused():
 
 def test_listeners_hear_the_forward_itself():
     ran = []
-    quick = Compiled(lambda x: x + 1, True, lambda run: (run(), False), lambda: iter(()))
+    quick = Compiled(lambda x: x + 1, True, lambda run: (run(), False), lambda: iter(()), set())
     quick._first = lambda *args: ran.append("compiled") or args[1][0] + 1
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -333,7 +380,7 @@ def test_listeners_hear_the_forward_itself():
 
 
 def test_lengths_that_never_repeat_are_not_remembered_for_ever():
-    quick = Compiled(lambda x: x, True, lambda run: (run(), False), lambda: iter(()))
+    quick = Compiled(lambda x: x, True, lambda run: (run(), False), lambda: iter(()), set())
     with torch.no_grad():
         for length in range(1000):
             quick(torch.zeros(length))
