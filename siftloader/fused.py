@@ -25,14 +25,12 @@ from torch import Tensor, nn
 from siftloader.errors import ScoringError
 
 
-# Logits of a tile. CPU: 1 MiB of float32 for every thread, which a core's cache holds; twice as fast as
+# Logits of a tile. CPU: 2 MiB of float32 for every thread, which a core's cache holds; twice as fast as
 # tiles of 256 MiB (bfloat16, EPYC with AVX512_BF16). Elsewhere: enough that launching costs nothing.
-TILE_OF_A_THREAD, TILE_OF_A_DEVICE = 1 << 18, 1 << 24
+TILE_OF_A_THREAD, TILE_OF_A_DEVICE = 1 << 19, 1 << 24
 ROWS_OF_A_HOST, ROWS_OF_A_DEVICE = 512, 4096  # of a tile
 ROWS_AT_ONCE = 8192  # that share one cast of the weight, and whose tiles are put together
-CAST_BYTES = (
-    64 << 20
-)  # of a weight at a time, where it is of another precision than a kernel needs
+CAST_BYTES = 64 << 20  # of a weight at a time, where a kernel needs another precision
 FEWEST_CLASSES = 512  # of a tile: below, products are too thin
 
 
@@ -90,7 +88,7 @@ def loss_and_entropy(hidden: Tensor, labels: Tensor, head: LinearHead) -> tuple[
     negative label is none: its loss is NaN. Under autocast, products are of its precision, as the
     model's own would be. On a GPU nothing waits for the device.
 
-    Memory beside the result: on a CPU 10 bytes a logit of a tile (2**18 for each thread, and at most 512
+    Memory beside the result: on a CPU 10 bytes a logit of a tile (2**19 for each thread, and at most 512
     bytes a class for what tiles leave); on a GPU a copy of at most 64 MiB of the weight, if that is of
     another precision; without Triton 10 bytes a logit of a tile of 2**24, 160 MiB.
 
