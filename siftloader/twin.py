@@ -127,6 +127,7 @@ class Twin:
         kept_layers = (memo[id(root.get_submodule(path))]._modules.values() for path in where.cuts)
         self._kept = [each for layers in kept_layers for each in layers if each is not None]
         self._quick: list[_Quick] = []  # what is compiled
+        self._apart: dict[tuple[int, str], Tensor] = {}  # buffers while it is held
         self._runs, self._thread = 0, threading.get_ident()
         self._training = root.training
         self._copied: list[dict[str, Tensor | None]] = []  # buffers of the replica, as fetched
@@ -174,11 +175,23 @@ class Twin:
     def hold(self) -> None:
         """Take over all of now as ``refresh`` does, and copy every buffer: the live model may write them meanwhile."""
         self.refresh()
-        for _, shell in [] if self._replica else self._shells:
+        if self._replica:
+            return
+        for number, (_, shell) in enumerate(self._shells):
             shell.__dict__["_buffers"] = {
-                name: None if buffer is None else buffer.clone()
+                name: None if buffer is None else self._apart_from(buffer, (number, name))
                 for name, buffer in shell._buffers.items()
             }
+
+    def _apart_from(self, buffer: Tensor, place: tuple[int, str]) -> Tensor:
+        # In the same memory each time: a CUDA graph would be recorded anew for every other address.
+        room = self._apart.get(place)
+        known = None if room is None else (room.shape, room.dtype, room.device)
+        if room is None or known != (buffer.shape, buffer.dtype, buffer.device):
+            room = self._apart[place] = buffer.clone()
+        elif room is not buffer:
+            room.copy_(buffer.detach())
+        return room
 
     def fetch(self) -> None:
         """Copy the weights and buffers of now; where nothing is copied they are the live ones anyway."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import re
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from models import FAMILIES, LAYERS, VOCAB, bert, candidates, classifier, scaled, trace
 from torch import Tensor, nn
 
-from siftloader import EarlyExit, Sifter, compiled, twin
+from siftloader import EarlyExit, Sifter, SiftingDataLoader, compiled, twin
 from siftloader.compiled import GRAPHS, SHAPES, SIGHTS, Compiled
 from siftloader.targets import Targets
 
@@ -430,3 +431,64 @@ def test_inductor_scores_like_the_eager_twin():
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
     assert graphs(early) == [1]
     torch._dynamo.reset()
+
+
+def test_held_its_buffers_are_those_of_now_in_the_same_memory():
+    model, batch = bert(), candidates("bert")
+    early = EarlyExit(model, 1)
+    scored(early, batch)
+    addresses = set()
+    for step in range(4):
+        with torch.no_grad():
+            model.bert.embeddings.token_type_ids.fill_(step % 2)
+        early.hold()
+        found = scored(early, batch)
+        model.bert.embeddings.token_type_ids.fill_(7)  # none of the two there are
+        assert torch.equal(scored(early, batch), found)
+        shell = early._twin.shell_of(model.bert.embeddings)
+        addresses.add(shell.token_type_ids.data_ptr())
+        assert int(shell.token_type_ids.max()) == step % 2
+        early.release()
+    assert len(addresses) == 1
+
+
+def test_overlapped_a_compiled_twin_keeps_what_an_eager_one_keeps(quick, monkeypatch):
+    threads = []
+
+    def tells_its_thread(graph: torch.fx.GraphModule, inputs: Any, mode: Any) -> Any:
+        return lambda *given: threads.append(threading.get_ident()) or graph.forward(*given)
+
+    monkeypatch.setattr(compiled, "inductor", tells_its_thread)
+
+    def kept(compile: bool) -> list[Tensor]:  # noqa: A002
+        torch.manual_seed(0)
+        model = Small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rows = [
+            {"ids": torch.randint(5, VOCAB, (12,), generator=torch.Generator().manual_seed(each))}
+            for each in range(96)
+        ]
+        loader = SiftingDataLoader(
+            [row | {"labels": row["ids"]} for row in rows],
+            batch_size=4,
+            model=model,
+            warmup_steps=0,
+            overlap=True,
+            compile=compile,
+            shift_labels=False,
+        )
+        found = []
+        for batch in loader:
+            nn.functional.cross_entropy(
+                model(batch["ids"]).flatten(0, 1), batch["labels"].flatten()
+            ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(batch["ids"])
+        if compile:
+            assert graphs(loader._sifter.scorer._early) == [1]
+        return found
+
+    assert all(map(torch.equal, kept(True), kept(False)))
+    here = threading.get_ident()
+    assert threads[0] == here and len(threads) > 4 and here not in threads[1:]
