@@ -68,9 +68,12 @@ class EarlyExit:
     EarlyExit(model, layer=1)                      # the stack of equal layers is found
     EarlyExit(model, layer="transformer.h:2")      # or named
     EarlyExit(model, layer="full")                 # the whole model: exact scores, any architecture
+    EarlyExit(model, compile=True)                 # its layers compiled, for shapes that come again
+    EarlyExit(model, device="cuda:1")              # a copy there, as of the last `fetch`
 
-    Shares the live parameters, never copies them. Raises ScoringError where the model has no stack to
-    cut or the layer is out of 1..N. (Paper, section 6: the head on an intermediate representation.)
+    Shares the live parameters, and copies them only where a ``device`` is given. ``compile`` may be a mode
+    of torch.compile. Raises ScoringError where the model has no stack to cut or the layer is out of 1..N.
+    (Paper, section 6: the head on an intermediate representation.)
     """
 
     def __init__(

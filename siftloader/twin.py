@@ -7,8 +7,9 @@
 A twin is a tree of new module shells for everything the model's own ``forward`` reaches. A shell shares
 its live module's parameters and buffers by reference, has its own ``training=False``, its own children
 and a copy of the hooks (which do run: sharded models live by them), and the layer stacks keep their first
-layers only. No weight is copied, and the live model may run elsewhere meanwhile. Building a twin draws no
-random number; where the model's forward does, even in eval mode, the streams are put back after it.
+layers only. No weight is copied, unless to a ``device`` of its own, and the live model may run elsewhere
+meanwhile. Building a twin draws no random number; where the model's forward does, even in eval mode, the
+streams are put back after it.
 
 Letters: P samples, T positions, H hidden size, V vocabulary, M wanted positions.
 """

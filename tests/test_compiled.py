@@ -492,3 +492,44 @@ def test_overlapped_a_compiled_twin_keeps_what_an_eager_one_keeps(quick, monkeyp
     assert all(map(torch.equal, kept(True), kept(False)))
     here = threading.get_ident()
     assert threads[0] == here and len(threads) > 4 and here not in threads[1:]
+
+
+def test_weights_that_lie_on_several_ranks_are_scored_without_and_told(quick, monkeypatch):
+    monkeypatch.setattr(twin, "is_spread", lambda module: True)
+    early = EarlyExit(Small(), 1, compile=True)
+    with pytest.warns(UserWarning, match="compile: the weights lie on several ranks") as told:
+        for _ in range(SIGHTS + 2):
+            scored(early, POOL)
+    assert len(told) == 1 and early.twin is not None and not quick
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])  # the latter by CUDA graphs
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_on_a_gpu_it_scores_like_the_eager_twin_and_waits_for_nothing(family, mode):
+    model, batch = FAMILIES[family]().cuda(), candidates(family)
+    targets = Targets.of(batch["labels"], torch.device("cuda"), shift=False)
+    batch = {name: each.cuda() for name, each in batch.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    early, plain = EarlyExit(model, 2, compile=mode), EarlyExit(model, 2)
+
+    def logits(by: EarlyExit) -> Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return torch.cat(list(by.logits_at(batch, targets))).float()
+
+    for step in range(SIGHTS + 10):
+        expected = logits(plain)
+        if step > SIGHTS + 2:  # a CUDA graph is recorded by the run after that which is compared
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = logits(early)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert graphs(early) == [1] and not early._twin._quick[0]._compiled._eager
+    torch._dynamo.reset()
