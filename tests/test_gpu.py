@@ -180,9 +180,7 @@ OPTIONS = {
     "gumbel": {"selection": Gumbel(), "sift_weight": True},
     "trimmed": {"selection": TrimmedTopK()},
     "robust": {"selection": Robust()},
-    "strata": {
-        "selection": Stratified(by=lambda batch: batch["labels"].reshape(32, -1)[:, 0] % 2)
-    },
+    "strata": {"selection": Stratified(by=lambda batch: batch["labels"] % 2)},
     "exit head": {"exit_head": "probe"},
     "quarter": {"keep": 0.25},
     "told": {"on_select": lambda ids, scores, kept: None},

@@ -236,9 +236,31 @@ def test_models_of_transformers_wait_for_what_they_ask_themselves_only(family, w
     with Gpu() as gpu:
         model, batch = gpu.moved(FAMILIES[family]()), placed(gpu, candidates(family), where)
         assert not own_aside(waits_of(gpu, model, Sifter(model), batch, pools=1))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "bert",
+        *(
+            pytest.param(
+                each,
+                marks=pytest.mark.xfail(
+                    reason="without a cache, transformers asks the GPU for texts in a row",
+                    strict=False,
+                ),
+            )
+            for each in ("gpt2", "llama")
+        ),
+    ],
+)
+def test_models_of_transformers_wait_for_nothing_without_a_mask(family):
+    with Gpu() as gpu:
+        model = gpu.moved(FAMILIES[family]())
+        model.config.pad_token_id = None  # GPT-2 would look for padding, in training as well
+        batch = placed(gpu, candidates(family), "host")
         del batch["attention_mask"]
-        found = waits_of(gpu, model, Sifter(model), batch, pools=1)
-        assert not (found if family == "bert" else own_aside(found))
+        assert not waits_of(gpu, model, Sifter(model), batch, pools=1)
 
 
 def test_weights_of_the_kept_wait_for_nothing():
