@@ -58,7 +58,11 @@ from siftloader.targets import Positions
 
 
 IGNORED = -100
-WARM, WARM_FIRST = 1, 3  # steps before the clock starts, in every window and in a loop's first
+WARM = 1  # steps before the clock starts, in every window
+WARM_FIRST, WARM_COMPILED = (
+    2,
+    4,
+)  # where a loop or a sifter is new; what compiles does so at the third pool
 LEAST_ROUNDS = 3
 BATCHES = 4  # that exist; a loop goes round them
 STRIDE = 8
@@ -166,7 +170,7 @@ def build(shape: Shape, device: str = "cpu") -> nn.Module:
             model: nn.Module = transformers.BertForMaskedLM(config)
         elif shape.family == "gpt2":
             config = transformers.GPT2Config(
-                **sizes, n_inner=shape.inner, use_cache=False, bos_token_id=0, eos_token_id=0
+                **sizes, n_inner=shape.inner, bos_token_id=0, eos_token_id=0
             )
             model = transformers.GPT2LMHeadModel(config)
         else:
@@ -175,7 +179,6 @@ def build(shape: Shape, device: str = "cpu") -> nn.Module:
                 intermediate_size=shape.inner,
                 num_key_value_heads=shape.kv_heads,
                 tie_word_embeddings=True,
-                use_cache=False,
                 bos_token_id=0,
                 eos_token_id=0,
             )
@@ -366,7 +369,7 @@ class Bench:
 
     def endless(self) -> list[Batch]:
         """As many batches as the longest window draws, and some to look ahead; the same few in turn."""
-        draws = round(1 / self.options.keep) * (WARM_FIRST + self.options.steps + 2)
+        draws = round(1 / self.options.keep) * (WARM_COMPILED + self.options.steps + 2)
         return [self.batches[number % BATCHES] for number in range(draws)]
 
     def loader(self, way: Way) -> Iterable[Batch]:
@@ -432,11 +435,13 @@ class Bench:
         self.wait()
         return float(torch.cuda.memory_allocated())
 
-    def first_window(self, batches: Iterable[Batch]) -> tuple[float, float | None]:
+    def first_window(
+        self, batches: Iterable[Batch], warm: int = WARM_FIRST
+    ) -> tuple[float, float | None]:
         """Bytes at the peak of a loop that is under way, and how often the host waits for a step."""
         peak = syncs = 0.0
         drawn = iter(batches)
-        for _ in range(WARM_FIRST):
+        for _ in range(warm):
             self.step(next(drawn))
         self.wait()
         if self.device.type != "cuda":
@@ -488,12 +493,15 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
         with telling(row):
             before = bench.at_rest() - rest  # what other loaders keep
             loader = bench.loader(way)
-            peak, row.syncs = bench.first_window(loader)
+            warm = WARM_COMPILED if "compile" in way.options else WARM_FIRST
+            peak, row.syncs = bench.first_window(loader, warm)
             row.peak = peak - before - plain_peak
             row.peak_share = row.peak / plain_peak
             loops.append((row, loader))
             if way.scores and not {"overlap", "scorer_device"} & {*way.options}:
                 alone.append((row, bench.sifter(way)))
+                for _ in range(warm):
+                    alone[-1][1]()
     rivals: list[tuple[str, int, int | EarlyExit | None]] = []
     for layer in layers:
         rivals.append(("j layers, head everywhere", layer, EarlyExit(bench.model, layer)))
@@ -504,10 +512,8 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
             row = Row(said, layer, floor(shape, layer, options.keep))
             rows.append(row)
             alone.append((row, bench.rival(how)))
-    for row, task in alone:
-        with telling(row):
-            task()  # first calls look at what they get
-
+            with telling(row):
+                alone[-1][1]()
     plain: list[float] = []
     while len(plain) < LEAST_ROUNDS or (
         len(plain) < options.rounds
