@@ -154,6 +154,9 @@ class Capacity:
             self._asked = None
         most = min(self.most, length)
         if most < length:
+            for kept in (self._largest, self.capped):
+                if isinstance(kept, Tensor) and kept.is_cuda:  # pools may be scored on two streams
+                    kept.record_stream(torch.cuda.current_stream(kept.device))
             self.capped = self.capped + (counts > most).sum()
             largest = counts.max()
             if self._largest is not None:

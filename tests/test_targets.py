@@ -47,6 +47,11 @@ def chosen(control):
     )
 
 
+def of_a_device(labels, device, shift, positions=None, capacity=None):
+    """In place of ``Targets.of``: as if the labels of a batch lay on a GPU."""
+    return on_device(labels, shift, positions, capacity)
+
+
 def room_for(most):
     capacity = Capacity()
     capacity.state = [most, None, None, 0]
@@ -424,7 +429,7 @@ def test_scores_of_some_positions_are_those_of_the_slow_reference(positions, mon
     found = Sifter(model, positions=positions).score(batch)
     assert (found.double() - expected)[ROWS].abs().max() < 2e-5
     assert found[3] == -torch.inf
-    monkeypatch.setattr(Targets, "of", lambda y, device, shift, p=None: on_device(y, shift, p))
+    monkeypatch.setattr(Targets, "of", of_a_device)
     there = Sifter(model, positions=positions).score(batch)
     assert torch.allclose(there, found, atol=1e-5)
 
@@ -501,7 +506,7 @@ def test_a_wrong_label_on_a_device_is_a_score_that_is_not_finite(criterion, monk
     batch["labels"][2, 5] = -1
     with pytest.raises(ScoringError, match="found label -1"):
         Sifter(model, criterion=criterion).score(batch)
-    monkeypatch.setattr(Targets, "of", lambda y, device, shift, p=None: on_device(y, shift, p))
+    monkeypatch.setattr(Targets, "of", of_a_device)
     sifter = Sifter(model, criterion=criterion)
     sifter(batch)
     scores = sifter.score(batch)
@@ -521,7 +526,7 @@ def test_values_may_be_true_or_false(monkeypatch):
     expected = wrong.sum(1) / (labels != -100).sum(1)
     found = Sifter(model, criterion=missed).score(batch)
     assert torch.allclose(found[ROWS], expected[ROWS])
-    monkeypatch.setattr(Targets, "of", lambda y, device, shift, p=None: on_device(y, shift, p))
+    monkeypatch.setattr(Targets, "of", of_a_device)
     assert torch.allclose(Sifter(model, criterion=missed).score(batch), found)
 
 
