@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -420,6 +421,27 @@ def test_twins_that_are_replaced_are_forgotten(quick):
     scored(early, POOL)
     gc.collect()
     assert [each() for pair in held for each in pair] == [None] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_compiled_twin_of_any_family_scores_alike(name, quick):
+    family = families.FAMILIES[name]
+    model, batch, layer = family.model(), family.batch(), family.exit(2)
+    sifters = [
+        Sifter(model, exit_layer=layer, score_fn=family.loss, compile=each)
+        for each in (True, False)
+    ]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(twin.UNCAPTURED + SIGHTS):
+            quickly, slowly = (each.score(batch) for each in sifters)
+            assert torch.equal(quickly, slowly)
+    said = [str(each.message) for each in told if "compile:" in str(each.message)]
+    # How many rows an expert sees is a number that a graph would depend on.
+    experts = name in ("mixtral", "qwen3-moe")
+    assert len(said) == experts and all("data-dependent" in each for each in said)
+    assert experts or all(1 <= each <= 2 for each in graphs(sifters[0].scorer._early))
 
 
 @pytest.mark.slow

@@ -8,12 +8,13 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import families
 import pytest
 import torch
 from models import FAMILIES, LAYERS, VOCAB, bert, candidates, classifier, gpt2, scaled, trace
 from torch import Tensor, nn
 
-from siftloader import EarlyExit, ScoringError, compiled
+from siftloader import EarlyExit, ScoringError, Sifter, compiled
 from siftloader.replica import Replica
 from siftloader.targets import Targets
 
@@ -227,6 +228,26 @@ def test_a_forward_that_reads_the_live_object_trips():
     model.forward = lambda *args, **kwargs: own(model, *args, **kwargs)
     with pytest.raises(ScoringError, match="beyond the exit"):
         scored(EarlyExit(model, 1, device="cpu"), batch)
+
+
+@pytest.mark.parametrize("name", families.FAMILIES)
+def test_a_copy_of_any_family_reads_nothing_of_the_live_model(name):
+    family = families.FAMILIES[name]
+    model, batch = family.model(), family.batch()
+    layer = family.exit(2)
+    here, there = (Sifter(model, exit_layer=layer, score_fn=family.loss) for _ in range(2))
+    there.scorer._early = EarlyExit(model, layer, device="cpu")
+    expected = here.score(batch)
+    assert torch.equal(there.score(batch), expected)
+    with torch.no_grad():
+        for each in tensors(model):
+            each.fill_(float("nan") if each.is_floating_point() else 10**6)
+    assert torch.equal(there.score(batch), expected)
+    try:
+        spoilt = here.score(batch)
+    except (IndexError, RuntimeError):  # positions that no table has
+        return
+    assert not torch.equal(spoilt, expected), "or this test could not fail"
 
 
 @pytest.mark.gpu
