@@ -324,7 +324,9 @@ class Scorer:
         scores = self.agreed(scores.detach().to(device, torch.float32))
         labelled, finite = labelled.to(device), scores.isfinite()
         ranked = scores.masked_fill(~(finite & labelled), -torch.inf)
-        capped = torch.as_tensor(self._room.capped - before, device=device)
+        capped = self._room.capped - before
+        if not isinstance(capped, Tensor):  # filled in, not copied: nobody waits
+            capped = torch.full((), capped, device=device)
         return Scores(ranked, (~finite & labelled).sum(), (~labelled).sum(), capped)
 
     def agreed(self, values: Tensor) -> Tensor:
