@@ -12,6 +12,7 @@ import families
 import pytest
 import torch
 from models import FAMILIES, LAYERS, VOCAB, bert, candidates, classifier, gpt2, scaled, trace
+from simulated import Gpu
 from torch import Tensor, nn
 
 from siftloader import EarlyExit, ScoringError, Sifter, compiled
@@ -248,6 +249,32 @@ def test_a_copy_of_any_family_reads_nothing_of_the_live_model(name):
     except (IndexError, RuntimeError):  # positions that no table has
         return
     assert not torch.equal(spoilt, expected), "or this test could not fail"
+
+
+def test_from_a_gpu_weights_come_without_waiting_and_are_waited_for_where_they_are_used(
+    monkeypatch,
+):
+    model, batch = bert(), candidates("bert")
+    expected = scored(EarlyExit(model, 1), batch)
+
+    def pinned(
+        self: Replica, live: Tensor
+    ) -> Tensor:  # which of this GPU that is none are another kind
+        return torch.empty(live.shape, dtype=live.dtype, device=self.device, pin_memory=True)
+
+    monkeypatch.setattr(Replica, "_room", pinned)
+    with Gpu() as gpu:
+        early = EarlyExit(gpu.moved(model), 1, device="cpu")
+        assert torch.equal(scored(early, batch), expected)
+        early.hold()
+        gpu.waits.clear()
+        early.fetch()
+        assert not gpu.waits
+        assert torch.equal(scored(early, batch), expected)
+        assert gpu.waits and all("Event.synchronize" in each for each in gpu.waits)
+        gpu.waits.clear()
+        scored(early, batch)
+        assert not gpu.waits, "what has arrived is not waited for again"
 
 
 @pytest.mark.gpu
