@@ -14,7 +14,9 @@ layer, N layers.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, nullcontext
@@ -433,7 +435,32 @@ def model_inputs(
         fields.setdefault("decoder_input_ids", shifted(batch["labels"]))
     # A cache or all hidden states of a scoring pass would be memory for nothing.
     quiet = {"use_cache": False, "output_hidden_states": False, "output_attentions": False}
-    return (), {**fields, **{k: v for k, v in quiet.items() if k in named and k not in fields}}
+    fields |= {k: v for k, v in quiet.items() if k in named and k not in fields}
+    if "past_key_values" in named and (cache := _no_cache(model, fields)) is not None:
+        fields["past_key_values"] = cache
+    return (), fields
+
+
+def _no_cache(model: nn.Module, fields: Mapping[str, Any]) -> Any:
+    # Without a cache and a mask, causal models of transformers look whether position ids show several texts
+    # in a row, and wait for the GPU to tell; those that they make themselves never do. With a cache they do
+    # not ask: this one keeps nothing.
+    transformers = sys.modules.get("transformers")
+    told = fields.keys() & {"past_key_values", "attention_mask", "position_ids"}
+    config = getattr(model, "config", None)
+    if transformers is None or told or getattr(model, "_is_stateful", True):
+        return None
+    if getattr(config, "is_encoder_decoder", True) or not hasattr(transformers, "DynamicCache"):
+        return None
+    return _keepless(transformers.DynamicCache)()
+
+
+@functools.cache
+def _keepless(cache: type) -> type:
+    def update(self: Any, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Any:
+        return keys, values
+
+    return type("NoCache", (cache,), {"update": update})
 
 
 def _takes_any(model: nn.Module) -> bool:

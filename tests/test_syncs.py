@@ -238,22 +238,7 @@ def test_models_of_transformers_wait_for_what_they_ask_themselves_only(family, w
         assert not own_aside(waits_of(gpu, model, Sifter(model), batch, pools=1))
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        "bert",
-        *(
-            pytest.param(
-                each,
-                marks=pytest.mark.xfail(
-                    reason="without a cache, transformers asks the GPU for texts in a row",
-                    strict=False,
-                ),
-            )
-            for each in ("gpt2", "llama")
-        ),
-    ],
-)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_models_of_transformers_wait_for_nothing_without_a_mask(family):
     with Gpu() as gpu:
         model = gpu.moved(FAMILIES[family]())
