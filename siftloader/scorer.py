@@ -425,15 +425,15 @@ class Scorer:
 
     def _ends(self, pool: Pool, labels: Tensor, targets: Targets) -> Tensor | None:
         # Where the rows end, if what is behind need not be computed, or the mask that tells need not be looked at.
-        ends = pool.ends
-        if ends is None or not isinstance(self._early, EarlyExit) or not self._needs_model:
+        read = ends = pool.ends
+        if read is None or ends is None or not isinstance(self._early, EarlyExit) or not self._needs_model:
             return None
         width = pool.batch[MASK].shape[1]
         if labels.ndim > 1:
             if labels.device.type != "cpu" or labels.shape != (len(ends), width):
                 return None
             ends = covering(ends, labels)
-        masks = self._are_short(pool.ends, pool.batch)
+        masks = self._are_short(read, pool.batch)
         what = "tail" if masks else "mask"
         if masks and (self._compile or not self._are_short(ends, pool.batch)):
             return None  # compiled for one shape; or there is a label behind every end
