@@ -62,8 +62,9 @@ class Compiled:
 
     What the compiled forward returns is compared with the eager one's once for each shape. Where they differ,
     where it cannot be compiled in one piece, or where it draws random numbers, it stays eager, with one warning
-    that says why, and that others with the same ``told`` do not repeat. Compiling takes its time, and sets the random streams of all threads back to its beginning, so only
-    the thread that this was made in compiles. ``tensors`` lists the weights it reads, on which dynamo leaves marks that are taken off again.
+    that says why, and that others with the same ``told`` do not repeat. Compiling takes seconds to minutes, and
+    sets the random streams of all threads back to its beginning, so only the thread that made this compiles.
+    ``tensors`` lists the weights it reads, on which dynamo leaves marks that are taken off again.
     """
 
     def __init__(
@@ -145,6 +146,8 @@ class Compiled:
         before = self.graphs
         try:
             found = compiled(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise  # eager takes no less
         except Exception as error:
             self._give_up(_reason(error))  # an error of the model's own comes again
             return self._forward(*args, **kwargs)
