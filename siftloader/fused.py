@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -25,13 +25,10 @@ from torch import Tensor, nn
 from siftloader.errors import ScoringError
 
 
-# Logits of a tile. CPU: 2 MiB of float32 for every thread, which a core's cache holds; twice as fast as
-# tiles of 256 MiB (bfloat16, EPYC with AVX512_BF16). Elsewhere: enough that launching costs nothing.
-TILE_OF_A_THREAD, TILE_OF_A_DEVICE = 1 << 19, 1 << 24
-ROWS_OF_A_HOST, ROWS_OF_A_DEVICE = 512, 4096  # of a tile
-ROWS_AT_ONCE = 8192  # that share one cast of the weight, and whose tiles are put together
+# Rows and classes of a tile. On a CPU 2**22 logits: of 2**23, which are 32 MiB, malloc asks the system for new
+# pages every time, and all took 1.6 times as long. Elsewhere enough that launching costs little.
+TILE_OF_A_HOST, TILE_OF_A_DEVICE = (512, 8192), (4096, 4096)
 CAST_BYTES = 64 << 20  # of a weight at a time, where a kernel needs another precision
-FEWEST_CLASSES = 512  # of a tile: below, products are too thin
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,9 +85,9 @@ def loss_and_entropy(hidden: Tensor, labels: Tensor, head: LinearHead) -> tuple[
     negative label is none: its loss is NaN. Under autocast, products are of its precision, as the
     model's own would be. On a GPU nothing waits for the device.
 
-    Memory beside the result: on a CPU 10 bytes a logit of a tile (2**19 for each thread, and at most 512
-    bytes a class for what tiles leave); on a GPU a copy of at most 64 MiB of the weight, if that is of
-    another precision; without Triton 10 bytes a logit of a tile of 2**24, 160 MiB.
+    Memory beside the result: on a CPU 40 MiB, and a copy of 8,192 classes of the weight if that is of
+    another precision; on a GPU a copy of at most 64 MiB of it, without Triton 160 MiB. Of the rows next to
+    nothing: 16 bytes for each tile of the vocabulary.
 
     Raises ScoringError where shapes do not fit, and on a CPU for a label that is no class of the head;
     on a GPU such a label's loss is NaN. (One pass: Milakov and Gimelshein 2018; logits that are not
@@ -102,14 +99,9 @@ def loss_and_entropy(hidden: Tensor, labels: Tensor, head: LinearHead) -> tuple[
         hidden, labels = hidden.to(dtype), labels.long()
         if hidden.device.type == "cpu" and hidden.dtype == torch.float16:
             hidden = hidden.float()  # four times as fast there, and better
-        classes = len(head.weight)
-        found = [
-            _combined(tiles, (wanted >= 0) & (wanted < classes))
-            for tiles, wanted in _all_tiles(hidden, labels, head)
-        ]
-    if len(found) == 1:
-        return found[0]
-    return torch.cat([loss for loss, _ in found]), torch.cat([entropy for _, entropy in found])
+        return _combined(
+            _all_tiles(hidden, labels, head), (labels >= 0) & (labels < len(head.weight))
+        )
 
 
 def _check(hidden: Tensor, labels: Tensor, head: LinearHead) -> None:
@@ -144,21 +136,11 @@ def _precision(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _all_tiles(
-    hidden: Tensor, labels: Tensor, head: LinearHead
-) -> Iterator[tuple[Tensor, Tensor]]:
-    # What the tiles of some rows leave, [4, S, m], and their labels, [m].
+def _all_tiles(hidden: Tensor, labels: Tensor, head: LinearHead) -> Tensor:
     if kernel := _kernel(hidden):
-        yield _tiles_by(kernel, hidden, labels, head), labels
-        return
-    on_host = hidden.device.type == "cpu"
-    tile = TILE_OF_A_THREAD * torch.get_num_threads() if on_host else TILE_OF_A_DEVICE
-    rows = max(1, min(len(hidden), ROWS_OF_A_HOST if on_host else ROWS_OF_A_DEVICE))
-    classes = max(FEWEST_CLASSES, tile // rows)
-    for some, wanted in zip(
-        torch.split(hidden, ROWS_AT_ONCE), torch.split(labels, ROWS_AT_ONCE), strict=True
-    ):
-        yield _tiles(some, wanted, head, rows, classes), wanted
+        return _tiles_by(kernel, hidden, labels, head)
+    tile = TILE_OF_A_HOST if hidden.device.type == "cpu" else TILE_OF_A_DEVICE
+    return _tiles(hidden, labels, head, *tile)
 
 
 def _tiles(hidden: Tensor, labels: Tensor, head: LinearHead, rows: int, classes: int) -> Tensor:

@@ -8,7 +8,9 @@ this file in a process of their own:
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import mmap
 import os
 import subprocess
 import sys
@@ -216,3 +218,29 @@ def test_no_more_loads_are_in_flight_than_fit() -> None:
             fit = blocks.fitting(memory, dtype.itemsize)
             assert fit.stages * (fit.rows + fit.classes) * fit.width * dtype.itemsize <= memory
         assert blocks.fitting(h100, dtype.itemsize) == blocks
+
+
+@runs
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="memory is fenced on the host")
+def test_nothing_is_read_beyond_the_last_row_and_the_last_class() -> None:
+    """What is read lies at the end of a page, and the next page must not be touched: the process would die."""
+    hidden, labels, head = made(37, 33, 300, torch.float32, bias=True)
+    assert head.bias is not None
+    right = values(hidden, labels, head)
+    found = values(
+        fenced(hidden), fenced(labels), LinearHead(fenced(head.weight), fenced(head.bias))
+    )
+    for ours, same in zip(found, right, strict=True):
+        assert torch.equal(ours, same)
+
+
+def fenced(tensor: Tensor) -> Tensor:
+    """A copy that ends where memory that may be read ends."""
+    size = tensor.numel() * tensor.element_size()
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    pages = mmap.mmap(-1, room + mmap.PAGESIZE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+    assert libc.mprotect(ctypes.c_void_p(begin + room), mmap.PAGESIZE, 0) == 0
+    whole = torch.frombuffer(pages, dtype=tensor.dtype, count=room // tensor.element_size())
+    return whole[-tensor.numel() :].view(tensor.shape).copy_(tensor)
