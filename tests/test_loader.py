@@ -18,9 +18,8 @@ import pytest
 import torch
 from effort import examples
 from hypothesis import given, strategies as st
-from models import FAMILIES, VOCAB, Classifier, bert, candidates, classifier, gpt2
+from models import VOCAB, Classifier, bert, candidates, classifier, gpt2
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -33,7 +32,6 @@ from siftloader import (
     BatchError,
     EmptyEpoch,
     Loss,
-    Rarity,
     ScoringError,
     Sifter,
     SiftingDataLoader,
@@ -41,8 +39,6 @@ from siftloader import (
     TokenShards,
     TopK,
 )
-from siftloader.targets import Targets, Unigrams
-from siftloader.twin import Twin
 from siftloader.world import World
 
 
@@ -883,68 +879,6 @@ def test_a_data_set_is_no_loader():
         SiftingDataLoader.wrap(TokenShards(DEMO), model=classifier())
     with pytest.raises(TypeError, match="loader as it is"):
         SiftingDataLoader.wrap([], model=classifier(), batch_size=4)
-
-
-class Asked(TorchDispatchMode):
-    """Notes every operation that a GPU would have to answer before the host goes on."""
-
-    WAITING = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "is_nonzero",
-        "_unique2",
-        "equal",
-    )
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on, self.waited = True, []
-
-    def unwatched(self, call):
-        def run(*args, **kwargs):
-            self.on = False
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.on = True
-
-        return run
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if self.on and func.overloadpacket.__name__ in self.WAITING:
-            self.waited.append(func)
-        for index in args[1:2] if func.overloadpacket.__name__ in ("index", "index_put_") else ():
-            if self.on and any(each is not None and each.dtype == torch.bool for each in index):
-                self.waited.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("criterion", ["loss", "entropy", "random", "rarity"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "classifier"])
-def test_a_step_asks_the_device_for_nothing(family, criterion, monkeypatch):
-    model = FAMILIES[family]()
-    criterion = Rarity(np.ones(97)) if criterion == "rarity" else criterion
-    batch = candidates(family, 16)
-    inner = [batch] * 6
-    loader = SiftingDataLoader.wrap(inner, model=model, criterion=criterion, warmup_steps=0)
-    iterator = iter(loader)
-    next(iterator)  # the first pool is compared with the slow path
-    asked = Asked()
-
-    # Labelled positions are found where the labels are, on the host; and what the model's own forward
-    # asks (Hugging Face looks whether a mask masks anything) it asks in training too.
-    monkeypatch.setattr(Targets, "of", asked.unwatched(Targets.of))
-    monkeypatch.setattr(Twin, "run", asked.unwatched(Twin.run))
-    monkeypatch.setattr(
-        Unigrams, "__call__", asked.unwatched(Unigrams.__call__)
-    )  # checks on the host only
-    with asked:
-        next(iterator), next(iterator)
-    assert asked.waited == []
-    with asked:
-        torch.ones(3).sum().item(), torch.ones(3)[torch.ones(3) > 0]
-    assert len(asked.waited) == 2
 
 
 def test_every_kind_of_batch_comes_out_as_it_went_in():

@@ -7,26 +7,22 @@ import math
 import warnings
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from effort import FACTOR, examples
 from hypothesis import given, strategies as st
 from models import bert, candidates, classifier, gpt2, trace
-from test_loader import DEMO, Asked, Rows, ids, make
+from test_loader import DEMO, Rows, ids, make
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from siftloader import (
-    Entropy,
     ExitHead,
-    First,
     Gumbel,
     Loss,
     Predicted,
     RankSample,
     Reducible,
-    Residual,
     Robust,
     ScoringError,
     Sifter,
@@ -38,7 +34,6 @@ from siftloader import (
     TrimmedTopK,
     twin,
 )
-from siftloader.targets import Targets, Unigrams
 
 
 SHARES = st.sampled_from([1.0, 2 / 3, 0.5, 0.25])
@@ -557,52 +552,3 @@ def test_a_stage_network_is_told_of_the_exit_head():
         make(batch_size=8, exit_head="probe")
     with pytest.raises(ValueError, match='None, "probe" or an ExitHead'):
         Sifter(classifier(), exit_head="linear")
-
-
-NEVER_ASKING = {
-    "margin": {"criterion": "margin"},
-    "least confidence": {"criterion": "least-confidence"},
-    "gradient": {"criterion": "grad-norm"},
-    "residual": {"criterion": Residual(np.ones(97))},
-    "a sum": {"criterion": Loss() + 0.1 * Entropy()},
-    "ranks": {"selection": RankSample(), "sift_weight": True},
-    "gumbel": {"selection": Gumbel(), "sift_weight": True},
-    "random": {"criterion": "random", "sift_weight": True},
-    "trimmed": {"selection": TrimmedTopK()},
-    "robust": {"selection": Robust()},
-    "strata": {"selection": Stratified(by=lambda batch: batch["labels"][:, 0] % 2)},
-    "stride": {"positions": Stride(4)},
-    "first, corrected": {"positions": First(4, control=np.ones(97))},
-}
-
-
-@pytest.mark.parametrize("option", NEVER_ASKING)
-def test_no_option_asks_the_device_for_anything(option, monkeypatch):
-    model, batch = gpt2(), candidates("gpt2", 16)
-    loader = SiftingDataLoader.wrap(
-        [batch] * 6, model=model, warmup_steps=0, **NEVER_ASKING[option]
-    )
-    source = iter(loader)
-    next(source)  # the first pool is compared with the slow path
-    asked = Asked()
-
-    monkeypatch.setattr(
-        Targets, "of", asked.unwatched(Targets.of)
-    )  # on the host, where the labels are
-    monkeypatch.setattr(
-        Unigrams, "__call__", asked.unwatched(Unigrams.__call__)
-    )  # checks on the host only
-    monkeypatch.setattr(twin.Twin, "run", asked.unwatched(twin.Twin.run))
-    with asked:
-        next(source), next(source)
-    assert asked.waited == []
-
-
-def test_positions_of_labels_on_a_gpu_ask_it_for_nothing():
-    labels = candidates("gpt2")["labels"]
-    wanted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    asked = Asked()
-    with asked:
-        for positions in (None, Stride(4), First(3, control=lambda labels: labels / 9)):
-            Targets._of_capacity(wanted, positions)
-    assert asked.waited == []
