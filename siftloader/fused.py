@@ -5,7 +5,7 @@
 
 A tile of logits at a time is made, reduced to four numbers a row, and dropped; the numbers of all tiles
 are put together at the end. On a GPU the tiles live in registers (kernels.py); where that cannot be, and
-on a CPU, they are as large as the caches like.
+on a CPU, they are of a few MiB.
 
 Letters: M positions, H hidden size, V vocabulary (or classes), S tiles of it.
 """

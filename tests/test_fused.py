@@ -12,9 +12,11 @@ cannot promise is allowed: four units in the last place of the largest sum of ma
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from siftloader import fused
 from siftloader.errors import ScoringError
 from siftloader.fused import LinearHead, _combined, _tiles, loss_and_entropy
 
@@ -378,3 +381,33 @@ def test_it_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss_and_entropy(*made(7, 33, 31, torch.bfloat16))
+
+
+def test_a_kernel_that_does_not_run_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton wants a compiler of C, and a GPU that it knows; scoring goes on without."""
+
+    def tiles(*args: Any) -> Tensor:
+        raise RuntimeError("no compiler of C")
+
+    module = ModuleType("siftloader.kernels")
+    module.tiles = tiles  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "siftloader.kernels", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cpu")
+    fused._tried.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"Triton does not run here \(RuntimeError: no comp"):
+            assert fused._tried(device, torch.bfloat16) is None
+        assert fused._tried(device, torch.bfloat16) is None
+        # Not even tried on a GPU before Ampere, nor where Triton is not installed.
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert fused._tried(device, torch.float16) is None
+        monkeypatch.setitem(sys.modules, "siftloader.kernels", None)
+        assert fused._tried(device, torch.float32) is None
+        # One that runs is used.
+        module.tiles = lambda *args: torch.zeros(4, 1, 16)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "siftloader.kernels", module)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert fused._tried(torch.device("cpu", 0), torch.float32) is module.tiles
+    finally:
+        fused._tried.cache_clear()
