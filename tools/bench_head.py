@@ -274,7 +274,8 @@ def tune(shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
         except Exception as error:  # more memory or registers than there are
             print(f"{blocks}: {type(error).__name__}")
     print(f"\n{shape.name}, {dtype}: block sizes, best first, then those of now")
-    for blocks in [*sorted(found, key=found.__getitem__)[:5], usual]:
+    best = sorted(found, key=found.__getitem__)[:5]
+    for blocks in [*best, *({usual} & found.keys())]:
         print(
             f"{1000 * found[blocks]:9.3f} ms {shape.flops / found[blocks] / 1e12:8.1f} TFLOP/s  {blocks}"
         )
