@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from simulated import Gpu
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,14 +84,16 @@ def test_a_cost_is_what_a_sifted_step_takes_more_than_the_plain_one_of_its_round
 
     monkeypatch.setattr(bench_scoring, "ways", lambda *_: [Way("ours", 1, {})])
     bench = bench_scoring.Bench
-    monkeypatch.setattr(bench, "first_window", lambda *_: (100.0, 0.0))
+    peaks = iter([100.0, 103.0])  # of the plain loop, then of the sifted one
+    monkeypatch.setattr(bench, "first_window", lambda *_: (next(peaks), 0.0))
     monkeypatch.setattr(bench, "window", window)
     monkeypatch.setattr(bench, "seconds", lambda *_: 0.2 * now)
     options = bench_scoring.parse(["--device=cpu", "--minutes=0", "--exit-layers", "1"])
     found = bench_scoring.measure("gpt2", TINY["gpt2"], options)
     ours = Row(**found["rows"][0])
     assert ours.cost == [0.25] * 3 and ours.alone == pytest.approx([0.2] * 3)
-    assert ours.peak_share == 0 and bench_scoring.told([0.5, 0.6, 0.51]) == "51.0% (50.0 to 60.0)"
+    assert (ours.peak, ours.peak_share) == (3.0, 0.03)
+    assert bench_scoring.told([0.5, 0.6, 0.51]) == "51.0% (50.0 to 60.0)"
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +173,34 @@ def test_a_way_that_fails_is_a_row_that_says_why(
     ours, bad = (next(row for row in rows if row["way"] == name) for name in ("ours", "bad"))
     assert bad["failed"] == "ValueError: no such thing"
     assert not ours["failed"] and len(ours["cost"]) == bench_scoring.LEAST_ROUNDS
+
+
+def test_on_a_gpu_memory_and_waits_are_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    build, used = bench_scoring.build, iter(range(100, 1000))
+    few = ["--minutes=0", "--exit-layers", "1", "--only", "ours", "overlap", "naive", "full"]
+    options = bench_scoring.parse(["--device=cuda:0", "--dtype=float32", "--no-compile", *few])
+    options.steps = 2
+    with Gpu() as gpu:
+        monkeypatch.setattr(bench_scoring, "build", lambda shape, _: gpu.moved(build(shape)))
+        monkeypatch.setattr(torch.optim, "AdamW", lambda p, lr, fused: torch.optim.SGD(p, lr))
+        for name, value in {
+            "memory_allocated": lambda: 50.0,
+            "max_memory_allocated": lambda: float(next(used)),
+            "reset_peak_memory_stats": lambda: None,
+            "set_sync_debug_mode": lambda mode: (
+                mode == "warn"
+                and warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            ),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        found = bench_scoring.measure("gpt2", TINY["gpt2"], options)
+    assert not [row["failed"] for row in found["rows"] if row["failed"]]
+    assert found["of_plain"] == (100.0, 0.5)
+    ours = Row(**found["rows"][0])
+    assert (ours.peak, ours.peak_share, ours.syncs) == (1.0, 0.01, 0.5)
+    assert "peak 0 MiB, 0.5 syncs" in bench_scoring.table(found)
 
 
 def test_scores_of_all_ways_must_agree() -> None:

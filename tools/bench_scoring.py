@@ -428,44 +428,34 @@ class Bench:
             torch.cuda.synchronize()
 
     def at_rest(self) -> float:
-        """Bytes that are in use between two loops."""
+        """Bytes of the GPU that are in use between two loops."""
         if self.device.type != "cuda":
-            return resident("VmRSS")
+            return 0.0
         gc.collect()
         self.wait()
         return float(torch.cuda.memory_allocated())
 
     def first_window(
         self, batches: Iterable[Batch], warm: int = WARM_FIRST
-    ) -> tuple[float, float | None]:
-        """Bytes at the peak of a loop that is under way, and how often the host waits for a step."""
-        peak = syncs = 0.0
+    ) -> tuple[float, float] | None:
+        """Bytes at the peak of a loop that is under way, and how often the host waits in a step; of a GPU."""
         drawn = iter(batches)
         for _ in range(warm):
             self.step(next(drawn))
-        self.wait()
         if self.device.type != "cuda":
-            forget_peak()
-            self._steps(drawn)
-            return resident("VmHWM"), None
+            return None  # a process holds on to memory, and what it holds tells little of what a loop needs
+        self.wait()
         torch.cuda.reset_peak_memory_stats()
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                self._steps(drawn)
+                for _ in range(self.options.steps):
+                    self.step(next(drawn))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        syncs = (
-            sum("called a synchronizing" in str(each.message) for each in told)
-            / self.options.steps
-        )
-        peak = float(torch.cuda.max_memory_allocated())
-        return peak, syncs
-
-    def _steps(self, drawn: Iterator[Batch]) -> None:
-        for _ in range(self.options.steps):
-            self.step(next(drawn))
+        waits = sum("called a synchronizing" in str(each.message) for each in told)
+        return float(torch.cuda.max_memory_allocated()), waits / self.options.steps
 
 
 def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
@@ -479,7 +469,7 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
     check_equal(bench.model, shape, bench.candidates, layers, options.criterion, bench.dtype)
     bench.window(plain_batches)  # the optimizer's state is there from here on
     rest = bench.at_rest()
-    plain_peak, plain_syncs = bench.first_window(plain_batches)
+    of_plain = bench.first_window(plain_batches)
 
     rows: list[Row] = []
     loops: list[tuple[Row, Iterable[Batch]]] = []
@@ -494,9 +484,10 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
             before = bench.at_rest() - rest  # what other loaders keep
             loader = bench.loader(way)
             warm = WARM_COMPILED if "compile" in way.options else WARM_FIRST
-            peak, row.syncs = bench.first_window(loader, warm)
-            row.peak = peak - before - plain_peak
-            row.peak_share = row.peak / plain_peak
+            of_loop = bench.first_window(loader, warm)
+            if of_loop is not None and of_plain is not None:
+                row.peak, row.syncs = of_loop[0] - before - of_plain[0], of_loop[1]
+                row.peak_share = row.peak / of_plain[0]
             loops.append((row, loader))
             if way.scores and not {"overlap", "scorer_device"} & {*way.options}:
                 alone.append((row, bench.sifter(way)))
@@ -535,8 +526,7 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, A
         "criterion": options.criterion,
         "dtype": options.dtype,
         "plain": plain,
-        "plain_peak": plain_peak,
-        "plain_syncs": plain_syncs,
+        "of_plain": of_plain,  # bytes at the peak, and waits in a step
         "sparse_floor": floor(shape, 1, options.keep, sparse=True),
         "rows": [asdict(row) for row in rows],
     }
@@ -553,21 +543,6 @@ def telling(row: Row) -> Iterator[None]:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def resident(name: str) -> float:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM); nan where the system does not tell."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    found = [float(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")]
-    return found[0] if found else float("nan")
-
-
-def forget_peak() -> None:
-    """Let VmHWM begin again at what is in use now."""
-    file = Path("/proc/self/clear_refs")
-    if file.exists():
-        file.write_text("5")
 
 
 # ---- telling
@@ -654,13 +629,13 @@ def table(found: dict[str, Any]) -> str:
     shape, plain = Shape(**found["shape"]), found["plain"]
     rate = shape.step_flops(shape.batch_size) / median(plain)
     pool = round(shape.batch_size / found["keep"])
-    syncs = "" if found["plain_syncs"] is None else f", {found['plain_syncs']:g} syncs"
+    peak, syncs = found["of_plain"] or (0.0, 0.0)
+    of_gpu = f"peak {peak / 2**20:,.0f} MiB, {syncs:g} syncs, " if found["of_plain"] else ""
     lines = [
         f"{found['name']}: {shape.about()}, batch {shape.batch_size} of {pool}, {found['criterion']}, "
         f"{found['dtype']}",
         f"plain step {1000 * median(plain):.1f} ms ({1000 * min(plain):.1f} to {1000 * max(plain):.1f}) = "
-        f"{rate / 1e12:.3g} TFLOP/s, peak {found['plain_peak'] / 2**20:,.0f} MiB{syncs}, "
-        f"{len(plain)} rounds",
+        f"{rate / 1e12:.3g} TFLOP/s, {of_gpu}{len(plain)} rounds",
     ]
     if not shape.is_causal:
         lines.append(
