@@ -12,6 +12,7 @@ import transformers
 from families import FAMILIES as TABLE
 from hypothesis import given, settings, strategies as st
 from models import FAMILIES, HIDDEN, LAYERS, LENGTH, VOCAB, bert, candidates, gpt2, llama, trace
+from simulated import Gpu, OnGpu
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -586,6 +587,25 @@ def test_no_logits_are_made(monkeypatch):
         list(early.logits_at(batch, targets))
     assert beside.found == 16 * LENGTH * 4099
     assert without.found <= 16 * LENGTH * 2 * HIDDEN, "the largest is the MLP's"
+
+
+def test_nothing_waits_for_a_gpu_once_the_head_is_known(monkeypatch):
+    own = twin._is_plain
+    monkeypatch.setattr(twin, "_is_plain", lambda each: isinstance(each, OnGpu) or own(each))
+    model = Afterwards(lambda x: x)
+    ids = labels = everywhere().labels.view(8, LENGTH)
+    host = Targets.of(labels, torch.device("cpu"), shift=False)
+    expected = EarlyExit(model, 1).values_at({"input_ids": ids}, host, BOTH)
+    with Gpu() as gpu:
+        early = EarlyExit(gpu.moved(model), 1)
+        batch = {"input_ids": ids.pin_memory().to(gpu.device, non_blocking=True)}
+        targets = Targets.of(labels, gpu.device, shift=False)
+        early.values_at(batch, targets, BOTH)
+        gpu.waits.clear()
+        found = early.values_at(batch, targets, BOTH)
+        assert found is not None and gpu.waits == []
+        for value in BOTH:
+            assert torch.allclose(found[value].cpu(), expected[value], atol=1e-4)
 
 
 def test_the_trunk_runs_once_and_holds_nothing_back():
