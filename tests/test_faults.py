@@ -724,6 +724,9 @@ MAY_BE = {  # what a field of a loader's state may well be
     "reading": ("none",),
     "learned": ("dict",),
     "set_epoch": ("none",),
+    "watched": ("true",),
+    "ahead": ("none",),
+    "room": ("none",),
     "lanes": ("missing",),  # in the first version there were none: it means one
 }
 
