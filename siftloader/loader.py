@@ -337,6 +337,7 @@ class SiftingDataLoader(DataLoader[Any]):
             resumed = bool(cursor)
             if not resumed:
                 self._refuse_empty_epoch()
+                self._forget_ahead()
             # Taken now: the inner iter() must draw what it draws in the plain loader, when it draws it.
             start, pieces = self._source.draw(epoch, cursor)
         if not resumed:
@@ -523,8 +524,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on: after wrapping it, say."""
-        if self._prescored is not None:
-            self._prescored.drop()
+        self._forget_ahead()
         self._sifter.attach_model(model)
         self._fits = self._vocabulary is None
         if isinstance(model, nn.Module):
@@ -538,7 +538,13 @@ class SiftingDataLoader(DataLoader[Any]):
             self._turn += not self._idle  # an iterator under way moves the state no more
             self._epoch, self._cursor, self._begun = epoch, {}, self._idle
             self._moved = self._idle
+            self._forget_ahead()
         self._tell(epoch)
+
+    def _forget_ahead(self) -> None:
+        # What was scored of another pool than the one that comes next must not be saved, or taken for that.
+        if self._prescored is not None:
+            self._prescored.drop()
 
     def _tell(self, epoch: int) -> None:
         self._told_epoch = epoch
@@ -548,6 +554,8 @@ class SiftingDataLoader(DataLoader[Any]):
         """What was handed to the loop so far, JSON-able; valid after a break and at an epoch's end."""
         if self._log is not None:
             self._log.flush()  # a run that continues from here finds its past in the log
+        # First: it waits for a job that learns what is read after it.
+        ahead = None if self._prescored is None else self._prescored.state()
         cursor = self._cursor
         if not cursor and self._sifter.counts.samples:
             cursor = self._source.next_start()  # between epochs
@@ -569,7 +577,7 @@ class SiftingDataLoader(DataLoader[Any]):
             "reading": self._scorer.reading_state,
             "learned": self._scorer.digests() if self._learned is None else self._learned,
             "room": self._scorer.room_state,
-            "ahead": None if self._prescored is None else self._prescored.state(),
+            "ahead": ahead,
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -607,7 +615,9 @@ class SiftingDataLoader(DataLoader[Any]):
             self._updates.steps, self._updates.counts = state["updates"], False
         self.close()
         if self._prescored is not None:
-            self._prescored.load(state["ahead"])
+            # Among other ranks, or from other data, this one draws another pool.
+            same = state["ranks"] == own["ranks"] and not override
+            self._prescored.load(state["ahead"] if same else None)
 
     @property
     def worker_init_fn(self) -> Any:
@@ -655,7 +665,8 @@ class SiftingDataLoader(DataLoader[Any]):
                     pieces = self._announce(pieces, held)
                 # Not before the loop's first forward has told its precision.
                 watches = self._scorer.precision.watches
-                if self._prescored is not None and self._sifts() and not watches:
+                ahead = turn == self._turn and self._sifts() and not watches
+                if self._prescored is not None and ahead:
                     pieces = self._look_ahead(self._prescored, pieces, held)
                 # Counted before it leaves: the loop may never come back. And let go of: what the loop
                 # drops must not live on here while the next pool is scored.
@@ -693,7 +704,9 @@ class SiftingDataLoader(DataLoader[Any]):
             if held and _rows(held) >= self._sizes.least:
                 peek = copied(held)
                 prescored.begin(take(peek, int(min(_rows(peek), pool))), self._pad_id)
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                held.clear()  # an interrupt: the next one raises it, whatever was drawn
             pieces = _raising(error)
         return pieces
 
@@ -744,8 +757,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _next_plain(
         self, pieces: Iterator[Piece], held: deque[Drawn], training: bool
     ) -> tuple[Batch, Taken] | None:
-        if self._prescored is not None:
-            self._prescored.drop()  # its rows are handed out as they are
+        self._forget_ahead()  # its rows are handed out as they are
         ends = not held and not self._draw(pieces, held)
         doing = Doing.PASSES if training else Doing.EVALUATES
         if not self._agreed(Doing.ENDS if ends else doing):
@@ -995,6 +1007,7 @@ class SiftingDataLoader(DataLoader[Any]):
 
     def _end_epoch(self, handed: int, resumed: bool) -> None:
         if self._prescored is not None:
+            self._prescored.drop()
             self._prescored.close()
         self._epoch, self._cursor, self._begun = self._epoch + 1, {}, False
         self._idle = False

@@ -27,8 +27,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from siftloader.updates import owns
-
 
 Result = TypeVar("Result")
 # What a job gets, and calls when it has read the weights for good; returning does as well.
@@ -40,8 +38,9 @@ class _Pending(Generic[Result]):
     """A job under way."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        self._device = device
+        self._model, self._device = model, device
         self._weights: list[Tensor] = list(model.parameters())
+        self._ids = frozenset(map(id, self._weights))
         self._before = _versions(self._weights)
         self._ordered = (
             False  # an optimizer waited: what it writes now, and others after it, does no harm
@@ -55,8 +54,7 @@ class _Pending(Generic[Result]):
     def result(self) -> Result | None:
         """What the job returned, or raises; None where the weights were written while it may have read them."""
         self.wait()
-        if not self._ordered:
-            self._spoiled |= _versions(self._weights) != self._before
+        self._look()
         return None if self._spoiled else self._future.result()
 
     def wait(self) -> None:
@@ -67,38 +65,53 @@ class _Pending(Generic[Result]):
 
     def hold(self) -> None:
         """Before weights are written: until the job has read them."""
-        if not self._ordered:
-            self._spoiled |= _versions(self._weights) != self._before
-        self._ordered = True
+        self._look()
         self._read.wait()
+        self._ordered = True  # not before: who interrupts the wait may go on to write
         if (
             self._read_on_gpu is not None
         ):  # on the stream that is to write, of which there may be several
             torch.cuda.current_stream(self._device).wait_event(self._read_on_gpu)
 
-    def run(self, job: Callable[[HasRead], Result], stream: torch.cuda.Stream | None) -> None:
-        """Do it, in this thread; on a GPU that is to put it on ``stream``."""
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            try:
-                found: Result | None = job(self._has_read)
-                failure = None
-            except BaseException as error:
-                found, failure = None, error
-            if stream is not None:
-                self._done_on_gpu = stream.record_event()
-        self._has_read(self._done_on_gpu)
-        if failure is None:
-            self._future.set_result(found)  # type: ignore[arg-type]
-        else:
-            self._future.set_exception(failure)
+    def is_written_by(self, optimizer: Optimizer) -> bool:
+        """Whether ``optimizer`` has one of the weights."""
+        groups = optimizer.param_groups
+        return any(id(each) in self._ids for group in groups for each in group["params"])
 
-    def _has_read(self, event: torch.cuda.Event | None = None) -> None:
-        if self._read.is_set():
-            return
-        if self._device.type == "cuda" and event is None:
-            event = torch.cuda.current_stream(self._device).record_event()
-        self._read_on_gpu = event
+    def run(self, job: Callable[[HasRead], Result], stream: torch.cuda.Stream | None) -> None:
+        """Do it, in this thread; on a GPU that is to put it on ``stream``.
+
+        Whatever happens, nobody waits for it afterwards. Interrupts are raised here, too.
+        """
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                try:
+                    found = job(self._has_read)
+                finally:
+                    if stream is not None:
+                        self._done_on_gpu = stream.record_event()
+        except BaseException as error:
+            self._release()
+            self._future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._release()
+            self._future.set_result(found)
+
+    def _look(self) -> None:
+        if not self._ordered:  # at the parameters of now, of which some may be other ones
+            self._spoiled |= _versions(self._model.parameters()) != self._before
+
+    def _has_read(self) -> None:
+        if self._device.type == "cuda" and not self._read.is_set():
+            self._read_on_gpu = torch.cuda.current_stream(self._device).record_event()
         self._read.set()
+
+    def _release(self) -> None:
+        if not self._read.is_set():
+            self._read_on_gpu = self._done_on_gpu
+            self._read.set()
 
 
 @final
@@ -126,19 +139,25 @@ class Overlap:
         self.drop()
         self._listen()
         pending = self._pending = _Pending(self._find(), device)
-        stream = self._stream(device) if device.type == "cuda" else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(device))
-            for tensor in reads:
-                if tensor.device.type == "cuda":
-                    tensor.record_stream(stream)
-        if stream is not None and not self._in_thread:
-            pending.run(job, stream)
-        else:
-            if self._threads is None:
-                # One, and always the same: a thread that begins builds its own team of workers.
-                self._threads = ThreadPoolExecutor(1, "siftloader-scoring")
-            self._threads.submit(pending.run, job, stream)
+        try:
+            stream = self._stream(device) if device.type == "cuda" else None
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(device))
+                for tensor in reads:
+                    if tensor.device.type == "cuda":
+                        tensor.record_stream(stream)
+            if stream is not None and not self._in_thread:
+                pending.run(job, stream)
+            else:
+                if self._threads is None:
+                    # One, and always the same: a thread that begins builds its own team of workers.
+                    self._threads = ThreadPoolExecutor(1, "siftloader-scoring")
+                self._threads.submit(pending.run, job, stream)
+        except BaseException:
+            # An interrupt, or no further thread can be had: it is over, or never begins. Nobody may wait for it.
+            self._end_thread()
+            self._pending = None
+            raise
 
     @property
     def runs(self) -> bool:
@@ -147,8 +166,10 @@ class Overlap:
 
     def result(self) -> Any:
         """What the job under way returned, or raises; None if the weights were written while it may have read them."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         assert pending is not None
+        pending.wait()
+        self._pending = None  # not before: an interrupt of the wait leaves it under way
         return pending.result()
 
     def drop(self) -> None:
@@ -163,14 +184,17 @@ class Overlap:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
+        self._end_thread()
 
     def before(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step."""
-        if self._pending is not None and owns(self._find(), optimizer):
+        if self._pending is not None and self._pending.is_written_by(optimizer):
             self._pending.hold()
+
+    def _end_thread(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+            self._threads = None
 
     def _listen(self) -> None:
         while _GONE:
@@ -200,5 +224,8 @@ class _Listener:
             overlap.before(optimizer)
 
 
-def _versions(weights: list[Tensor]) -> list[tuple[int, int]]:
-    return [(0 if each.is_inference() else each._version, each.data_ptr()) for each in weights]
+def _versions(weights: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    return [
+        (id(each), 0 if each.is_inference() else each._version, each.data_ptr())
+        for each in weights
+    ]

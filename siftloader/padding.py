@@ -9,7 +9,7 @@ Letters: P samples, T positions, M positions with a prediction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siftloader.batches import IGNORED, Batch, map_leaves, rows, select
+from siftloader.batches import IGNORED, Batch, leaves, map_leaves, rows, select
 from siftloader.targets import Targets, to_device
 
 
 MASK = "attention_mask"
+POSITIONS = "position_ids"
 ROUND = 8  # columns: what matrix units like
 
 
@@ -75,18 +76,46 @@ def by_length(
     return select(batch, row), moved, ends[order], here
 
 
-def shortened(batch: Batch, targets: Targets, length: int) -> tuple[Batch, Targets]:
-    """The first ``length`` columns of all fields [P, T, ...], a multiple of 8, and the targets in them."""
-    count, before = rows(batch), batch[MASK].shape[1]
-    after = min(-(-max(length, 1) // ROUND) * ROUND, before)
+def columns(batch: Batch) -> frozenset[str]:
+    """The names of the fields [P, T, ...]; by chance also of one that is as wide as the rows are long."""
+    shape = (rows(batch), batch[MASK].shape[1])
+    return frozenset(
+        name for name, value in batch.items() if any(_fits(leaf, shape) for leaf in leaves(value))
+    )
+
+
+def at_the_end(targets: Targets, length: int) -> Targets:
+    """Those of one row, and the last places before it is cut to ``length``: they see best what is cut off."""
+    if targets.length == 1:
+        return targets
+    after = min(_rounded(length), targets.length)
+    last = torch.arange(max(0, after - 2 * ROUND), after, device=targets.positions.device)
+    positions = torch.cat((targets.positions, last)).sort().values
+    labels, starts = positions.new_zeros(len(positions)), [0, len(positions)]
+    return Targets(positions, labels, starts, targets.length, targets.counts)
+
+
+def shortened(
+    batch: Batch, targets: Targets, length: int, fields: Collection[str] | None = None
+) -> tuple[Batch, Targets]:
+    """The first ``length`` columns, a multiple of 8, of the ``fields`` [P, T, ...] (all), and the targets in them."""
+    before = batch[MASK].shape[1]
+    shape, after = (rows(batch), before), min(_rounded(length), before)
     if after == before:
         return batch, targets
-
-    def cut(leaf: Any) -> Any:
-        fits = isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[:2] == (count, before)
-        return leaf[:, :after] if fits else leaf
 
     if targets.length == before:  # else a sample has one prediction
         positions = targets.positions - targets.positions // before * (before - after)
         targets = replace(targets, positions=positions, length=after)
-    return map_leaves(batch, cut), targets
+    fewer = map_leaves(batch, lambda leaf: leaf[:, :after] if _fits(leaf, shape) else leaf)
+    for name in () if fields is None else batch.keys() - fields:
+        fewer[name] = batch[name]
+    return fewer, targets
+
+
+def _rounded(length: int) -> int:
+    return -(-max(length, 1) // ROUND) * ROUND
+
+
+def _fits(leaf: Any, shape: tuple[int, int]) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[:2] == shape

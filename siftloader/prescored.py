@@ -113,14 +113,14 @@ class Prescored:
         self._restored = None
 
     def close(self) -> None:
-        """Forget all, and listen to no optimizer any more."""
-        self.drop()
+        """Forget all but the scores of the pool under way, and listen to no optimizer any more."""
+        self._restored = self._known()
+        self._forget()
         self._overlap.close()
 
     def state(self) -> dict[str, Any] | None:
         """The scores of the pool under way, JSON-able; waits for them. None where there is none."""
-        found = self._restored if self._slices is None else self._scores()
-        if found is None:
+        if (found := self._known()) is None:
             return None
         values = [None if math.isinf(each) else each for each in found.values.tolist()]
         missing = [int(found.nonfinite), int(found.unlabelled), int(found.capped)]
@@ -136,6 +136,13 @@ class Prescored:
         missing = (torch.tensor(each, device=device) for each in state["missing"])
         scores = torch.tensor(values, dtype=torch.float32, device=device)
         self._restored = Scores(scores, *missing)
+
+    def _known(self) -> Scores | None:
+        # None, too, where scoring fails: that is for whoever wants that pool.
+        try:
+            return self._restored if self._slices is None else self._scores()
+        except Exception:
+            return None
 
     def _forget(self) -> None:
         self._overlap.drop()

@@ -24,7 +24,10 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise StateError(f"a state is a dict as state_dict() gives, found {type(state).__name__}")
-    since: dict[str, Any] = {1: SINCE_1 | SINCE_2, 2: SINCE_2}.get(state.get("version", 0), {})
+    version = state.get("version")
+    since: dict[str, Any] = {}
+    if type(version) is int:
+        since = {1: SINCE_1 | SINCE_2, 2: SINCE_2}.get(version, {})
     state = {**since, **state}
     if since and isinstance(state.get("stats"), Mapping):
         state["stats"] = {"capped": 0, **state["stats"]}
@@ -147,7 +150,6 @@ def _reading(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple)) and len(value) == 3)
 
 
-# What a state of version 1 did not say.
 def _prescored(value: Any) -> bool:
     if value is None:
         return True
@@ -156,7 +158,7 @@ def _prescored(value: Any) -> bool:
     scores, missing = value["scores"], value["missing"]
     return (
         isinstance(scores, list)
-        and all(each is None or type(each) in (int, float) for each in scores)
+        and all(each is None or _is_float32(each) for each in scores)
         and isinstance(missing, list)
         and len(missing) == 3
         and all(map(_counted, missing))
@@ -164,17 +166,22 @@ def _prescored(value: Any) -> bool:
     )
 
 
+def _is_float32(value: Any) -> bool:
+    return type(value) in (int, float) and -3.5e38 < value < 3.5e38
+
+
 def _room(value: Any) -> bool:
     if value is None:
         return True
     counts = value[:3] if isinstance(value, list) and len(value) == 4 else [None]
     return (
-        _counted(counts[0])
+        _positive(counts[0])
         and all(each is None or _counted(each) for each in counts)
         and type(value[3]) is int
     )
 
 
+# What a state of version 1 did not say, and one of version 2.
 SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
 SINCE_2: dict[str, Any] = {"ahead": None, "watched": False, "room": None}
 

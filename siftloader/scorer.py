@@ -28,7 +28,17 @@ from siftloader.labels import (
     without_padding,
 )
 from siftloader.overlap import HasRead
-from siftloader.padding import MASK, ROUND, by_length, covering, shortened, without_mask
+from siftloader.padding import (
+    MASK,
+    POSITIONS,
+    ROUND,
+    at_the_end,
+    by_length,
+    columns,
+    covering,
+    shortened,
+    without_mask,
+)
 from siftloader.pool import Pool
 from siftloader.precision import Precision, scoring_in
 from siftloader.predictions import Predictions, Value
@@ -140,9 +150,10 @@ class Scorer:
         self._listens: bool | None = None  # to the model's loss, though it gives logits
         self._reading: Reading | None = None  # and by whose loss, where it is not by the logits
         self._settled: tuple[Twin, set[Any]] | None = None  # what was seen to score such batches
-        self._skips: dict[
-            str, bool
-        ] = {}  # whether predictions are the same without the mask, the tail
+        # By what is left out (the mask, the tail) and the fields of a batch: None where that would be seen in the
+        # predictions, else the fields that it was seen of.
+        self._skips: dict[tuple[str, ...], frozenset[str] | None] = {}
+        self._untold = False  # the pool could not tell
         self._overlapped: Twin | None = None  # that was seen to need no other rank
         self._alike = False  # whether ranks of one replica were seen to hold the same candidates
         self._replica: tuple[nn.Module, list[Any]] | None = None
@@ -249,16 +260,19 @@ class Scorer:
         With ``learn`` the exit head, if there is one, is trained on them, after it scored them.
         """
         device = self.device
+        if isinstance(self._early, EarlyExit):
+            self._early.release()  # held for a job that could not begin
         if self.replica_groups and not self._alike:
             check_alike(pool.batch, self.replica_groups, device)
             self._alike = True
         if self.scorer_device is not None and self._needs_model:
             self._own_exit().fetch()
+        self._untold = False
         scores = self._score(pool, labels, learn, self.precision.dtype(device))
         twin = self._early.twin if isinstance(self._early, EarlyExit) else None
         if self._settled is None or self._settled[0] is not twin:
             self._settled = None if twin is None else (twin, set())
-        if self._settled is not None:
+        if self._settled is not None and not self._untold:
             self._settled[1].add(_kind(pool, labels))
         return scores
 
@@ -420,13 +434,19 @@ class Scorer:
             last = min(first + size, targets.samples)
             part, wanted = cut(batch, first, last), targets.part(first, last)
             if ends is not None and short:
-                part, wanted = shortened(part, wanted, int(ends[first:last].max()))
+                fields, longest = self._skips[("tail", *batch)], int(ends[first:last].max())
+                part, wanted = shortened(part, wanted, longest, fields)
             yield part, wanted
 
     def _ends(self, pool: Pool, labels: Tensor, targets: Targets) -> Tensor | None:
         # Where the rows end, if what is behind need not be computed, or the mask that tells need not be looked at.
         read = ends = pool.ends
-        if read is None or ends is None or not isinstance(self._early, EarlyExit) or not self._needs_model:
+        if (
+            read is None
+            or ends is None
+            or not isinstance(self._early, EarlyExit)
+            or not self._needs_model
+        ):
             return None
         width = pool.batch[MASK].shape[1]
         if labels.ndim > 1:
@@ -434,15 +454,20 @@ class Scorer:
                 return None
             ends = covering(ends, labels)
         masks = self._are_short(read, pool.batch)
-        what = "tail" if masks else "mask"
+        what = ("tail" if masks else "mask", *pool.batch)
         if masks and (self._compile or not self._are_short(ends, pool.batch)):
             return None  # compiled for one shape; or there is a label behind every end
+        if not masks and POSITIONS in pool.batch:
+            return (
+                None  # by which some forwards tell packed rows apart, where they are given no mask
+            )
         if what not in self._skips:
-            same = self._same_without(what, pool.batch, targets, ends)
+            same = self._same_without(what[0], pool.batch, targets, ends)
             if same is None:
+                self._untold = not masks  # a forward without a mask is yet to be watched
                 return None
-            self._skips[what] = same
-        return ends if self._skips[what] else None
+            self._skips[what] = columns(pool.batch) if same else None
+        return None if self._skips[what] is None else ends
 
     def _same_without(
         self, what: str, batch: Batch, targets: Targets, ends: Tensor
@@ -458,6 +483,8 @@ class Scorer:
             return None
         row = min(asked, key=lambda row: int(ends[row]))
         whole, wanted = cut(batch, row, row + 1), targets.part(row, row + 1)
+        if what == "tail":
+            wanted = at_the_end(wanted, int(ends[row]))
         expected = torch.cat(list(early.logits_at(whole, wanted)))
         try:
             if what == "tail":

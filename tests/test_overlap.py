@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import signal
 import threading
 import warnings
 import weakref
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +22,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.optim import optimizer as torch_optimizer
 
-from siftloader import ScoringError, SiftingDataLoader
-from siftloader.overlap import _GONE, Overlap
+from siftloader import ScoringError, SiftingDataLoader, StateError
+from siftloader.overlap import _GONE, Overlap, _Pending
+from siftloader.scorer import Scorer
+from siftloader.twin import Twin
 
 
 CPU = torch.device("cpu")
@@ -567,3 +571,299 @@ def rank_of_two(rank: int, folder: str, scope: Literal["rank", "global"]) -> Non
 @pytest.mark.parametrize("scope", ["rank", "global"])
 def test_two_ranks_overlap_and_end_together(scope: str, tmp_path: Path) -> None:
     on_ranks(rank_of_two, str(tmp_path), scope)
+
+
+# Interrupts, and what fails at the edges
+
+
+@contextmanager
+def ctrl_c(after: float = 0.2) -> Iterator[None]:
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(after, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    timer.join()
+
+
+def test_a_job_stays_under_way_where_the_wait_for_its_result_is_interrupted() -> None:
+    model, go = Net(), threading.Event()
+    overlap = Overlap(lambda: model)
+    overlap.start(lambda _: go.wait(20), CPU)
+    with ctrl_c():
+        overlap.result()
+    assert overlap.runs  # else the next job would run beside it, with the same shells
+    go.set()
+    assert overlap.result() is True
+    overlap.close()
+
+
+def test_who_interrupts_the_wait_of_an_optimizer_and_writes_is_seen() -> None:
+    model, go = Net(), threading.Event()
+    overlap = Overlap(lambda: model)
+    overlap.start(lambda _: go.wait(20), CPU)
+    with ctrl_c():
+        Overwrite(model).step()
+    with torch.no_grad():
+        model.head.weight.zero_()
+    go.set()
+    assert overlap.result() is None
+    overlap.close()
+
+
+def test_nobody_waits_for_a_thread_that_cannot_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ran = Net(), []
+    overlap = Overlap(lambda: model)
+
+    def refuse(self: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            overlap.start(lambda _: ran.append(1), CPU)
+    Overwrite(model).step()  # would hang
+    overlap.start(lambda _: ran.append(2), CPU)
+    overlap.result()
+    assert ran == [2]
+    overlap.close()
+
+
+def test_nobody_waits_for_a_gpu_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lost:
+        def record_event(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    model = Net()
+    pending: _Pending[int] = _Pending(model, torch.device("cuda"))
+    pending.run(lambda _: 1, Lost())  # type: ignore[arg-type]
+    pending.hold()  # would hang
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        pending.result()
+
+
+def test_an_interrupt_of_a_job_in_the_loops_own_thread_is_raised_there() -> None:
+    model = Net()
+
+    def job(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    pending: _Pending[None] = _Pending(model, CPU)
+    with pytest.raises(KeyboardInterrupt):
+        pending.run(job, None)
+    pending.hold()
+    pending.wait()
+
+
+class Interrupted(Rows):
+    on = True
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        if row == 20 and self.on:
+            self.on = False
+            raise KeyboardInterrupt
+        return super().__getitem__(row)
+
+
+def test_an_interrupt_while_the_next_pool_is_read_loses_no_batch() -> None:
+    model, rows = Net(), Interrupted(64)
+    loader = make(rows, model)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        for batch in drawn(loader, model):
+            seen += [batch["id"].tolist()]
+    assert len(seen) == loader.stats["steps"] == 2
+    again = make(rows, model)
+    again.load_state_dict(loader.state_dict())
+    seen += [batch["id"].tolist() for batch in drawn(again, model)]
+    assert seen == [batch["id"].tolist() for batch in drawn(make(rows, model), model)]
+
+
+def test_an_interrupt_while_it_is_begun_comes_with_the_next_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, rows = Net(), Rows(64)
+    loader = make(rows, model)
+    batches = drawn(loader, model)
+    next(batches)
+
+    def interrupt(self: Any, *others: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Overlap, "start", interrupt)
+    next(batches)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    loader.close()
+
+
+def test_parameters_that_are_replaced_meanwhile_are_seen() -> None:
+    model, go = Net(), threading.Event()
+    overlap = Overlap(lambda: model)
+    overlap.start(lambda _: go.wait(20), CPU)
+    model.head = nn.Linear(WIDTH, CLASSES + 1)  # as resize_token_embeddings does
+    go.set()
+    assert overlap.result() is None
+    overlap.close()
+
+
+def test_a_state_can_be_saved_though_scoring_ahead_failed() -> None:
+    race = Race(6)
+    loop, fails = threading.current_thread(), threading.Event()
+
+    def gate() -> None:
+        if fails.is_set() and threading.current_thread() is not loop:
+            raise RuntimeError("out of memory, say")
+
+    race.model.layers[1].gate = gate
+    batches = drawn(race.loader, race.model)
+    next(batches)
+    fails.set()
+    next(batches)
+    assert race.loader.state_dict()["ahead"] is None
+    race.loader.close()
+
+
+# Scores ahead belong to one pool
+
+
+def ahead(**options: Any) -> tuple[SiftingDataLoader, Net, Any, dict[str, Any]]:
+    """A loader after two batches, the third pool scored, and its state."""
+    model = Net()
+    loader = make(Rows(64), model, **options)
+    batches = drawn(loader, model)
+    next(batches)
+    next(batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["ahead"] is not None
+    return loader, model, batches, state
+
+
+def test_another_epoch_than_the_states_is_not_given_its_scores() -> None:
+    loader, model, _, state = ahead(shuffle=True)
+    loader.close()
+    pools: list[tuple[Tensor, Tensor]] = []
+    again = make(Rows(64), model, shuffle=True, on_select=lambda i, s, k: pools.append((i, s)))
+    again.load_state_dict(state)
+    again.set_epoch(5)
+    next(iter(again))
+    ids, scores = pools[0]
+    assert torch.equal(scores, reference(weights_of(model), ids, Rows(64)))
+    again.close()
+
+
+@pytest.mark.parametrize("how", ["iter", "set_epoch"])
+def test_a_state_of_another_epoch_holds_no_scores_of_this_one(how: str) -> None:
+    loader, _, batches, _ = ahead()
+    batches.close()
+    if how == "iter":
+        iter(loader)
+    else:
+        loader.set_epoch(4)
+    assert loader.state_dict()["ahead"] is None
+    loader.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*iterator")
+def test_an_older_iterator_leaves_no_scores_to_the_state_of_the_newest() -> None:
+    loader, model, older, _ = ahead(shuffle=True)
+    newest = drawn(loader, model)
+    next(newest)
+    next(newest)
+    next(older)
+    assert loader.state_dict()["ahead"] is None
+    loader.close()
+
+
+@pytest.mark.parametrize("change", [{"ranks": 2}, {"override": ["data"]}])
+def test_scores_of_a_state_are_not_those_of_other_ranks_or_data(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, model, _, state = ahead()
+    loader.close()
+    monkeypatch.setattr("siftloader.loader.check_fits", lambda *_, **__: None)
+    again = make(Rows(64), model)
+    again._source.checked = lambda cursor, override: cursor  # type: ignore[method-assign]
+    override = change.pop("override", ())
+    again.load_state_dict({**state, **change}, override=override)
+    assert again.state_dict()["ahead"] is None
+
+
+def test_closing_keeps_the_scores_for_the_state_and_the_next_batch() -> None:
+    pools: list[tuple[Tensor, Tensor]] = []
+    loader, model, batches, state = ahead(on_select=lambda i, s, k: pools.append((i, s)))
+    own = weights_of(model)
+    loader.close()
+    assert loader.state_dict()["ahead"] == state["ahead"]
+    Overwrite(model).step()
+    next(batches)
+    ids, scores = pools[2]
+    assert torch.equal(scores, reference(own, ids, Rows(64)))
+    loader.close()
+
+
+def test_a_state_is_read_when_the_job_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    loader = make(Rows(64), model)
+    batches = drawn(loader, model)
+    next(batches)
+    next(batches)
+    runs = []
+    prescored = loader._prescored
+    assert prescored is not None
+    room = property(lambda self: runs.append(prescored._overlap.runs))
+    monkeypatch.setattr(Scorer, "room_state", room)
+    loader.state_dict()
+    assert runs == [False]
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged"),
+    [
+        ("ahead", {"scores": [float("nan")], "missing": [0, 0, 0], "rank": 0}),
+        ("ahead", {"scores": [float("inf")], "missing": [0, 0, 0], "rank": 0}),
+        ("ahead", {"scores": [10**400], "missing": [0, 0, 0], "rank": 0}),
+        ("ahead", {"scores": [True], "missing": [0, 0, 0], "rank": 0}),
+        ("ahead", {"scores": "none", "missing": [0, 0, 0], "rank": 0}),
+        ("ahead", {"scores": [], "missing": [0, -1, 0], "rank": 0}),
+        ("ahead", {"scores": []}),
+        ("ahead", []),
+        ("room", [0, None, None, 0]),
+        ("room", [8, None, None]),
+        ("room", [8, -1, None, 0]),
+        ("watched", None),
+    ],
+)
+def test_a_damaged_state_is_refused_by_name(name: str, damaged: Any) -> None:
+    loader, model, _, state = ahead()
+    loader.close()
+    with pytest.raises(StateError, match=f"the state is damaged: {name} "):
+        make(Rows(64), model).load_state_dict({**state, name: damaged})
+
+
+def test_no_forward_is_watched_in_the_scoring_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks on the live model must not come while it runs; a pool without any label tells nothing of its mask."""
+
+    class Masked(Net):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    rows, model = Rows(8), Masked()
+    pool = torch.utils.data.default_collate([rows[row] for row in range(8)])
+    pool["attention_mask"] = torch.ones(8, 3, dtype=torch.long)
+    none = {**pool, "labels": torch.full((8,), -100)}
+    threads: list[str] = []
+    watch = Twin._watch
+
+    def watched(self: Twin, *others: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return watch(self, *others)
+
+    monkeypatch.setattr(Twin, "_watch", watched)
+    pools = [none, none, pool, pool, none, pool]
+    loader = SiftingDataLoader.wrap(pools, model=model, pool="split", warmup_steps=0, overlap=True)
+    assert len(list(drawn(loader, model))) == 6
+    assert len(threads) > 1 and set(threads) == {"MainThread"}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from siftloader import Entropy, Margin, Predicted, Sifter, SiftingDataLoader
-from siftloader.padding import by_length, covering, ends_of, shortened, without_mask
+from siftloader.padding import by_length, columns, covering, ends_of, shortened, without_mask
 from siftloader.targets import Targets
 
 
@@ -295,3 +295,96 @@ def test_a_loader_of_padded_rows_keeps_what_it_kept(overlap: bool) -> None:
     for batch in loader:
         model(**batch)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+# What one look at the first pool must not mislead to
+
+
+class Nearby(nn.Module):
+    """Predicts at each position from those within three of it, padding too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(97, 16)
+        self.layers = nn.ModuleList(nn.Conv1d(16, 16, 5, padding=2) for _ in range(3))
+        self.head = nn.Linear(16, 97)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids).transpose(1, 2) * 4
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x.transpose(1, 2)) * 4
+
+
+class Conditioned(nn.Module):
+    """Takes 64 numbers of each row, which are no columns though some rows are as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.given = nn.Embedding(97, 16), nn.Linear(64, 16)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+        self.head = nn.Linear(16, 97)
+
+    def forward(
+        self, input_ids: Tensor, features: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        x = self.embed(input_ids) + self.given(features)[:, None]
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return self.head(x)
+
+
+def test_a_tail_that_only_its_neighbours_see_is_noticed_too() -> None:
+    """In the first pool no label stands near an end; in the second one does."""
+    model = Nearby().train()
+    sifter = Sifter(model, shift_labels=False, score_batch_size=1)
+    first, second = padded([64, 12, 30, 35, 44]), padded([64, 16, 8, 24, 40, 48])
+    with pytest.warns(UserWarning, match="padding at the end of a row is cut off"):
+        sifter.score(first)
+    assert torch.allclose(sifter.score(second), plainly(model, second, shift_labels=False))
+
+
+def test_a_field_that_is_as_wide_as_later_rows_are_long_is_not_cut() -> None:
+    model = Conditioned().train()
+    sifter = Sifter(model, shift_labels=False, score_batch_size=1)
+    features = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    for length in (40, 64):
+        batch = {name: value[:, :length] for name, value in padded([1, 40, 20, 3]).items()}
+        batch["features"] = features
+        expected = plainly(model, batch, shift_labels=False)
+        assert torch.allclose(sifter.score(batch), expected, atol=1e-5)
+    assert "features" not in columns({**padded([1, 40, 20, 3]), "features": features[:, :9]})
+    with counting() as ours:
+        sifter.score(batch)
+    assert ours.count == 8 + 40 + 24 + 8  # and the others are
+
+
+def test_a_field_that_comes_later_is_looked_at_anew() -> None:
+    class Typed(Conditioned):
+        def forward(  # type: ignore[override]
+            self, input_ids: Tensor, features: Any = None, attention_mask: Any = None
+        ) -> Tensor:
+            features = input_ids.new_zeros(len(input_ids), 64) if features is None else features
+            return super().forward(input_ids, features.float())
+
+    model, batch = Typed().train(), padded([1, 40, 20, 3])
+    sifter = Sifter(model, shift_labels=False)
+    sifter.score(batch)
+    batch = {name: value[:, :48] for name, value in batch.items()}
+    batch["features"] = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    expected = plainly(model, batch, shift_labels=False)
+    assert torch.allclose(sifter.score(batch), expected, atol=1e-5)
+
+
+def test_packed_rows_that_positions_tell_apart_keep_their_mask() -> None:
+    """Without one, transformers takes positions that begin anew for another document; with one it does not."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    config = hf.LlamaConfig(vocab_size=97, num_hidden_layers=3, num_key_value_heads=2, **sizes)
+    model = _loud(hf.LlamaForCausalLM(config))
+    sifter, positions = Sifter(model), torch.arange(64).repeat(4, 1)
+    for each in (positions, positions % 20):
+        batch = {**padded([64] * 4), "position_ids": each}
+        assert torch.allclose(sifter.score(batch), plainly(model, batch), atol=1e-4)
