@@ -687,7 +687,9 @@ def draw(found: dict[str, Any], file: Path) -> None:
     marks = dict(zip(dict.fromkeys(switched), MARKS, strict=False))
     grid = figure.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
     for axes, (shape, rows) in zip(grid, shapes, strict=True):
-        panel(axes, shape["name"], rows, marks)
+        size = Shape(**shape["shape"])
+        name = f"{shape['name']}: {size.layers} x {size.hidden}, {size.tokens:,} tokens"
+        panel(axes, name, rows, marks)
     grid[0].set_ylabel("share of a plain step")
     handles = {}
     for axes in grid:
