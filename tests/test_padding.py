@@ -370,12 +370,12 @@ def test_a_field_that_comes_later_is_looked_at_anew() -> None:
             return super().forward(input_ids, features.float())
 
     model, batch = Typed().train(), padded([1, 40, 20, 3])
-    sifter = Sifter(model, shift_labels=False)
-    sifter.score(batch)
-    batch = {name: value[:, :48] for name, value in batch.items()}
+    sifter = Sifter(model, shift_labels=False, score_batch_size=1)
+    sifter.score({name: value[:, :40] for name, value in batch.items()})
     batch["features"] = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     expected = plainly(model, batch, shift_labels=False)
-    assert torch.allclose(sifter.score(batch), expected, atol=1e-5)
+    with pytest.warns(UserWarning, match="padding at the end of a row is cut off"):
+        assert torch.allclose(sifter.score(batch), expected, atol=1e-5)
 
 
 def test_packed_rows_that_positions_tell_apart_keep_their_mask() -> None:
