@@ -26,6 +26,7 @@ class Concerns:
         self._unsifted = 0  # batches in a row handed out in eval mode before anything was sifted
         self._still: int | None = 0  # batches sifted before the scored model was seen to train
         self._signs: list[Any] = []  # of that
+        self._stepped: Updates | None = None
         self._told_unsifted = self._told_accumulation = self._told_older = False
 
     def batch(self, counts: Stats, scorer: Scorer, training: bool) -> None:
@@ -98,13 +99,16 @@ class Concerns:
     def _look_for_training(self, scorer: Scorer, still: int) -> None:
         # It may be a model that the loop does not train: replaced by a framework, or a copy of it.
         tensors = [each for each in scorer.given_model.parameters() if each.requires_grad]
+        if self._stepped is None:  # fused optimizers write weights without leaving a sign
+            self._stepped = Updates(lambda: scorer.given_model)
         signs = [_sign(each) for each in tensors] + [_sign(each.grad) for each in tensors]
-        if not signs or scorer.precision.seen or (self._signs and signs != self._signs):
-            self._still, self._signs = None, []
+        signs.append(self._stepped.steps)
+        if not tensors or scorer.precision.seen or (self._signs and signs != self._signs):
+            self._still, self._signs, self._stepped = None, [], None
             return
         self._still, self._signs = still + 1, signs
         if self._still == STILL:
-            self._still, self._signs = None, []
+            self._still, self._signs, self._stepped = None, [], None
             warnings.warn(
                 f"{STILL} batches were sifted by a model that the loop neither called nor changed: is another one "
                 f"trained, made after the loader or copied? Give model= the one that is, or a function that finds "

@@ -320,3 +320,27 @@ def test_a_length_of_shards_asked_for_before_prepare_is_told(tmp_path: Path) -> 
             OfTwo(cpu=True).prepare(loader)
         told = [each for each in caught if "num_processes" in str(each.message)]
         assert len(told) == asks
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_a_model_whose_optimizer_leaves_no_sign_on_it_is_not_told_of(
+    options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused optimizers write weights and count no version; warnings are errors."""
+    monkeypatch.setattr("siftloader.concerns.STILL", 4)
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    for batch in make(model, warmup_steps=0, autocast=torch.bfloat16):
+        nn.functional.cross_entropy(model(batch["x"]), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_model_that_another_one_is_trained_in_place_of_is_told_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("siftloader.concerns.STILL", 4)
+    optimizer = torch.optim.AdamW(Net().parameters(), fused=True)
+    with pytest.warns(UserWarning, match="4 batches were sifted by a model that the loop neither"):
+        for _ in make(Net(), warmup_steps=0, autocast=torch.bfloat16):
+            step(optimizer)
