@@ -210,6 +210,10 @@ UNDERSTOOD = {
     "a cap by sigmoid": lambda x: 30 * torch.sigmoid(x / 7.5),
     "a constant": lambda x: (x + 2.5) * 0.5,
     "a bias": lambda x: 0.5 * x + torch.linspace(-3, 3, VOCAB),
+    "padding ruled out": lambda x: x + torch.where(torch.arange(VOCAB) > 89, -torch.inf, 0),
+    "padding all but ruled out": lambda x: (
+        x * -1.0 + torch.where(torch.arange(VOCAB) > 89, -3e38, 0)
+    ),
     "a cut-off": lambda x: x[..., :90],
     "a part": lambda x: x[:, :, 5:95].contiguous(),
     "a cut-off, capped": lambda x: 9 * torch.tanh(x[..., :90].float() / 9),
@@ -222,6 +226,8 @@ NOT_UNDERSTOOD = {
     "a temperature": lambda x: x / torch.tensor([2.0]),
     "a learned scale": lambda x: x * nn.Parameter(torch.tensor(2.0)),
     "a mask": lambda x: x + torch.eye(VOCAB)[0].mul(-100).expand(*x.shape[:-1], -1),
+    "padding ruled out": lambda x: x.masked_fill(torch.arange(VOCAB) > 89, -torch.inf),
+    "its address": lambda x: x * (1 if x.data_ptr() else 2),
     "masked": lambda x: x.masked_fill(torch.arange(VOCAB) == 3, -100),
     "written to": lambda x: x.index_fill_(2, torch.tensor([3]), -100.0),
     "in place": lambda x: x.div_(2),
@@ -256,6 +262,29 @@ def test_what_no_linear_head_does_is_left_to_the_model(after):
     early = EarlyExit(Afterwards(NOT_UNDERSTOOD[after]), 1)
     ids = everywhere().labels.view(8, LENGTH)
     assert_not_fused(early, {"input_ids": ids}, everywhere())
+    assert early._capture, "classes that are ruled out do not hide whether the head was found"
+
+
+@pytest.mark.parametrize("low", [0.0, -1e4, -3e38, -torch.inf])
+def test_classes_that_are_ruled_out_hide_no_head_that_sees_other_positions(low):
+    class Mixing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x - x.mean(1, keepdim=True), self.weight, self.bias)
+
+    model = Afterwards(lambda x: x + torch.where(torch.arange(VOCAB) > 89, low, 0.0))
+    model.head.__class__ = Mixing
+    ids = everywhere().labels.view(8, LENGTH)
+    few = ids.where(torch.arange(LENGTH) % 3 == 0, -100).clamp_max(80)
+    targets = Targets.of(few, torch.device("cpu"), shift=False)
+    early = EarlyExit(model, 1)
+    assert early.values_at({"input_ids": ids}, targets, BOTH) is None
+    assert early._capture is False
+
+
+def test_a_bias_of_one_number_is_left_to_the_model():
+    head = of_class(OneBias)
+    head.one = nn.Parameter(torch.ones(1))
+    assert_not_fused(EarlyExit(with_head(head), 2), candidates("gpt2"), everywhere())
 
 
 STEPS = {
@@ -355,6 +384,11 @@ class Quantised(nn.Module):
         return functional.linear(x, self.weight * self.scale)
 
 
+class OneBias(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.one)
+
+
 class LowRank(nn.Module):
     """What PEFT puts in the place of a module."""
 
@@ -437,6 +471,38 @@ def test_hooks_see_real_logits(where):
     hook.remove()
 
 
+class Capped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * torch.tanh(x / 5)
+
+
+class Within(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.weight = linear, linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("where", ["after", "head.linear"])
+def test_hooks_of_modules_behind_the_head_or_in_it_see_real_tensors(where, before):
+    model, seen = Afterwards(Capped()), []
+    model.head = Within(model.head)
+    model.get_output_embeddings = MethodType(lambda self: self.head, model)
+    ids = {"input_ids": everywhere().labels.view(8, LENGTH)}
+    assert_fused(EarlyExit(model, 1), ids, everywhere())
+    module = model.get_submodule(where)
+    if before:
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    else:
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    early = EarlyExit(model, 1)
+    assert early.values_at(ids, everywhere(), BOTH) is None or where == "head.linear"
+    assert seen and {type(each) for each in seen} == {Tensor}
+
+
 def test_a_hook_before_the_head_changes_what_is_scored():
     model = gpt2()
     model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
@@ -499,6 +565,18 @@ def test_rows_that_cannot_tell_are_asked_again():
     assert early.values_at(batch, everywhere(), BOTH) is None
     weight.copy_(before)
     assert_fused(early, batch, everywhere())
+
+
+def test_a_position_that_is_no_number_says_nothing_of_the_others():
+    model, ids = Afterwards(lambda x: x), everywhere().labels.view(8, LENGTH)
+    batch, targets, early = {"input_ids": ids}, everywhere(), EarlyExit(model, 1)
+    bad = ids == ids[0, 3]
+    model.embed.weight[ids[0, 3]] = torch.nan
+    found = early.values_at(batch, targets, BOTH)
+    assert found is not None and early._compared == dict.fromkeys(early._compared, True)
+    for value, expected in zip(BOTH, by_logits(early, batch, targets), strict=True):
+        assert torch.equal(found[value].isnan(), bad.flatten())
+        assert torch.allclose(found[value].double(), expected, atol=1e-4, equal_nan=True)
 
 
 def test_first_rows_without_labels_are_compared_all_the_same():
