@@ -129,7 +129,7 @@ class EarlyExit:
         them comes after that on this stream, or waits for it. Nothing where weights are shared.
         """
         twin = self._twin if self._held and self._twin is not None else self._followed()
-        twin.fetch()
+        twin.fetch(self._held)
 
     @property
     def copied_bytes(self) -> int:

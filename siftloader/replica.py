@@ -58,8 +58,8 @@ class Replica:
             return {name: self.placed(each) for name, each in value.items()}
         return value
 
-    def fetch(self) -> None:
-        """Copy the live tensors of now over the copies.
+    def fetch(self, weights: bool = True, others: bool = True) -> None:
+        """Copy the live tensors of now over the copies: parameters, and buffers and the like.
 
         From a GPU without waiting, on its stream of now: what that stream, or one that waits for it, does
         later may write to the live tensors. From the host they are read when this returns.
@@ -68,7 +68,13 @@ class Replica:
             key: (known, copy) for key, (known, copy) in self._pairs.items() if known() is not None
         }
         live = [(cast(Tensor, known()), copy) for known, copy in self._pairs.values()]
-        self._fill([(each, copy) for each, copy in live if _fits(copy, each)])
+        self._fill(
+            [
+                (each, copy)
+                for each, copy in live
+                if _fits(copy, each) and (weights if isinstance(each, nn.Parameter) else others)
+            ]
+        )
 
     def wait(self) -> None:
         """Until what was fetched is there, where copies lie on the host; streams wait by themselves."""

@@ -186,6 +186,8 @@ class Twin:
         """Take over all of now as ``refresh`` does, and copy every buffer: the live model may write them meanwhile."""
         self.refresh()
         if self._replica:
+            # What a training forward writes; the weights it leaves alone are fetched when it runs.
+            self._replica.fetch(weights=False)
             return
         for number, (_, shell) in enumerate(self._shells):
             shell.__dict__["_buffers"] = {
@@ -203,10 +205,13 @@ class Twin:
             room.copy_(buffer.detach())
         return room
 
-    def fetch(self) -> None:
-        """Copy the weights and buffers of now; where nothing is copied they are the live ones anyway."""
+    def fetch(self, held: bool = False) -> None:
+        """Copy the weights and buffers of now; where nothing is copied they are the live ones anyway.
+
+        While it is ``held``, of the weights alone.
+        """
         if self._replica:
-            self._replica.fetch()
+            self._replica.fetch(others=not held)
             self._lend_buffers()
 
     @property

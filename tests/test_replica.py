@@ -182,6 +182,35 @@ def test_held_it_takes_weights_when_they_are_fetched_and_nothing_else():
     assert not torch.equal(scored(there, batch), expected)
 
 
+def test_held_it_reads_nothing_that_a_training_forward_writes():
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+            self.register_buffer("seen", torch.zeros(()), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += self.training
+            x = self.norm(x) + self.seen
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    model, x = Normed(), torch.randn(8, 4)
+    there = EarlyExit(model, 1, device="cpu")
+    there(x)
+    model(x)
+    there.hold()
+    expected = EarlyExit(model, 1)(x)
+    model(x + 100)
+    there.fetch()
+    assert torch.equal(there(x), expected)
+    there.release()
+    there.fetch()
+    assert torch.equal(there(x), EarlyExit(model, 1)(x)) and not torch.equal(there(x), expected)
+
+
 def test_a_compiled_copy_is_one_graph(monkeypatch):
     def run_as_it_is(graph: Any, inputs: Any, mode: Any) -> Callable[..., Any]:
         return graph.forward
