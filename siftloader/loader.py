@@ -108,7 +108,7 @@ class SiftingDataLoader(DataLoader[Any]):
     * ``overlap=True`` scores the next pool while the loop trains on this one, on a stream of its own (on a CPU: in
       a thread), with the weights this batch is trained with: scores are one batch stale, exactly. The optimizers of
       the model wait before they write, until it has read; those weights are written by torch's optimizers only.
-      One pool more is drawn and held, P rows. With ``scorer_device`` a copy of the layers that score, made anew
+      One pool more is drawn and held. With ``scorer_device`` a copy of the layers that score, made anew
       for every pool, lies on another GPU or the CPU, and they wait for the copy only. Refused where weights lie on
       several ranks, and with what learns (``exit_head``, ``Predicted``).
     * ``keep`` may change with the steps: ``{0: 0.5, 10_000: 0.25}`` is half, later a quarter of a pool.

@@ -867,3 +867,46 @@ def test_no_forward_is_watched_in_the_scoring_thread(monkeypatch: pytest.MonkeyP
     loader = SiftingDataLoader.wrap(pools, model=model, pool="split", warmup_steps=0, overlap=True)
     assert len(list(drawn(loader, model))) == 6
     assert len(threads) > 1 and set(threads) == {"MainThread"}
+
+
+def test_a_copy_has_the_buffers_of_when_the_batch_left() -> None:
+    """The loop's forward writes its own before the job, which dawdles, has fetched the weights."""
+
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.norm(x))
+
+    rows, model = Rows(8 * 6), Normed()
+    pools: list[tuple[Tensor, Tensor]] = []
+    handed: list[dict[str, Tensor]] = []
+    loop, trained = threading.current_thread(), threading.Event()
+    fetch = EarlyExit.fetch
+
+    def late(self: EarlyExit) -> None:
+        if threading.current_thread() is not loop:
+            trained.wait(20)
+        fetch(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(EarlyExit, "fetch", late)
+        loader = make(
+            rows, model, scorer_device="cpu", on_select=lambda i, s, k: pools.append((i, s))
+        )
+        for batch in loader:
+            handed.append(weights_of(model))
+            trained.clear()
+            model(3 * batch["x"])
+            trained.set()
+    for weights, (ids, scores) in zip(handed[1:], pools[2:], strict=False):
+        net = Normed().eval()
+        net.load_state_dict(weights)
+        x = torch.stack([rows[int(row)]["x"] for row in ids])
+        with torch.no_grad():
+            expected = functional.cross_entropy(
+                net.early(net.norm(x)), ids % CLASSES, reduction="none"
+            )
+        assert torch.equal(scores, expected)
