@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
 from torch.optim import optimizer as torch_optimizer
 
-from siftloader import ScoringError, SiftingDataLoader, StateError
+from siftloader import EarlyExit, ScoringError, SiftingDataLoader, StateError
 from siftloader.overlap import _GONE, Overlap, _Pending
 from siftloader.scorer import Scorer
 from siftloader.twin import Twin
