@@ -963,6 +963,8 @@ def _shell(
     state["training"] = False
     state["_compiled_call_impl"] = None
     shell.__dict__ = state
+    if "forward" not in state and _uncompiled(type(module).forward) is not None:  # in its class
+        state["forward"] = MethodType(type(module).forward, module)
     for name, value in list(state.items()):
         if name not in OWN:
             state[name] = _rebound(value, memo)
@@ -973,12 +975,13 @@ def _rebound(value: Any, memo: dict[int, nn.Module]) -> Any:
     # What refers to live modules refers to their shells. A forward patched onto the instance is bound
     # to the live object and would run all its layers; a list of modules would run them in train mode.
     if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return MethodType(value.__func__, _shell(value.__self__, memo))
+        function = _uncompiled(value.__func__) or value.__func__
+        return MethodType(function, _shell(value.__self__, memo))
     if isinstance(value, functools.partial):
         args = [_rebound(each, memo) for each in value.args]
         named = {name: _rebound(each, memo) for name, each in value.keywords.items()}
         return functools.partial(_rebound(value.func, memo), *args, **named)
-    if isinstance(inner := getattr(value, "_torchdynamo_orig_callable", None), MethodType):
+    if isinstance(inner := _uncompiled(value), MethodType):
         return _rebound(inner, memo)  # model.forward = torch.compile(model.forward)
     if isinstance(value, OrderedDict):
         return value.copy()  # hooks
@@ -991,6 +994,13 @@ def _rebound(value: Any, memo: dict[int, nn.Module]) -> Any:
     if isinstance(value, dict) and _any_module(value.values()):
         return {name: _rebound(each, memo) for name, each in value.items()}
     return value
+
+
+def _uncompiled(function: Any) -> Any:
+    # What torch.compile made it of: a shell that ran compiled code would cost the live model graphs.
+    if getattr(function, "_torchdynamo_disable", False):
+        return None
+    return getattr(function, "_torchdynamo_orig_callable", None)
 
 
 def _any_module(values: Iterable[Any]) -> bool:

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import families
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from siftloader import EarlyExit, Sifter, SiftingDataLoader, compiled, twin
 from siftloader.compiled import GRAPHS, SHAPES, SIGHTS, Compiled
+from siftloader.scores import token_loss
 from siftloader.targets import Targets
 
 
@@ -175,6 +177,37 @@ def test_a_loop_that_compiles_its_model_has_the_graphs_it_would_have_without_us(
 
     with_us = graphs_of_a_loop(True)
     assert with_us == graphs_of_a_loop(False) and with_us[-4:-2] == [2, 2]
+
+
+@pytest.mark.parametrize("where", ["class", "method", "object"])
+def test_a_forward_that_its_author_compiled_has_no_graph_of_ours(where, quick):
+    made: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        made.append(len(graph.graph.nodes))
+        return graph.forward
+
+    class Quick(Small):
+        pass
+
+    torch._dynamo.reset()
+    if where == "class":
+        Quick.forward = torch.compile(Small.forward, backend=backend)
+    model = Quick()
+    if where == "method":
+        model.forward = torch.compile(model.forward, backend=backend)
+    elif where == "object":
+        model.forward = MethodType(torch.compile(Small.forward, backend=backend), model)
+    model(IDS).sum().backward()
+    plain = Small()
+    plain.load_state_dict(model.state_dict())
+    expected = scored(EarlyExit(plain, 1), POOL)
+    for mode in (False, True):
+        early = EarlyExit(model, 1, compile=mode)
+        with torch.no_grad():
+            early.values_at(POOL, Targets.of(IDS, torch.device("cpu"), shift=False), (token_loss,))
+        assert torch.equal(scored(early, POOL), expected)
+    assert len(made) == 1
 
 
 def test_compiling_leaves_no_trace(quick, monkeypatch):
