@@ -734,6 +734,14 @@ def test_a_state_of_something_else_is_refused(_name, change, text):
         make(Rows(64), 4).load_state_dict(state)
 
 
+def test_a_state_keeps_the_room_for_labels_that_lie_on_a_gpu():
+    loader, again = make(Rows(64), 4), make(Rows(64), 4)
+    next(iter(loader))
+    state = loader.state_dict() | {"room": [24, 20, 21, 3]}
+    again.load_state_dict(state)
+    assert again.state_dict()["room"] == [24, 20, 21, 3]
+
+
 def test_a_state_of_another_seed_is_refused():
     def fresh(seed):
         return SiftingDataLoader(TokenShards(DEMO, seed=seed), 64, model=classifier(), keep=1.0)

@@ -910,3 +910,65 @@ def test_a_copy_has_the_buffers_of_when_the_batch_left() -> None:
                 net.early(net.norm(x)), ids % CLASSES, reduction="none"
             )
         assert torch.equal(scores, expected)
+
+
+class Stream:
+    """One of CUDA, that notes what is put on it; ``log`` is of all of them."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.marks = name, log, 0
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name}: after all of {other.name}")
+
+    def record_event(self) -> str:
+        self.marks += 1
+        self.log.append(f"{self.name}: mark {self.marks}")
+        return f"mark {self.marks} of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name}: after {event}")
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_on_a_gpu_the_job_stands_between_the_writes_of_two_steps(
+    copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With streams that only take notes: nothing is waited for by the host."""
+    log: list[str] = []
+    now = [Stream("loop", log)]
+
+    @contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        now.append(stream)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: now[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    model = Net()
+    overlap = Overlap(lambda: model)
+    for _ in range(2):
+
+        def job(has_read: Any) -> str:
+            if copies:
+                log.append(f"{now[-1].name}: copy")
+                has_read()
+            log.append(f"{now[-1].name}: score")
+            return "scores"
+
+        overlap.start(job, torch.device("cuda", 0))
+        Overwrite(Net()).step()
+        Overwrite(model).step()
+        log.append("loop: write")
+        assert overlap.result() == "scores"
+    overlap.close()
+    read, done = ("mark 1", "mark 2") if copies else ("mark 1", "mark 1")
+    reading = ["side: copy", "side: mark 1", "side: score"] if copies else ["side: score"]
+    first = log[: len(log) // 2]
+    assert first[: len(reading) + 2] == ["side: after all of loop", *reading, f"side: {done}"]
+    rest = first[len(reading) + 2 :]
+    assert rest[0] == f"loop: after {read} of side" and rest[1] == "loop: write"
+    assert rest[2] == f"loop: after {done} of side"
+    assert len(log) == 2 * len(first)
