@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from siftloader.batches import IGNORED, Batch, cut, leaves, rows
 from siftloader.compiled import check_mode
+from siftloader.deferred import Undeferred
 from siftloader.errors import ScoringError
 from siftloader.fused import LinearHead, loss_and_entropy
 from siftloader.labels import arguments, with_labels
@@ -34,7 +35,7 @@ from siftloader.sharded import gathered, is_fsdp1, within
 from siftloader.stack import exit_at, unwrap
 from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
-from siftloader.twin import Twin, Undeferred, check_shape, rows_at_a_time
+from siftloader.twin import Twin, check_shape, rows_at_a_time
 
 
 # Fields that change predictions, also where a forward takes them as **kwargs.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siftloader import EarlyExit, Loss, Margin, Predictions, exits, twin
+from siftloader import EarlyExit, Loss, Margin, Predictions, deferred, exits, twin
 from siftloader.fused import LinearHead, loss_and_entropy
 from siftloader.pool import Pool
 from siftloader.scores import token_entropy, token_loss, token_margin
@@ -316,16 +316,16 @@ def test_any_chain_is_followed_exactly_or_not_at_all(chain):
 
     expected = forward()
     try:
-        with twin._Deferring():
-            deferred = forward()
-    except twin.Undeferred:
+        with deferred.Deferring():
+            found = forward()
+    except deferred.Undeferred:
         kinds = [name for name, _ in chain]
         capped = [n for n, kind in enumerate(kinds) if kind in ("tanh", "sigmoid")]
         assert len(capped) > 1 or (capped and {"add", "vector"} & {*kinds})
         return
-    assert deferred.shape == expected.shape and deferred.dtype == expected.dtype
+    assert found.shape == expected.shape and found.dtype == expected.dtype
     labels = torch.arange(4)
-    found = loss_and_entropy(deferred.made.hidden, labels, deferred.made.head())
+    found = loss_and_entropy(found.made.hidden, labels, found.made.head())
     assert torch.allclose(found[0], token_loss(expected, labels), atol=1e-9)
     assert torch.allclose(found[1], token_entropy(expected, labels), atol=1e-9)
 
@@ -467,7 +467,7 @@ def test_hooks_see_real_logits(where):
     hook = nn.modules.module.register_module_forward_hook(look)
     assert_not_fused(EarlyExit(model, 2), batch, everywhere())
     assert all(isinstance(each, (Tensor, tuple, dict)) for each in seen)
-    assert not any(isinstance(each, twin._Deferred) for each in seen)
+    assert not any(isinstance(each, deferred.Deferred) for each in seen)
     hook.remove()
 
 
@@ -641,7 +641,7 @@ class Largest(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, (tuple, list)) else [made]:
             memory = isinstance(each, Tensor) and each.device.type != "meta"
-            if memory and not isinstance(each, twin._Deferred) and not each._is_view():
+            if memory and not isinstance(each, deferred.Deferred) and not each._is_view():
                 self.found = max(self.found, each.numel())
         return made
 
@@ -668,8 +668,8 @@ def test_no_logits_are_made(monkeypatch):
 
 
 def test_nothing_waits_for_a_gpu_once_the_head_is_known(monkeypatch):
-    own = twin._is_plain
-    monkeypatch.setattr(twin, "_is_plain", lambda each: isinstance(each, OnGpu) or own(each))
+    own = deferred._is_plain
+    monkeypatch.setattr(deferred, "_is_plain", lambda each: isinstance(each, OnGpu) or own(each))
     model = Afterwards(lambda x: x)
     ids = labels = everywhere().labels.view(8, LENGTH)
     host = Targets.of(labels, torch.device("cpu"), shift=False)
