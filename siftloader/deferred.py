@@ -86,11 +86,13 @@ class _Made:
             return None
         return replace(self, inner=self.inner * factor, outer=factor, capped=True)
 
-    def plus(self, other: Any, classes: int) -> _Made | None:
+    def plus(self, other: Any, classes: int, dtype: torch.dtype) -> _Made | None:
         if _is_number(other):
             return replace(self, moved=True)
         if self.capped or not isinstance(other, Tensor) or not _is_plain(other):
             return None
+        if torch.promote_types(dtype, other.dtype) != self.hidden.dtype:
+            return None  # added in a better precision than the head's own bias would be
         if other.shape[-1:] != (classes,) or other.numel() != classes:
             return None
         more = other.reshape(classes) / self.inner
@@ -204,7 +206,7 @@ def _after(func: Any, logits: Deferred, others: Any, kwargs: dict[str, Any]) -> 
     if func == _ATEN.sigmoid.default:
         return made.bounded(0.5)
     if func == _ATEN.add.Tensor:
-        return made.plus(others[0], logits.shape[-1])
+        return made.plus(others[0], logits.shape[-1], logits.dtype)
     return None
 
 

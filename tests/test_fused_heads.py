@@ -610,6 +610,17 @@ def test_in_low_precision_it_is_no_worse_than_the_logits_are(family, kind):
         assert ours <= 1.1 * eager, (ours, eager)
 
 
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_bias_that_is_added_in_a_better_precision_is_left_to_the_model(wide):
+    dtype = torch.float32 if wide else torch.bfloat16
+    model = Afterwards(
+        lambda x: x + torch.linspace(-20, 0, VOCAB).to(dtype), bias=False
+    ).bfloat16()
+    batch = {"input_ids": everywhere().labels.view(8, LENGTH)}
+    found = EarlyExit(model, 1).values_at(batch, everywhere(), BOTH)
+    assert (found is None) == wide
+
+
 def test_a_head_kept_in_full_precision_under_autocast_stays_so(monkeypatch):
     seen = []
 
