@@ -35,15 +35,11 @@ from siftloader.sharded import gathered, is_fsdp1, within
 from siftloader.stack import exit_at, unwrap
 from siftloader.taps import Tap, listen
 from siftloader.targets import Targets
-from siftloader.twin import Twin, check_shape, rows_at_a_time
+from siftloader.twin import COMPARED, Twin, check_shape, rows_at_a_time
 
 
 # Fields that change predictions, also where a forward takes them as **kwargs.
 HANDED_ON = ("attention_mask", "token_type_ids", "position_ids")
-
-
-# Positions at which a head's own loss and entropy are compared with those of the model's logits.
-COMPARED = 256
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:
