@@ -66,7 +66,12 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def _no_accelerator_before() -> Iterator[None]:
+    forget_accelerator()  # tests of other files leave theirs
     yield
+    forget_accelerator()
+
+
+def forget_accelerator() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
