@@ -681,7 +681,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         )
         return
     shapes = [(each, [Row(**row) for row in each["rows"]]) for each in found["shapes"]]
-    figure = Figure(figsize=(1.0 + 4.6 * len(shapes), 6.2), layout="constrained")
+    figure = Figure(figsize=(max(8.4, 1.0 + 4.6 * len(shapes)), 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     switched = [row.way for _, rows in shapes for row in rows if is_switched(row)]
     marks = dict(zip(dict.fromkeys(switched), MARKS, strict=False))
@@ -698,7 +698,7 @@ def draw(found: dict[str, Any], file: Path) -> None:
         [*handles.values()],
         [*handles],
         loc="outside lower center",
-        ncols=4,
+        ncols=4 if len(shapes) > 1 else 2,
         frameon=False,
         fontsize=8,
     )
