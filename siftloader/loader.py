@@ -293,7 +293,7 @@ class SiftingDataLoader(DataLoader[Any]):
         minus those of plain training with 95 % intervals (tools/LOG.md, 2026-11-22; tools/results).
 
         * Half of the text repeated: -0.120 +- 0.002 at equal samples (a random half -0.010 +- 0.015); in
-          equal time, scoring paid, -0.028 +- 0.018 at 500 steps of plain training, -0.164 +- 0.009 at 1,000.
+          equal time, scoring paid, -0.045 +- 0.020 at 500 steps of plain training, -0.173 +- 0.010 at 1,000.
           These with the last 20 % of the steps plain; without that cool-down -0.156 +- 0.002 at equal samples.
         * The same prose as it is, read once: +0.050 +- 0.005 at equal samples. *Do not sift such text.*
 
