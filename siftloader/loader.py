@@ -16,6 +16,7 @@ import functools
 import math
 import os
 import sys
+import time
 import warnings
 import weakref
 from collections import deque
@@ -40,6 +41,7 @@ from siftloader.accelerated import (
     save_with,
 )
 from siftloader.agreement import Doing, number_of
+from siftloader.audit import Audits, Pace, figures
 from siftloader.batches import (
     IGNORED,
     Batch,
@@ -62,8 +64,10 @@ from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
 from siftloader.faces import Finished, kept_from, sampler_of
+from siftloader.gate import Gate, gate_named
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
+from siftloader.pool import Pool
 from siftloader.prescored import Merged, Prescored, copied
 from siftloader.saved import check_fits, check_learned, checked
 from siftloader.schedule import Epoch, Keep, Schedule
@@ -80,7 +84,7 @@ from siftloader.updates import Updates
 from siftloader.world import World
 
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 # What `recommended` recommends: a share of the steps, and how many labelled positions to one that is scored.
 WARMUP, SPARSE = 0.05, 8
 _END, _PASSED = object(), object()
@@ -165,6 +169,8 @@ class SiftingDataLoader(DataLoader[Any]):
         scorer_device: torch.device | str | None = None,
         output_device: Literal["inner"] | None = None,
         process_group: Any = None,
+        audit_every: int = 500,
+        gate: Gate | str | None = None,
         on_select: OnSelect | None = None,
         log_selections: str | os.PathLike[str] | None = None,
         **loader_options: Any,
@@ -213,6 +219,17 @@ class SiftingDataLoader(DataLoader[Any]):
         if self._updates is not None:
             self._updates.counts = False  # before the first batch: see there
         self._concerns = Concerns(self._schedule, accumulation, self._updates)
+        self._audits = Audits(self._scorer, audit_every, beside=overlap)
+        if not self._schedule.ever_sifts:
+            self._audits.every = 0
+        self._pace = Pace()
+        self._gate = gate_named(gate)
+        if self._gate is not None and not audit_every:
+            raise ValueError(
+                "a gate decides by what audits find, and audit_every=0 makes none; give the steps between two of them"
+            )
+        # Whether the gate lets through what the schedule sifts.
+        self._open = self._gate is None or self._gate((), True)
         self._source = candidates_of(dataset, loader_args, loader_options)
         self._on_select = on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
@@ -498,7 +515,10 @@ class SiftingDataLoader(DataLoader[Any]):
     def stats(self) -> dict[str, Any]:
         """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
         self._sifter.counts.sifting = self._sifts()
-        found = {"epoch": self._epoch, **self._sifter.counts.read()}
+        counts = self._sifter.counts
+        alone = self._sifter.agreement.ranks == 1
+        audits = self._audits.latest(self._pace, counts.scoring, alone)
+        found = {"epoch": self._epoch, **counts.read(), **figures(audits), "audits": audits}
         return found if self._updates is None else {**found, "updates": self._updates.steps}
 
     def coverage(self) -> Coverage:
@@ -526,6 +546,7 @@ class SiftingDataLoader(DataLoader[Any]):
         """Score with this model from now on: after wrapping it, say."""
         self._forget_ahead()
         self._sifter.attach_model(model)
+        self._audits.forget_model()
         self._fits = self._vocabulary is None
         if isinstance(model, nn.Module):
             self._check_vocabulary()
@@ -578,6 +599,10 @@ class SiftingDataLoader(DataLoader[Any]):
             "learned": self._scorer.digests() if self._learned is None else self._learned,
             "room": self._scorer.room_state,
             "ahead": ahead,
+            "audits": self._audits.state(
+                self._pace, self._sifter.counts.scoring, self._scorer.data_rank
+            ),
+            "gate": None if self._gate is None else self._open,
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -608,6 +633,10 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.reading_state = state["reading"]
         self._scorer.room_state = state["room"]
         self._learned = dict(state["learned"])
+        self._audits.load(state["audits"], self._scorer.data_rank)
+        if self._gate is not None:
+            known = state["gate"]
+            self._open = self._gate(self._audits.history, True) if known is None else known
         self._turn += 1
         self._loads += 1
         self._sifter.counts = Stats.from_state(state["stats"])
@@ -732,7 +761,7 @@ class SiftingDataLoader(DataLoader[Any]):
             training = self._scorer.model.training
             # An iterator that was never drawn from in training mode is a rank's own: some evaluate alone.
             self._asks |= training and self._schedule.ever_sifts
-            if training and self._schedule.sifts(self._step):
+            if training and self._open and self._schedule.sifts(self._step):
                 found = self._next_sifted(pieces, held, wanted)
             else:
                 found = self._next_plain(pieces, held, training)
@@ -745,7 +774,14 @@ class SiftingDataLoader(DataLoader[Any]):
                 self._covered += taken.covered()
         elif training:
             self._concerns.older_iterator()
+        sifted = training and self._sifts()
         counts.steps += training
+        if training:
+            self._pace.tick(time.perf_counter(), sifted)
+            with self._telling():
+                self._settle()
+        else:
+            self._pace.rest()
         if self._updates is not None and training:
             self._updates.counts = True
         self._concerns.batch(counts, self._scorer, training)
@@ -753,6 +789,31 @@ class SiftingDataLoader(DataLoader[Any]):
         if training and precision.watches and self._schedule.ahead(self._step):
             precision.watch(self._scorer.given_model, self._scorer.device)
         return self._handed(batch, taken.last)
+
+    def _settle(self) -> None:
+        # The figures of an audit, and what the gate makes of them, on all ranks at the same step.
+        counts = self._sifter.counts
+        audit = self._audits.settle(
+            counts.steps, self._pace, self._sifter.agreement, counts.scoring
+        )
+        if audit is not None and self._gate is not None:
+            self._open = self._gate(self._audits.history, self._open)
+
+    def _audit(self, pool: Pool, labels: Tensor | None, won: Tensor | None) -> None:
+        # Of a batch that passes through, the share that would be kept if it were a pool.
+        counts, count = self._sifter.counts, rows(pool.batch)
+        share = min(self._schedule.shares)
+
+        def kept(scores: Tensor) -> Tensor:
+            keep = max(1, int(count * share))
+            return self._sifter.selection(scores, keep, pool) if won is None else won
+
+        of_pool = 1.0 if won is not None or self._sizes.split else share
+        sifting = won is not None
+        if self._audits.look(
+            counts.steps, pool, labels, kept, sifting, of_pool, counts.scoring, counts.auditing
+        ):
+            counts.audited += count
 
     def _next_plain(
         self, pieces: Iterator[Piece], held: deque[Drawn], training: bool
@@ -773,6 +834,9 @@ class SiftingDataLoader(DataLoader[Any]):
                 self._scorer.teach(taken.parts[0], taken.labels(self._scorer.labels_of))
             if tests or teaches:
                 self._agreed(Doing.HANDS_OUT)  # what fails on one rank alone fails before it
+        if training and self._audits.due(self._sifter.counts.steps):
+            pool = self._sifter.pool(taken.parts[0], taken.fields())
+            self._audit(pool, taken.labels(self._scorer.labels_of), None)
         batch = taken.parts.pop()
         if self._sizes.split and self._schedule.ever_sifts:
             count = self._sizes.kept_of(count)
@@ -852,7 +916,13 @@ class SiftingDataLoader(DataLoader[Any]):
         scorer = self._scorer
         kinds = (type(each).__qualname__ for each in (scorer.criterion, self._sifter.selection))
         return number_of(
-            self._schedule, self._sizes.split, scorer.exit_layer, self._sifter.scope, *kinds
+            self._schedule,
+            self._sizes.split,
+            scorer.exit_layer,
+            self._sifter.scope,
+            self._audits.every,
+            self._gate,
+            *kinds,
         )
 
     def _passed_over(self, taken: Taken) -> tuple[Batch, Taken]:
@@ -881,8 +951,11 @@ class SiftingDataLoader(DataLoader[Any]):
             if not (goes_on and self._agreed(Doing.SIFTS)):
                 self._end_with_others(drawn, held)
                 return None
+            pool = self._sifter.pool(candidates, fields, ends)
             won = self._sifter.winners(candidates, labels, keep, fields, ends, known)
             self._tested = True
+            if self._audits.due(self._sifter.counts.steps):
+                self._audit(pool, labels, won.kept)
             self._report(labels, fields, won)
             self._sifter.counts.samples += keep
             batch = self._sifter.handed(candidates, won, self._pad_id)
@@ -941,7 +1014,7 @@ class SiftingDataLoader(DataLoader[Any]):
         return self._sifter.scorer
 
     def _sifts(self) -> bool:
-        return self._schedule.sifts(self._step) and self._scorer.model.training
+        return self._open and self._schedule.sifts(self._step) and self._scorer.model.training
 
     def _report(self, labels: Tensor | None, fields: Mapping[str, Tensor], won: Winners) -> None:
         if self._on_select is None and self._log is None:
@@ -1045,7 +1118,7 @@ class SiftingDataLoader(DataLoader[Any]):
         inner = self._sizes.inner
         drawn = None if inner is None else self._source.epoch_rows(inner)
         ranks = self._source.undivided if self._schedule.ever_sifts else 1
-        return self._sizes.epoch(step, drawn, ranks)
+        return self._sizes.epoch(step, drawn, ranks, self._open)
 
     @property
     def _pad_id(self) -> int:

@@ -81,12 +81,12 @@ class Prescored:
         if (
             job is None
         ):  # with the same weights all the same: a restart must not change what is kept
-            with counts.timing(scorer.device):
+            with counts.scoring.timing(scorer.device):
                 self._found = scorer.score(pool, merged.labels)
             return
 
         def timed(has_read: HasRead) -> Scores:
-            with counts.timing(scorer.device):
+            with counts.scoring.timing(scorer.device):
                 return job(has_read)
 
         tensors = [each for each in leaves(merged.candidates) if isinstance(each, Tensor)]

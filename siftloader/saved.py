@@ -27,10 +27,10 @@ def checked(state: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     version = state.get("version")
     since: dict[str, Any] = {}
     if type(version) is int:
-        since = {1: SINCE_1 | SINCE_2, 2: SINCE_2}.get(version, {})
+        since = {1: SINCE_1 | SINCE_2 | SINCE_3, 2: SINCE_2 | SINCE_3, 3: SINCE_3}.get(version, {})
     state = {**since, **state}
     if since and isinstance(state.get("stats"), Mapping):
-        state["stats"] = {"capped": 0, **state["stats"]}
+        state["stats"] = {**COUNTED_SINCE, **state["stats"]}
     missing = own.keys() - state.keys()
     if missing:
         raise StateError(
@@ -181,9 +181,43 @@ def _room(value: Any) -> bool:
     )
 
 
-# What a state of version 1 did not say, and one of version 2.
+def _audits(value: Any) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, Mapping) or value.keys() != {"history", "under_way"}:
+        return False
+    history, under_way = value["history"], value["under_way"]
+    if not isinstance(history, list) or not all(map(_audit, history)):
+        return False
+    if under_way is None:
+        return True
+    if not isinstance(under_way, Mapping) or under_way.keys() != {"step", "rank", "found"}:
+        return False
+    found = under_way["found"]
+    return (
+        _positive(under_way["step"])
+        and _counted(under_way["rank"])
+        and (found is None or (isinstance(found, list) and all(map(_figure, found))))
+    )
+
+
+def _audit(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and _positive(value.get("step"))
+        and all(isinstance(x, bool) or _figure(x) for x in value.values())
+    )
+
+
+def _figure(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and math.isfinite(value))
+
+
+# What a state of version 1 did not say, one of version 2, one of version 3; and its stats.
 SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
 SINCE_2: dict[str, Any] = {"ahead": None, "watched": False, "room": None}
+SINCE_3: dict[str, Any] = {"audits": None, "gate": None}
+COUNTED_SINCE = {"capped": 0, "audited": 0, "seconds_auditing": 0.0}
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "epoch": _counted,
@@ -201,6 +235,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "learned": _texts,
     "ahead": _prescored,
     "room": _room,
+    "audits": _audits,
+    "gate": lambda value: value is None or isinstance(value, bool),
     "set_epoch": lambda value: value is None or _counted(value),
     "stats": lambda value: isinstance(value, Mapping),
 }

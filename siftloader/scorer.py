@@ -139,6 +139,28 @@ class Scorer:
         self._room = Capacity()  # for labels that lie on a GPU
         self.attach_model(model)
 
+    def beside(self, criterion: ScoreOf, exit_layer: int | str | None = None) -> Scorer:
+        """Another one for the same model, batches and precision, which scores by ``criterion``.
+
+        At another exit layer it looks at all labelled positions, under the model's own head. What it learns of
+        its pools it learns for itself, so that this one scores the same with and without it.
+        """
+        other = Scorer(
+            self._model,
+            exit_layer=self.exit_layer if exit_layer is None else exit_layer,
+            criterion=criterion,
+            positions=self.positions if exit_layer is None else None,
+            exit_head=self.exit_head if exit_layer is None else None,
+            labels=self._labels,
+            score_fn=self._score_fn,
+            shift_labels=self._shift,
+            autocast=None,
+            score_batch_size=self._rows_at_once,
+        )
+        other.precision = self.precision
+        other.reading_state = self.reading_state
+        return other
+
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on."""
         self.precision.unwatch()

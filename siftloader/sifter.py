@@ -204,7 +204,7 @@ class Sifter:
         pool, deal = self.pool(candidates, fields, ends), None
         if self._is_global:
             self._check_replicas()
-        with self.counts.timing(self.scorer.device):
+        with self.counts.scoring.timing(self.scorer.device):
             found = known or self.scorer.score(pool, labels, learn=True)
             scores = found.values
             weigh = self._weights_of if self.weighs else None

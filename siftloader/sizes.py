@@ -58,17 +58,26 @@ class Sizes:
         """What is handed out of an inner batch of a split pool, the ragged last one too."""
         return whole(rows * self._share) or max(1, int(rows * self._share))
 
-    def epoch(self, step: int, rows: int | None, ranks: int = 1) -> Epoch:
+    def epoch(self, step: int, rows: int | None, ranks: int = 1, sifting: bool = True) -> Epoch:
         """What an epoch of ``rows`` rows hands out from this step on; TypeError where that is unknown.
 
-        Rows that are yet to be divided among ``ranks`` are planned for all of them together, as they will be.
+        Without ``sifting`` all of it passes through, as with a gate that stays closed. Rows that are yet to be divided among ``ranks`` are planned for all of them together, as they will be.
         """
         if self.batch is None or self.inner is None:
             raise TypeError("the length of the wrapped loader is not known before its first batch")
         if rows is None:
             raise TypeError("the inner loader has no length, so this one has none")
-        planned = self._planned(step, -(-rows // ranks), self.batch, self.inner)
+        each = -(-rows // ranks)
+        if sifting:
+            planned = self._planned(step, each, self.batch, self.inner)
+        else:
+            planned = self._passed(each, self.batch, self.inner)
         return Epoch(planned.batches * ranks, planned.samples * ranks)
+
+    def _passed(self, rows: int, batch: int, inner: int) -> Epoch:
+        full, rest = divmod(rows, inner)
+        handed = self.kept_of(rest) if self.split and rest else rest
+        return Epoch(full + (rest > 0), full * batch + handed)
 
     def _planned(self, step: int, rows: int, batch: int, inner: int) -> Epoch:
         each = self._accumulation

@@ -6,12 +6,56 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from siftloader.errors import StateError
+
+
+@final
+class Stopwatch:
+    """Seconds of blocks that were timed, and how many they were: of the GPU by events, else of the host's clock."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.blocks = 0  # since it was made
+        self._seconds = seconds
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def timing(self, device: torch.device) -> Iterator[None]:
+        """Charge the block."""
+        if device.type == "cuda":
+            begin, end = event(), event()
+            begin.record()
+            yield
+            end.record()
+            self._pending.append((begin, end))
+            if len(self._pending) > 256:  # asks, never waits
+                self._collect([pair for pair in self._pending if done(pair[1])])
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+        self.blocks += 1
+
+    def seconds(self) -> float:
+        """All so far; waits for a GPU."""
+        if self._pending:
+            torch.cuda.synchronize()
+            self._collect(list(self._pending))
+        return self._seconds
+
+    def known(self) -> tuple[float, int]:
+        """Seconds and blocks, without those that a GPU has not finished."""
+        self._collect([pair for pair in self._pending if done(pair[1])])
+        return self._seconds, self.blocks - len(self._pending)
+
+    def _collect(self, finished: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        for pair in finished:
+            self._seconds += pair[0].elapsed_time(pair[1]) / 1000
+            self._pending.remove(pair)
 
 
 @dataclass
@@ -23,30 +67,15 @@ class Stats:
     candidates: int = 0  # rows scored
     kept: int = 0  # of those, handed out
     tail_dropped: int = 0  # rows of short pools at the end of an epoch
+    audited: int = 0  # rows that an audit looked at
     sifting: bool = False
+    scoring: Stopwatch = field(default_factory=Stopwatch)
+    auditing: Stopwatch = field(default_factory=Stopwatch)
     _nonfinite: int | Tensor = 0
     _unlabelled: int | Tensor = 0
     _capped: int | Tensor = 0
     _scores: Tensor | None = None  # of the last pool, [P]
     _index: Tensor | None = None  # of its winners, [b]
-    _seconds: float = 0.0
-    _pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    @contextmanager
-    def timing(self, device: torch.device) -> Iterator[None]:
-        """Charge the block to ``seconds_scoring``: GPU time by events, else the host's clock."""
-        if device.type == "cuda":
-            begin, end = _event(), _event()
-            begin.record()
-            yield
-            end.record()
-            self._pending.append((begin, end))
-            if len(self._pending) > 256:  # asks, never waits
-                self._collect([pair for pair in self._pending if _done(pair[1])])
-        else:
-            start = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - start
 
     def count_pool(
         self,
@@ -70,15 +99,14 @@ class Stats:
 
     def state(self) -> dict[str, Any]:
         """The counters that outlive a restart, JSON-able."""
-        if self._pending:
-            torch.cuda.synchronize()
-            self._collect(list(self._pending))
         return {
             "steps": self.steps,
             "samples": self.samples,
             "candidates": self.candidates,
             "kept": self.kept,
-            "seconds_scoring": self._seconds,
+            "audited": self.audited,
+            "seconds_scoring": self.scoring.seconds(),
+            "seconds_auditing": self.auditing.seconds(),
             "nonfinite": int(self._nonfinite),
             "unlabelled": int(self._unlabelled),
             "capped": int(self._capped),
@@ -88,11 +116,12 @@ class Stats:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Stats:
         """Take the counters up where a saved run left them; StateError if some are missing."""
-        names = ("steps", "samples", "candidates", "kept", "tail_dropped")
+        names = ("steps", "samples", "candidates", "kept", "tail_dropped", "audited")
         try:
             return cls(
                 **{name: state[name] for name in names},
-                _seconds=state["seconds_scoring"],
+                scoring=Stopwatch(state["seconds_scoring"]),
+                auditing=Stopwatch(state["seconds_auditing"]),
                 _nonfinite=state["nonfinite"],
                 _unlabelled=state["unlabelled"],
                 _capped=state["capped"],
@@ -113,17 +142,14 @@ class Stats:
             "threshold": scores[won].min().item() if real[won].any() else None,
         }
 
-    def _collect(self, finished: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
-        for pair in finished:
-            self._seconds += pair[0].elapsed_time(pair[1]) / 1000
-            self._pending.remove(pair)
 
-
-def _event() -> torch.cuda.Event:
+def event() -> torch.cuda.Event:
+    """One that is timed."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _done(event: torch.cuda.Event) -> bool:
+def done(event: torch.cuda.Event) -> bool:
+    """Whether the GPU has come to it; asks, never waits."""
     return bool(event.query())  # type: ignore[no-untyped-call]
 
 

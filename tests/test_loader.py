@@ -708,7 +708,7 @@ def test_counters_and_random_draws_continue():
 
 
 REFUSED = [
-    ("version", {"version": 4}, "version 4"),
+    ("version", {"version": 5}, "version 5"),
     ("batch size", {"batch_size": 8}, "batch_size 8, this loader has 4"),
     ("keep", {"keep": 0.25}, "keep 0.25"),
     ("ranks", {"ranks": 4}, "4 ranks, 1 run now"),
