@@ -7,7 +7,7 @@
 
 Scores are taken twice, at the exit and by the whole model, with the same weights, by scorers of their own:
 nothing that the loader's scorer learned, and no random stream, is touched. What goes to the host is copied
-beside the GPU's work and read ``LAG`` steps later, when it has long arrived.
+beside the GPU's work and read ``LATER`` steps later, when it has long arrived.
 
 Letters: P candidates.
 """
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from siftloader.agreement import Agreement
+from siftloader.batches import rows
 from siftloader.errors import RanksDisagree, StateError
 from siftloader.fidelity import SUMS, Fidelity, Sums, measured
 from siftloader.pool import Pool
@@ -35,10 +36,10 @@ from siftloader.predictions import Predictions, Value
 from siftloader.scorer import Scorer, terms
 from siftloader.scores import Criterion, Random, Rarity, ScoreOf, token_loss
 from siftloader.stats import Stopwatch, done, event
+from siftloader.targets import LATER
 
 
 Audit: TypeAlias = dict[str, Any]  # one audit's figures, JSON-able: None where there is no value
-LAG = 4  # steps until the figures of an audit are read: a GPU is never that far behind
 HISTORY = 1000  # audits that are remembered
 PACES = 64  # steps of which the median is what a step takes
 FIGURES = (
@@ -127,17 +128,25 @@ class Audits:
                 f"audit_every must be an int of 0 (never) or more steps, got {every!r}"
             )
         self.every = every
+        self.needed = False  # a gate needs them: what cannot be audited raises
         self.history: list[Audit] = []
         self._scorer, self._beside = scorer, beside
         self._pair: tuple[Scorer, Scorer] | None = None  # at the exit, and the whole model
         self._look: _Look | None = None
         self._saved: dict[str, Any] | None = None  # of a look that a state told of
         self._asked: int | None = None  # the step of the audit that is to be settled, on all ranks
-        self._fails = False
+        self._fails = self._rehearsed = False
 
     def forget_model(self) -> None:
         """Look through new eyes: the model was replaced."""
-        self._pair, self._fails = None, False
+        self._pair, self._fails, self._rehearsed = None, False, False
+
+    def rehearse(self, pool: Pool, labels: Tensor | None, auditing: Stopwatch) -> None:
+        """Audit two rows of the first pool, for nothing: what fails does so now, and later ones wait for nothing."""
+        if self.every and not self._rehearsed:
+            self._rehearsed = True
+            few = None if labels is None else labels[:2]
+            self._tried(pool.part(0, min(2, rows(pool.batch))), few, _first, Stopwatch(), auditing)
 
     def due(self, step: int) -> bool:
         """Whether this step, counted from 0, is audited."""
@@ -161,27 +170,15 @@ class Audits:
         trained on all the same.
         """
         self._asked = step
-        if self._fails or (labels is None and not self._scorer.by_function):
-            return False
         spent, pools = scoring.known()
         own = Stopwatch()
-        device = self._scorer.device
-        try:
-            with auditing.timing(device):
-                arrays = self._arrays(pool, labels, kept, own.timing(device))
-        except RanksDisagree:
-            raise
-        except Exception as error:
-            self._fails = True
-            warnings.warn(
-                f"a pool cannot be scored by the whole model, so there are no audits: {error}; audit_every=0 says "
-                f"that none are wanted",
-                stacklevel=6,
-            )
+        arrays = self._tried(pool, labels, kept, own, auditing)
+        if arrays is None:
             return False
-        host, copied = arrays.to("cpu", non_blocking=True), None
+        host, copied = arrays, None
         if arrays.is_cuda:
-            copied = event()
+            host, copied = torch.empty(arrays.shape, pin_memory=True), event()
+            host.copy_(arrays, non_blocking=True)
             copied.record()
         self._look = _Look(step, sifting, host, copied, share, spent, pools, own)
         return True
@@ -193,7 +190,7 @@ class Audits:
 
         All ranks of ``agreement`` must call it.
         """
-        if self._asked is None or step < self._asked + min(LAG, self.every):
+        if self._asked is None or step < self._asked + min(LATER, self.every):
             return None
         asked, self._asked = self._asked, None
         found = self._own(pace, scoring)
@@ -233,6 +230,33 @@ class Audits:
         except (KeyError, TypeError) as error:
             raise StateError(f"the state is damaged: its audits {error!r}") from error
 
+    def _tried(
+        self,
+        pool: Pool,
+        labels: Tensor | None,
+        kept: Callable[[Tensor], Tensor],
+        own: Stopwatch,
+        auditing: Stopwatch,
+    ) -> Tensor | None:
+        if self._fails or (labels is None and not self._scorer.by_function):
+            return None
+        device = self._scorer.device
+        try:
+            with auditing.timing(device):
+                return self._arrays(pool, labels, kept, own.timing(device))
+        except RanksDisagree:
+            raise
+        except Exception as error:
+            if self.needed:
+                raise
+            self._fails = True
+            warnings.warn(
+                f"a pool cannot be scored by the whole model, so there are no audits: {error}; audit_every=0 says "
+                f"that none are wanted",
+                stacklevel=7,
+            )
+            return None
+
     def _arrays(
         self,
         pool: Pool,
@@ -266,7 +290,7 @@ class Audits:
                 self._scorer.beside(Witness(criterion), exit_layer="full"),
             )
         for each in self._pair:
-            each.reading_state = self._scorer.reading_state
+            each.follow(self._scorer)
         return self._pair
 
     def _own(self, pace: Pace, scoring: Stopwatch) -> list[float] | None:
@@ -283,9 +307,9 @@ class Audits:
         seconds, pools = scoring.known()
         if look.sifting and pools > look.pools:
             scored = (seconds - look.spent) / (pools - look.pools)
-            step = pace.period - (0 if self._beside else scored)
         else:  # nothing else was scored: the audit's own pass, stretched to a pool
-            scored, step = look.own.known()[0] / look.share, pace.period
+            scored = look.own.known()[0] / look.share
+        step = pace.period - (scored if look.sifting and not self._beside else 0.0)
         return [1.0, *sums, scored, step, float(look.sifting)]
 
     def _remembered(self, step: int, ranks: list[Any]) -> Audit | None:
@@ -296,6 +320,10 @@ class Audits:
         return audit
 
 
+def _first(scores: Tensor) -> Tensor:
+    return torch.zeros(1, dtype=torch.long, device=scores.device)
+
+
 def figures(audits: Sequence[Audit]) -> Audit:
     """Those of the last audit, for ``stats``: "audit_step", "rho", ...; all None before the first."""
     last = audits[-1] if audits else {}
@@ -304,7 +332,7 @@ def figures(audits: Sequence[Audit]) -> Audit:
 
 def _audit(step: int, ranks: list[Any]) -> Audit:
     found = Fidelity.of(np.sum([each[1 : SUMS + 1] for each in ranks], axis=0))
-    scored, took = (max(each[at] for each in ranks) for at in (SUMS + 1, SUMS + 2))
+    scored, took = (float(max(each[at] for each in ranks)) for at in (SUMS + 1, SUMS + 2))
     cost = scored / took if took > 0 else math.nan
     figures = {name: _json(value) for name, value in asdict(found).items()}
     return {

@@ -228,6 +228,7 @@ class SiftingDataLoader(DataLoader[Any]):
             raise ValueError(
                 "a gate decides by what audits find, and audit_every=0 makes none; give the steps between two of them"
             )
+        self._audits.needed = self._gate is not None
         # Whether the gate lets through what the schedule sifts.
         self._open = self._gate is None or self._gate((), True)
         self._source = candidates_of(dataset, loader_args, loader_options)
@@ -954,6 +955,7 @@ class SiftingDataLoader(DataLoader[Any]):
             pool = self._sifter.pool(candidates, fields, ends)
             won = self._sifter.winners(candidates, labels, keep, fields, ends, known)
             self._tested = True
+            self._audits.rehearse(pool, labels, self._sifter.counts.auditing)
             if self._audits.due(self._sifter.counts.steps):
                 self._audit(pool, labels, won.kept)
             self._report(labels, fields, won)
@@ -974,6 +976,7 @@ class SiftingDataLoader(DataLoader[Any]):
             return False
         self._scorer.score(pool, labels)
         self._tested = True
+        self._audits.rehearse(pool, labels, self._sifter.counts.auditing)
         return True
 
     def _draw(self, pieces: Iterator[Piece], held: deque[Drawn]) -> bool:

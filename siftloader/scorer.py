@@ -158,8 +158,12 @@ class Scorer:
             score_batch_size=self._rows_at_once,
         )
         other.precision = self.precision
-        other.reading_state = self.reading_state
         return other
+
+    def follow(self, other: Scorer) -> None:
+        """Read labels as ``other`` has learned to, and have room for as many; waits for nothing."""
+        self.reading_state = other.reading_state
+        self._room.most = other._room.most
 
     def attach_model(self, model: Model) -> None:
         """Score with this model from now on."""

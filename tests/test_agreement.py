@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import traceback
 import warnings
@@ -18,8 +19,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from siftloader import RanksDisagree, SiftingDataLoader, agreement as agreement_module
+from siftloader import RanksDisagree, Sifter, SiftingDataLoader, agreement as agreement_module
 from siftloader.agreement import Agreement, Doing, number_of
+from siftloader.gate import Threshold
 
 
 RANKS = 2
@@ -277,6 +279,46 @@ def gathers(rank: int) -> Any:
     return [each.tolist() for each in found], [each.tolist() for each in few]
 
 
+def audited(rank: int) -> Any:
+    loader = make(rank, count=24, audit_every=3, warmup_steps=4)
+    run(loader)
+    every = [batches(24, each) for each in range(RANKS)]
+    losses = [Sifter(loader._scorer.model, exit_layer="full").score(b[3]).double() for b in every]
+    return loader.stats["audits"], torch.stack(losses)
+
+
+def gated(rank: int) -> Any:
+    # By figures that differ from rank to rank: a rank that decided by its own would go on alone.
+    middle = 1.0
+    for _ in range(2):
+        gate = Threshold("rho", opens=middle, closes=middle)
+        loader = make(rank, count=40, audit_every=2, warmup_steps=0, gate=gate)
+        handed = run(loader)
+        middle = sorted(each["rho"] for each in loader.stats["audits"])[3] + 1e-9
+    return handed, loader.stats["candidates"], loader.stats["samples"]
+
+
+def other_audits(rank: int) -> Any:
+    return run(make(rank, audit_every=2 + rank))
+
+
+def audits_taken_up(rank: int) -> Any:
+    # Saved while an audit is under way, by every rank for itself.
+    whole = make(rank, count=40, audit_every=6, warmup_steps=0)
+    run(whole)
+    before = make(rank, count=40, audit_every=6, warmup_steps=0)
+    batches = iter(before)
+    for _ in range(8):
+        next(batches)
+    state = json.loads(json.dumps(before.state_dict()))
+    after = make(rank, count=40, audit_every=6, warmup_steps=0)
+    after.load_state_dict(state)
+    run(after)
+    timed = "scoring_cost"
+    ends = [[{**each, timed: 0} for each in one.stats["audits"]] for one in (whole, after)]
+    return ends, state["audits"]["under_way"] is not None
+
+
 CASES: dict[str, Callable[[int], Any]] = {
     each.__name__: each
     for each in (
@@ -301,6 +343,10 @@ CASES: dict[str, Callable[[int], Any]] = {
         evaluates_alone_with_the_same_loader,
         of_a_few,
         gathers,
+        audited,
+        gated,
+        other_audits,
+        audits_taken_up,
         fails_unheard,
     )
 }
@@ -353,6 +399,24 @@ def test_ranks_that_agree_go_on(found: dict[str, list[Any]]) -> None:
     assert found["gathers"] == [([[], [[0, 1]]], [[0, 1, 2], [1, 2]])] * 2
 
 
+def test_an_audit_is_of_all_ranks_and_the_same_on_all(found: dict[str, list[Any]]) -> None:
+    (first, losses), (second, _) = found["audited"]
+    assert first == second and [each["step"] for each in first] == [3, 6, 9]
+    assert first[0]["rows"] == 8 and not first[0]["sifting"] and first[1]["sifting"]
+    assert first[0]["population_loss"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert abs(losses[0].mean() - losses[1].mean()) > 0.01, "or each might tell of itself"
+    (whole, after), saved = found["audits_taken_up"][0]
+    assert saved and whole == after and len(whole) == 2
+    assert found["audits_taken_up"][1] == found["audits_taken_up"][0]
+
+
+def test_a_gate_decides_alike_on_all_ranks(found: dict[str, list[Any]]) -> None:
+    first, second = found["gated"]
+    assert first == second
+    handed, candidates, _ = first
+    assert 0 < candidates < 8 * handed, "open for a while, and closed for a while"
+
+
 def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]) -> None:
     first, second = found["uneven_while_sifting"]
     assert first == (5, 0, [])
@@ -371,6 +435,7 @@ def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]
             "rank 0 sifts at step 4; rank 1 passes a batch through to a model in eval",
         ),
         ("other_layer", "rank 0 and rank 1 sift with different options"),
+        ("other_audits", "rank 0 and rank 1 sift with different options"),
         ("other_step", "passes a batch through at step 0; rank 1 sifts at step 4"),
         ("other_shapes", "rank 0 and rank 1 have candidates, or fields, of different shapes"),
     ],

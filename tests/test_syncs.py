@@ -288,11 +288,18 @@ LOOPS = {
     "bfloat16": {"autocast": torch.bfloat16},
     "carried over": {"keep": 0.25},
     "overlap": {"overlap": True},
+    "audits": {"audit_every": 2},
+    "audits of a warm-up": {"audit_every": 2, "warmup_steps": 4},
+    "audits beside": {"audit_every": 2, "overlap": True},
 }
 
 
 @pytest.mark.parametrize(
-    ("option", "where"), [*((each, "host") for each in LOOPS), ("plain", "gpu"), ("plain", "list")]
+    ("option", "where"),
+    [
+        *((each, "host") for each in LOOPS),
+        *((each, where) for each in ("plain", "audits") for where in ("gpu", "list")),
+    ],
 )
 def test_no_step_of_a_loop_waits(option, where, tmp_path):
     options = {"warmup_steps": 0, **LOOPS[option]}
@@ -312,6 +319,8 @@ def test_no_step_of_a_loop_waits(option, where, tmp_path):
         assert not trained(loader, model, gpu, forget + 3, forget)
         loader.close()
         assert loader.stats["kept"] >= 8 * 4
+        if "audits" in option:
+            assert loader.stats["population_loss"] > 0
 
 
 def test_shards_are_copied_and_scored_without_waiting():
