@@ -310,7 +310,7 @@ class Audits:
         else:  # nothing else was scored: the audit's own pass, stretched to a pool
             scored = look.own.known()[0] / look.share
         step = pace.period - (scored if look.sifting and not self._beside else 0.0)
-        return [1.0, *sums, scored, step, float(look.sifting)]
+        return [1.0, *sums.tolist(), scored, step, float(look.sifting)]
 
     def _remembered(self, step: int, ranks: list[Any]) -> Audit | None:
         if not ranks:

@@ -68,6 +68,14 @@ class Threshold:
         return mean >= (self.closes if is_open else self.opens)
 
 
+def replayed(gate: Gate, audits: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a gate is open that was asked after each of these audits."""
+    is_open = gate((), True)
+    for seen in range(1, len(audits) + 1):
+        is_open = gate(audits[:seen], is_open)
+    return is_open
+
+
 def gate_named(gate: Gate | str | None) -> Gate | None:
     """The gate of that name; ValueError where there is none."""
     if isinstance(gate, type):

@@ -64,7 +64,7 @@ from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
 from siftloader.faces import Finished, kept_from, sampler_of
-from siftloader.gate import Gate, gate_named
+from siftloader.gate import Gate, gate_named, replayed
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
 from siftloader.pool import Pool
@@ -230,7 +230,7 @@ class SiftingDataLoader(DataLoader[Any]):
             )
         self._audits.needed = self._gate is not None
         # Whether the gate lets through what the schedule sifts.
-        self._open = self._gate is None or self._gate((), True)
+        self._open = self._gate is None or replayed(self._gate, ())
         self._source = candidates_of(dataset, loader_args, loader_options)
         self._on_select = on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
@@ -637,7 +637,7 @@ class SiftingDataLoader(DataLoader[Any]):
         self._audits.load(state["audits"], self._scorer.data_rank)
         if self._gate is not None:
             known = state["gate"]
-            self._open = self._gate(self._audits.history, True) if known is None else known
+            self._open = replayed(self._gate, self._audits.history) if known is None else known
         self._turn += 1
         self._loads += 1
         self._sifter.counts = Stats.from_state(state["stats"])
