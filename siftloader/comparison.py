@@ -17,19 +17,17 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from siftloader.intervals import CONFIDENCE, interval, t_quantile, within
 from siftloader.results import Evaluation, Results, Run
 
 
 Measure = Literal["loss", "accuracy"]
 
 RANDOM = "random"  # the arm that chooses from the same candidates without looking at them
-CONFIDENCE = 0.95
 LEVEL = {"loss": 0.01, "accuracy": 0.003}  # nats; a share: differences too small to care for
 _NAME = re.compile(r"(?P<base>.+?)(?:@(?P<budget>\d+(?:\.\d*)?))?(?:#(?P<repeat>\d+))?")
 
@@ -103,57 +101,6 @@ class Noise:
     deviation: float
     runs: int
     groups: int
-
-
-# ---- intervals
-
-
-def within(t: float, df: int) -> float:
-    """P(|T| < t) for Student's t with ``df`` degrees of freedom; the finite sums of A&S 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(df))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    if df == 1:
-        return 2 * angle / math.pi
-    term = cosine if df % 2 else 1.0
-    total = term
-    for k in range(3 if df % 2 else 2, df - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if df % 2 else sine * total
-
-
-@lru_cache(maxsize=1024)
-def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| < t) = ``confidence``: 12.706 for one degree of freedom, 2.776 for four.
-
-    Raises ValueError unless df >= 1 and 0 < confidence < 1.
-    """
-    if df < 1 or not 0 < confidence < 1:
-        raise ValueError(f"needed are df >= 1 and 0 < confidence < 1, got {df} and {confidence}")
-    low, high = 0.0, math.pi / 2  # of the angle, in which P rises evenly
-    for _ in range(60):
-        middle = (low + high) / 2
-        if within(math.tan(middle) * math.sqrt(df), df) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.tan(high) * math.sqrt(df)
-
-
-def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float | None]:
-    """Mean and half-width of its 95 % interval over seeds; nan and None where a value is not finite.
-
-    None, too, from less than two values.
-    """
-    found = np.asarray(values, np.float64)
-    if not len(found):
-        return math.nan, None
-    if not np.isfinite(found).all():
-        return math.nan, None
-    if len(found) < 2:
-        return float(found.mean()), None
-    error = found.std(ddof=1) / math.sqrt(len(found))
-    return float(found.mean()), t_quantile(len(found) - 1) * float(error)
 
 
 # ---- pairs

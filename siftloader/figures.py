@@ -32,9 +32,9 @@ from siftloader.comparison import (
     direction,
     ends,
     signed,
-    t_quantile,
 )
 from siftloader.errors import SiftError
+from siftloader.intervals import t_quantile
 from siftloader.results import Results, Run
 from siftloader.selection_report import Table
 
