@@ -369,7 +369,8 @@ def rho(losses: ArrayLike, R: int) -> Vector:
     """
     mean = _losses(losses).mean(axis=-1)
     _need(bool((mean > 0).all()), "samples whose losses are all 0", "F(w) > 0; rho is 0 / 0 there")
-    return np.asarray(F_hat(losses, R) / mean)
+    # Where all are alike, rounding may fall below.
+    return np.asarray(np.maximum(F_hat(losses, R) / mean, 1))
 
 
 def rho_approx(losses: ArrayLike, approximate: ArrayLike, R: int) -> float:

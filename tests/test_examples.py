@@ -18,12 +18,14 @@ import torch
 import transformers
 from torch.nn import functional
 
-from siftloader import Sifter, TokenShards
+from siftloader import Sifter, SiftError, TokenShards, theory
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
+import convex_gsgd
+import linear_early_exit
 import pretrain_bert
 import pretrain_gpt
 import pretraining
@@ -504,3 +506,39 @@ def test_every_example_is_run_by_a_test() -> None:
             name = re.escape(example.stem)
             ran = rf"\bimport {name}\b|\bfrom {name} import main\b|[\"'/]{name}(\.py)?[\"']"
             assert re.search(ran, tests), f"no test runs {example.name}"
+
+
+def test_greedy_sgd_is_ahead_early_in_the_example_and_its_picture_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "new" / "convex.png"
+    convex_gsgd.main(["--steps=600", "--runs=2", f"--out={picture}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "SGD" in line[:9]]
+    (plain, _, eight), (_, logistic, _) = rows[:3], rows[3:]
+    assert float(eight[-4]) < 0.7 * float(plain[-1])  # the last loss of least squares, over F*
+    assert logistic[:4] == ["GSGD,", "R", "=", "2"] and 1 < float(logistic[4]) < 2  # rho*
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SiftError, match=r"pip install 'siftloader\[examples\]'"):
+        convex_gsgd.main(["--steps=10", "--runs=1", f"--out={picture}"])
+
+
+def test_curves_cross_where_the_example_says() -> None:
+    marks = np.array([1, 10, 100, 1000])
+    plain = np.array([4.0, 3.0, 2.0, 1.0])
+    assert convex_gsgd.crossing(marks, plain - [1, 1, -1, -1], plain) == pytest.approx(10**1.5)
+    assert convex_gsgd.crossing(marks, plain - [0, -1, 1, -1], plain) == pytest.approx(10**2.5)
+    assert convex_gsgd.crossing(marks, plain - 1, plain) == math.inf
+
+
+def test_the_linear_network_fails_if_its_counts_are_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--pairs=4000", "--layers=3", "--width=5"]
+    linear_early_exit.main(short)
+    assert "standard errors off" in capsys.readouterr().out
+    right = theory.p_j
+    monkeypatch.setattr(theory, "p_j", lambda beta: 0.9 * right(beta))
+    with pytest.raises(SystemExit) as stopped:
+        linear_early_exit.main([*short, "--weights=residual"])
+    assert stopped.value.code == 1

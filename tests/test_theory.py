@@ -216,6 +216,11 @@ def test_rho_is_between_one_and_R_and_a_noisy_choice_is_no_better() -> None:
         assert rho_approx(row, rng.random(6), 5) <= each * ROOM
 
 
+def test_rho_of_equal_losses_is_one_and_no_less() -> None:
+    for loss in random(7).random(500):
+        assert 1 <= rho(np.full(1000, loss), 2) < ROOM
+
+
 def test_rho_star_may_be_one_though_samples_differ() -> None:
     """The counterexample to eq. 5's strictness: equal losses where F is not least."""
     y = np.array([1.0, -1.0, -1.0])
