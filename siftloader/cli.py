@@ -1,5 +1,5 @@
 """The command line: ``siftloader shard``, ``bigrams``, ``verify``, ``inspect``,
-``inspect-selections`` and ``report``.
+``inspect-selections``, ``report`` and ``probe``.
 
 Exit status: 0 done, 1 the data are not as they should be, 2 the command is not, 130 interrupted.
 """
@@ -35,6 +35,7 @@ from siftloader.inspection import (
 )
 from siftloader.packing import Packing
 from siftloader.prepare import ENGINES, Preparation, Summary, prepare
+from siftloader.probe_command import add_probe, probed
 from siftloader.report import Selections, table as compared, write_page
 from siftloader.results import read_results, write_results
 from siftloader.selection_report import (
@@ -91,7 +92,7 @@ def _complain(error: object, status: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="siftloader",
-        description="Make, check and look at token shards; see what was selected from them.",
+        description="Make, check and look at token shards; see whether sifting them may pay, and what was selected.",
         epilog="`siftloader COMMAND --help` explains each of them, with an example.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -101,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_inspect_selections(commands)
     _add_report(commands)
+    add_probe(commands).set_defaults(run=_probe)
     return parser
 
 
@@ -859,6 +861,11 @@ def _report(arguments: argparse.Namespace) -> int:
     logs = [_selections(log, dataset, arguments.tokenizer) for log in arguments.selections]
     write_page(results, page, control=arguments.control, selection_logs=logs)
     print(shown(f"wrote {page}: the same with figures, to open in a browser"))
+    return 0
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    print(probed(arguments))
     return 0
 
 
