@@ -452,7 +452,7 @@ def _shrink(D_0: float, eta: float, L: float, K: float) -> float:
     """Return 1 - eta L, in the domain that both convergence theorems share."""
     _need(0 < L < math.inf, f"L = {L}", "a finite smoothness L > 0")
     _need(
-        0 < eta < 1 / L and eta * L < 1,
+        0 < eta < 1 / L,  # not eta * L < 1: 49 * (1 / 49) is below 1
         f"eta = {eta}",
         f"0 < eta < 1/L = {1 / L}; take a smaller step size",
     )

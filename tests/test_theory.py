@@ -157,10 +157,10 @@ def test_outside_its_domain_a_theorem_raises(
 
 
 def test_the_step_size_is_below_one_over_L_however_that_is_rounded() -> None:
-    for L in range(1, 200):  # 49 * (1 / 49) < 1
+    for L in [*range(1, 200), *random(8).uniform(1, 2, 200)]:  # 49 * (1 / 49) < 1
         with pytest.raises(ValueError, match="smaller step size"):
             theorem_2(1.0, 1 / L, L, 1, 0.0)
-        assert theorem_2(1.0, np.nextafter(1 / L, 0) * (1 - 1e-15), L, 1, 0.0) > 0
+        assert theorem_2(1.0, math.nextafter(1 / L, 0), L, 1, 0.0) > 0
 
 
 def test_counting_refuses_what_cannot_be_counted() -> None:
