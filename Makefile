@@ -1,5 +1,6 @@
 # make            set up .venv in this folder (pinned versions)
 # make demo       real text -> shards -> a tiny BERT and GPT, plain and sifted -> a table and a picture
+# make probe      would sifting pay for the models of the demo, and at which layer? after `make demo`
 # make compare    which half trains better? paired seeds, equal samples and equal time: a table and a page
 # make test       every law and table at small size, under 6 minutes on 2 cores
 PYTHON ?= python3
@@ -14,7 +15,7 @@ BERT := --tokenizer shards/demo/tokenizer.json --objective mlm --seq-len 128 --v
 TEXTS := gpt gpt-repeated-0.5 gpt-repeated-0.25 gpt-repeated-0.1
 SHOW := --tokenizer shards/demo/bpe-2048.json
 
-.PHONY: setup demo test test-all check format bench wheel-check clean compare compare-full gpu-arms gpu-tests gpu-bench gpu-compare
+.PHONY: setup demo probe test test-all check format bench wheel-check clean compare compare-full gpu-arms gpu-tests gpu-bench gpu-compare
 
 setup: $(READY)
 
@@ -29,6 +30,14 @@ demo: $(READY)
 	$(BIN)/python tools/make_shards.py shards/demo/embedded_pd.txt.xz --out shards/built/clm-128 \
 	    --tokenizer shards/demo/tokenizer.json --objective clm --seq-len 128 --val-fraction 0.05 --seed 0
 	$(BIN)/python tools/demo.py
+
+# Under two minutes: which layers would pay from where the plain models of the demo ended.
+probe: $(READY)
+	test -e runs/demo/gpt-none.pt || { echo "first: make demo"; exit 1; }
+	$(RUN) -m siftloader.cli probe --model tools/demo.py:bert --shards shards/built/mlm-128 \
+	    --batch-size 16 --out runs/demo/probe-bert.png
+	$(RUN) -m siftloader.cli probe --model tools/demo.py:gpt --shards shards/built/clm-128 \
+	    --batch-size 8 --out runs/demo/probe-gpt.png
 
 # Twenty minutes on two idle cores: prose as it is, and the same with half of it repeated. Stopped, it goes on.
 compare: $(READY) shards/built/gpt/manifest.jsonl shards/built/gpt-repeated-0.5/manifest.jsonl

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from siftloader import TokenShards
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
 
 
@@ -44,17 +46,8 @@ def test_the_demo_ends_with_a_table_words_and_a_picture(
 ) -> None:
     bert, gpt = letters(tmp_path / "mlm", "mlm"), letters(tmp_path / "clm", "clm")
     out = tmp_path / "demo"
-    demo.main(
-        [
-            "--quick",
-            f"--bert={bert}",
-            f"--gpt={gpt}",
-            f"--out={out}",
-            "--criteria",
-            "loss",
-            "entropy",
-        ]
-    )
+    given = ["--quick", f"--bert={bert}", f"--gpt={gpt}", f"--out={out}"]
+    demo.main([*given, "--criteria", "loss", "entropy"])
     table = (out / "table.txt").read_text()
     assert table.splitlines()[0] in capsys.readouterr().out
     for row in ("plain", "random half", "SIFT, loss", "SIFT, entropy", "unigrams alone"):
@@ -66,6 +59,10 @@ def test_the_demo_ends_with_a_table_words_and_a_picture(
         ends = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
         assert len({end["samples"] for end in ends}) == 1
         assert all(end["final"] and end["learning_rate"] == 0 for end in ends)
+    for subject in demo.subjects_of(demo.parse(given)):
+        new = subject.build(subject.preset, TokenShards(subject.shards)).state_dict()
+        model = demo.trained(subject, out)
+        assert any(not torch.equal(new[name], own) for name, own in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

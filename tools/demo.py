@@ -3,7 +3,11 @@
 Does sifting pay here? A tiny BERT and a tiny GPT are trained from scratch on real text, each plainly, on a
 random half of twice the samples, and on the half that SIFT selects: the same initial weights, the same
 candidate stream, the same number of samples backpropagated, a learning rate that has decayed to zero.
-About six minutes on two idle cores, then runs/demo/ holds table.txt, demo.png and a log per arm.
+About six minutes on two idle cores, then runs/demo/ holds table.txt, demo.png, a log per arm and the plain models.
+
+    siftloader probe --model tools/demo.py:bert --shards shards/built/mlm-128 --batch-size 16
+
+asks which layer would pay from where the plain one ended (`make probe` asks it of both).
 
 The arms are runs of examples/pretrain_bert.py and examples/pretrain_gpt.py, on the shards that `make demo`
 prepares. One seed decides nothing, and the words under the table say so.
@@ -29,6 +33,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -61,6 +66,7 @@ class Subject:
 
     name: str
     main: Callable[[list[str]], None]
+    build: Callable[[pretrain_bert.Preset, TokenShards], nn.Module]
     preset: pretrain_bert.Preset
     shards: Path
 
@@ -84,10 +90,7 @@ class Arm:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    subjects = [
-        Subject("BERT", pretrain_bert.main, pretrain_bert.PRESETS["tiny"], options.bert),
-        Subject("GPT", pretrain_gpt.main, pretrain_gpt.PRESETS["tiny"], options.gpt),
-    ]
+    subjects = subjects_of(options)
     for subject in subjects:
         if not subject.shards.is_dir():
             sys.exit(f"{subject.shards} is not there yet; `make demo` prepares it first")
@@ -110,7 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
             say("A quick run only shows that everything works; its losses mean nothing.")
     draw(found, options.out / "demo.png")
     print(
-        f"{os.path.relpath(options.out / 'demo.png')}: held-out loss against samples and against seconds"
+        f"{os.path.relpath(options.out / 'demo.png')}: held-out loss against samples and against seconds\n"
+        f"`make probe`: which layers would pay from where the plain models ended?"
     )
 
 
@@ -127,6 +131,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--gpt", type=Path, default=built / "clm-128", help="shards with objective clm")
     add("--out", type=Path, default=ROOT / "runs" / "demo", help="folder for what it finds")
     return parser.parse_args(arguments)
+
+
+def subjects_of(options: argparse.Namespace) -> list[Subject]:
+    bert, gpt = pretrain_bert, pretrain_gpt
+    return [
+        Subject("BERT", bert.main, bert.build_bert, bert.PRESETS["tiny"], options.bert),
+        Subject("GPT", gpt.main, gpt.build_gpt, gpt.PRESETS["tiny"], options.gpt),
+    ]
+
+
+def bert() -> nn.Module:
+    options = parse([])
+    return trained(subjects_of(options)[0], options.out)
+
+
+def gpt() -> nn.Module:
+    options = parse([])
+    return trained(subjects_of(options)[1], options.out)
+
+
+def trained(subject: Subject, out: Path) -> nn.Module:
+    """The plain model as a run of the demo left it."""
+    file = checkpoint(subject, out)
+    if not file.is_file():
+        sys.exit(f"{file} is not there yet; `make demo` trains it")
+    model = subject.build(subject.preset, TokenShards(subject.shards))
+    model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
+    return model
+
+
+def checkpoint(subject: Subject, out: Path) -> Path:
+    return out / f"{subject.name.lower()}-none.pt"
 
 
 def machine() -> str:
@@ -177,6 +213,8 @@ def run(subject: Subject, sift: str, options: argparse.Namespace) -> Arm:
         "final-samples": samples if options.quick else 1_000_000,
         "log": log,
     }
+    if sift == "none":
+        command["checkpoint"] = checkpoint(subject, options.out)
     with contextlib.redirect_stdout(io.StringIO()):  # the same lines are in the log
         subject.main([f"--{name}={value}" for name, value in command.items()])
     _about, *curve, end = [json.loads(line) for line in log.read_text().splitlines()]
