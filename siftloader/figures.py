@@ -17,7 +17,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from siftloader.comparison import (
 )
 from siftloader.errors import SiftError
 from siftloader.intervals import t_quantile
-from siftloader.results import Results, Run
+from siftloader.results import Evaluation, Results, Run
 from siftloader.selection_report import Table
 
 
@@ -43,8 +43,10 @@ EMPHASISED = 7  # curves that are told apart by colour; the others are grey
 BANDED = 3  # seeds from which a band is drawn: of two it would hide all else
 AUDITS = {
     "rho": "rho: mean loss of the kept over mean loss of all",
-    "overlap": "overlap of the kept with the full model's choice",
-    "spearman": "rank correlation of scores with the full model's",
+    "overlap": "overlap of the kept with the whole model's choice",
+    "spearman": "rank correlation of scores with the whole model's",
+    "sigma": "sigma: deviation of log(loss at the exit / loss)",
+    "scoring_cost": "cost of scoring, in steps without it",
 }
 
 
@@ -453,16 +455,46 @@ def forest(found: Collection[Difference], control: str, name: str) -> str:
     return _svg(name, alt, (9, 1.3 + 0.46 * len(shown)), draw)
 
 
+def population(
+    results: Results, experiment: str, control: str, arms: Sequence[str], name: str
+) -> str:
+    """Mean loss of all candidates by the whole model, where runs were audited; mean over seeds; else nothing."""
+    found, chosen = _audited(results, experiment), colors(arms, control)
+    every = [
+        _curve(
+            arm,
+            runs,
+            found.get(control, {}),
+            lambda one: float(one.samples),
+            lambda one: float(one.loss),
+        )
+        for arm, runs in found.items()
+    ]
+    # One pool a point: bands would hide the lines. The table of audits has paired differences.
+    drawn = [replace(curve, half=None) for curve in every if curve is not None]
+    if not any(curve.arm in chosen for curve in drawn):
+        return ""
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        _draw_curves(axes, drawn, chosen, 2.5)
+        axes.set_title(
+            "population loss, nats", loc="left", fontsize=10, color=INK, fontweight="bold"
+        )
+        axes.set_xlabel("samples backpropagated")
+
+    alt = f"{experiment}: mean loss of all candidates against samples backpropagated"
+    return _svg(name, alt, (9, 3.7), draw)
+
+
 def audits(results: Results, experiment: str, control: str, arms: Sequence[str], name: str) -> str:
-    """What scoring at full depth said beside the exit, where the logs have it; else nothing."""
-    found = ends(results.of(experiment))
-    chosen = colors(arms, control)
+    """What audits said of the exit beside the whole model, where runs were audited; else nothing."""
+    found, chosen = _audited(results, experiment), colors(arms, control)
     drawn = []
     for field, title in AUDITS.items():
         every = [
             _curve(arm, runs, {}, lambda one: float(one.samples), _field(field))
             for arm, runs in found.items()
-            if Name.of(arm).budget == 1
         ]
         real = [curve for curve in every if curve is not None]
         if any(curve.arm in chosen for curve in real):
@@ -479,6 +511,26 @@ def audits(results: Results, experiment: str, control: str, arms: Sequence[str],
 
     titles = ", ".join(title for title, _ in drawn)
     return _svg(name, f"{experiment}: {titles}", (9, 0.6 + 2.2 * len(drawn)), draw)
+
+
+def _audited(results: Results, experiment: str) -> dict[str, dict[int, Run]]:
+    """Finished runs that were audited, with audits in the place of evaluations: loss is that of all candidates."""
+    found: dict[str, dict[int, Run]] = {}
+    for arm, runs in ends(results.of(experiment)).items():
+        for seed, run in runs.items():
+            if run.audits and Name.of(arm).budget == 1:
+                found.setdefault(arm, {})[seed] = _as_audited(run)
+    return found
+
+
+def _as_audited(run: Run) -> Run:
+    of_step = run.end.samples / run.end.step if run.end is not None and run.end.step else 0.0
+    found = []
+    for audit in run.audits:
+        step, loss = audit["step"], audit.get("population_loss")
+        value = float(loss) if isinstance(loss, int | float) else math.nan
+        found.append(Evaluation(step, round(step * of_step), 0.0, value, fields=audit))
+    return replace(run, evaluations=tuple(found))
 
 
 def _field(name: str) -> Callable[[Any], float]:

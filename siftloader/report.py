@@ -31,6 +31,7 @@ from siftloader.comparison import (
     Measure,
     Name,
     Worth,
+    control_of,
     differences,
     direction,
     ends,
@@ -47,7 +48,9 @@ from siftloader.figures import (
     escaped,
     forest,
     histograms,
+    population,
 )
+from siftloader.intervals import interval
 from siftloader.results import Results, Run
 from siftloader.selection_report import (
     Group,
@@ -242,8 +245,88 @@ def _notes(results: Results, experiment: str, control: str, lines: Sequence[_Lin
     return notes
 
 
+# ---- what audits say of it
+
+
+def _audit_rows(
+    results: Results, experiment: str, control: str, lines: Sequence[_Line]
+) -> list[list[str]]:
+    """Why an arm won or lost, headings first; [] where no run was audited."""
+    found = ends(results.of(experiment))
+    losses = {
+        arm: {seed: _population(run) for seed, run in runs.items() if run.audits}
+        for arm, runs in found.items()
+    }
+    rows = []
+    for line in lines:
+        own, other = losses[line.arm], control_of(line.arm, control, found)
+        if not own:
+            continue
+        theirs = losses.get(other or "", {})
+        apart = [own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs.keys())]
+        mean, half_width = interval(apart)
+        told = f"{mean:+.4f}" if math.isfinite(mean) else ""
+        told += f" ± {half_width:.4f}" if half_width is not None else ""
+        runs = [run for run in found[line.arm].values() if run.audits]
+        means = [_figure_of(runs, name) for name in _AUDITED]
+        cells = [
+            f"{mean:{form}}" if math.isfinite(mean) else ""
+            for mean, form in zip(means, _AUDITED.values(), strict=True)
+        ]
+        rows.append([line.arm, _figure(float(np.mean([*own.values()]))), told, *cells])
+    if not rows:
+        return []
+    names = ["rho", "at most", "overlap", "rank correlation", "sigma", "scoring"]
+    return [["arm", "population loss", f"minus {control}", *names], *rows]
+
+
+# Of an audit: its figures, and how each is told.
+_AUDITED = {
+    "rho": ".3f",
+    "rho_full": ".3f",
+    "overlap": ".1%",
+    "spearman": ".2f",
+    "sigma": ".3f",
+    "scoring_cost": ".1%",
+}
+
+
+def _population(run: Run) -> float:
+    """Mean loss of all candidates in the last quarter of a run's audits, nats."""
+    found = _numbers(run.audits, "population_loss")
+    return float(np.mean(found[-max(1, len(found) // 4) :])) if found else math.nan
+
+
+def _figure_of(runs: Iterable[Run], name: str) -> float:
+    """Mean over runs of a figure's mean over the audits of sifted steps; over all where none was sifted."""
+    means = []
+    for run in runs:
+        sifted = [audit for audit in run.audits if audit.get("sifting")]
+        if found := _numbers(sifted or run.audits, name):
+            means.append(float(np.mean(found)))
+    return float(np.mean(means)) if means else math.nan
+
+
+def _numbers(audits: Iterable[Mapping[str, Any]], name: str) -> list[float]:
+    found = (audit.get(name) for audit in audits)
+    return [float(one) for one in found if isinstance(one, int | float)]
+
+
+def _audit_note(control: str) -> str:
+    return (
+        f"audits: every so often the candidates of a step are also scored by the whole model. population loss: "
+        f"mean loss of all of them, before any is chosen, over the last quarter of a run: the training curve that "
+        f"may be compared across arms (that of a sifted run's own loss is biased upward by its choice), with its "
+        f"paired difference from {control}. rho: mean loss of the kept over that of all (Theorem 1), beside the most "
+        f"that as many rows reach; overlap, rank correlation: with the whole model's choice and scores; sigma: "
+        f"deviation of the log of loss at the exit over loss (Theorem 4); scoring: its time in that of a step "
+        f"without it, as the run itself saw it. All but the first over sifted steps; of an arm that never sifts, "
+        f"what an exit at layer 1 would have kept."
+    )
+
+
 def table(results: Results, control: str = "plain") -> str:
-    """Every experiment as a table of its arms, with footnotes.
+    """Every experiment as a table of its arms, with footnotes; and one of their audits, where there are any.
 
     Raises SiftError where no experiment has the control among its finished runs.
     """
@@ -259,7 +342,13 @@ def table(results: Results, control: str = "plain") -> str:
             for note in _notes(results, experiment, control, lines)
         )
         said = _summary(results, experiment, control, lines)
-        blocks.append(f"{experiment}\n{said}\n\n{_aligned(_rows(lines, control))}\n\n{notes}")
+        block = f"{experiment}\n{said}\n\n{_aligned(_rows(lines, control))}\n\n{notes}"
+        if rows := _audit_rows(results, experiment, control, lines):
+            note = textwrap.fill(
+                _audit_note(control), 100, initial_indent="  ", subsequent_indent="      "
+            )
+            block += f"\n\n{_aligned(rows)}\n\n{note}"
+        blocks.append(block)
     return "\n\n\n".join(blocks)
 
 
@@ -363,10 +452,22 @@ def _experiment(results: Results, experiment: str, control: str, number: int) ->
         if picture:
             parts.append(_figure_html(words, picture, caption))
     parts += _paper_tables(results, experiment, control)
-    if audit := audits(results, experiment, control, arms, f"{name}-audit"):
-        parts.append(
-            _figure_html("Audits: the exit against full depth", audit, "Means over seeds.")
+    if picture := population(results, experiment, control, arms, f"{name}-population"):
+        words = "Figure 3. Population loss: all candidates, before any is chosen"
+        caption = (
+            "Means over seeds, of a pool every so often: few samples, so the lines are rough. Candidates were not trained "
+            "on yet (in the first epoch), so this estimates the loss on unseen text, in every arm alike. The table of "
+            "audits has paired differences."
         )
+        parts.append(_figure_html(words, picture, caption))
+    if picture := audits(results, experiment, control, arms, f"{name}-audit"):
+        words = "Figure 4. Audits: the exit against the whole model"
+        parts.append(
+            _figure_html(words, picture, "Means over seeds; notes below the table of audits.")
+        )
+    if rows := _audit_rows(results, experiment, control, lines):
+        parts.append(_table_html("Why: what audits say of each arm", rows))
+        parts.append(f'<p class="notes">{escaped(_audit_note(control))}</p>')
     parts += _settings_html(results.of(experiment))
     return _section(parts)
 

@@ -5,7 +5,8 @@
     write_results(results, "runs/compare/results.parquet")
 
 A log is JSON lines, as examples/pretrain_bert.py writes them: maybe a first line ``{"run": {"arm": "loss",
-"seed": 0, ...}}``, then a line per evaluation, the last with ``"final": true``. What names a run is
+"seed": 0, ...}}``, then a line per evaluation, the last with ``"final": true``; between them maybe lines
+``{"audit": {"step": 500, "rho": 1.3, ...}}``, what ``loader.audits`` holds. What names a run is
 (experiment, arm, seed). Needs numpy, and pyarrow for Parquet.
 """
 
@@ -17,7 +18,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -38,7 +39,9 @@ COLUMNS = {
     "final": "bool",
     "settings": "string",  # JSON: everything else the header says
     "fields": "string",  # JSON: everything else the evaluation says; may be missing
+    "audits": "string",  # JSON: those since the row before, and in a run's last row all others; may be missing
 }
+MAY_BE_MISSING = {"fields": "{}", "audits": "[]"}  # of files from before there were such columns
 # A selection log is a folder of these; it lies beside the runs and is none.
 SELECTIONS = re.compile(r"rank-\d{5,}-part-\d{6,}\.parquet")
 LARGEST = (1 << 63) - 1  # of a whole number in Parquet
@@ -65,7 +68,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: an arm of an experiment under one seed. ``steps`` is what it set out to do."""
+    """One training run: an arm of an experiment under one seed. ``steps`` is what it set out to do.
+
+    ``audits`` are those of its loader, by step: ``{"step": 500, "population_loss": 3.1, "rho": 1.3, ...}``.
+    """
 
     experiment: str
     arm: str
@@ -74,6 +80,7 @@ class Run:
     evaluations: tuple[Evaluation, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = field(default="", compare=False)
+    audits: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def key(self) -> RunKey:
@@ -157,7 +164,7 @@ def _one_of(one: Run, other: Run) -> Run:
 def _content(run: Run) -> str:
     # As text, in which nan equals nan.
     rows = [_row(one) for one in run.evaluations]
-    return json.dumps([run.steps, run.settings, rows], sort_keys=True)
+    return json.dumps([run.steps, run.settings, rows, run.audits], sort_keys=True)
 
 
 # ---- logs
@@ -177,7 +184,11 @@ def _read_log(file: Path, root: Path) -> Run:
     if records and "run" in records[0][1]:
         header = dict(_needed(file, 1, records.pop(0)[1], "run", dict))
     evaluations: list[Evaluation] = []
+    audits: list[dict[str, Any]] = []
     for number, record in records:
+        if record.keys() == {"audit"}:
+            audits.append(_audit(file, number, record["audit"], audits))
+            continue
         found = _evaluation(file, number, record)
         if evaluations:
             _check_order(file, number, evaluations[-1], found)
@@ -195,7 +206,8 @@ def _read_log(file: Path, root: Path) -> Run:
         if type(number) is not int or not least <= number <= LARGEST:
             problem = f"{name} of the run is {number!r}, not a whole number from {least} on"
             raise _foreign(file, 1, f"{problem} of at most 63 bits")
-    return Run(experiment, arm, seed, steps, tuple(evaluations), header, str(file))
+    run = Run(experiment, arm, seed, steps, tuple(evaluations), header, str(file))
+    return replace(run, audits=tuple(audits))
 
 
 def _is_whole(line: bytes) -> bool:
@@ -206,15 +218,26 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _object(file: Path, number: int, line: bytes | str) -> dict[str, Any]:
+    found = _decoded(file, number, line)
+    if not isinstance(found, dict):
+        raise _foreign(file, number, f"{type(found).__name__} where a JSON object is needed")
+    return found
+
+
+def _list(file: Path, number: int, text: str) -> list[Any]:
+    found = _decoded(file, number, text)
+    if not isinstance(found, list):
+        raise _foreign(file, number, f"{type(found).__name__} where a JSON list is needed")
+    return found
+
+
+def _decoded(file: Path, number: int, line: bytes | str) -> Any:
     try:
-        found = json.loads(line if isinstance(line, str) else line.decode("utf-8"))
+        return json.loads(line if isinstance(line, str) else line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise _foreign(file, number, f"not UTF-8 at byte {error.start}") from error
     except (ValueError, RecursionError) as error:
         raise _foreign(file, number, f"not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise _foreign(file, number, f"{type(found).__name__} where a JSON object is needed")
-    return found
 
 
 def _evaluation(file: Path, number: int, record: dict[str, Any]) -> Evaluation:
@@ -232,6 +255,17 @@ def _evaluation(file: Path, number: int, record: dict[str, Any]) -> Evaluation:
     final = _needed(file, number, {"final": False, **rest}, "final", bool)
     rest.pop("final", None)
     return Evaluation(step, samples, seconds, loss, accuracy, final, rest)
+
+
+def _audit(file: Path, number: int, found: Any, before: list[dict[str, Any]]) -> dict[str, Any]:
+    step = found.get("step") if isinstance(found, dict) else None
+    if type(step) is not int or not 0 <= step <= LARGEST:
+        raise _foreign(file, number, "an audit without a step")
+    if before and step <= before[-1]["step"]:
+        raise _foreign(
+            file, number, f"audit {step} after audit {before[-1]['step']}: two runs in one file"
+        )
+    return dict(found)
 
 
 def _needed(file: Path, number: int, record: dict[str, Any], name: str, kind: type) -> Any:
@@ -287,11 +321,17 @@ def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     """
     arrow, parquet = _pyarrow()
     rows = [
-        (*run.key, run.steps, _json(run.settings), *_row(evaluation))
+        (
+            *run.key,
+            run.steps,
+            _json(run.settings),
+            *_row(evaluation),
+            json.dumps(audits, sort_keys=True),
+        )
         for run in sorted(results.runs, key=lambda run: run.key)
-        for evaluation in sorted(run.evaluations, key=lambda one: (one.step, one.final))
+        for evaluation, audits in _audited(run)
     ]
-    order = ("experiment", "arm", "seed", "steps", "settings", *_ROW)
+    order = ("experiment", "arm", "seed", "steps", "settings", *_ROW, "audits")
     columns = dict(zip(order, zip(*rows, strict=True), strict=True)) if rows else {}
     table = arrow.table(
         {
@@ -302,6 +342,17 @@ def write_results(results: Results, path: str | os.PathLike[str]) -> None:
     whole = io.BytesIO()
     parquet.write_table(table, whole, compression="zstd")
     write_atomically(Path(path), whole.getvalue())
+
+
+def _audited(run: Run) -> Iterable[tuple[Evaluation, list[Mapping[str, Any]]]]:
+    # Every audit once: with the evaluation that follows it, or else with the last.
+    left = [*run.audits]
+    evaluations = sorted(run.evaluations, key=lambda one: (one.step, one.final))
+    for number, one in enumerate(evaluations, 1):
+        last = number == len(evaluations)
+        here = [audit for audit in left if last or audit["step"] <= one.step]
+        left = left[len(here) :]
+        yield one, here
 
 
 _ROW = ("step", "samples", "seconds", "loss", "accuracy", "final", "fields")
@@ -321,7 +372,7 @@ def _read_parquet(file: Path) -> list[Run]:
     try:
         there = set(parquet.read_schema(file).names)
         for name in COLUMNS:
-            if name not in there and name != "fields":
+            if name not in there and name not in MAY_BE_MISSING:
                 raise ValueError(f"no column {name}; needed are {', '.join(COLUMNS)}")
         names = [name for name in COLUMNS if name in there]
         table = parquet.read_table(file, columns=names, partitioning=None)
@@ -362,11 +413,15 @@ def _values(arrow: Any, column: Any, name: str) -> list[Any]:
 
 def _run(file: Path, key: RunKey, numbered: list[tuple[int, dict[str, Any]]]) -> Run:
     evaluations: list[Evaluation] = []
+    audits: list[dict[str, Any]] = []
     first = numbered[0][1]
     for number, row in numbered:
         if (row["steps"], row["settings"]) != (first["steps"], first["settings"]):
             raise _foreign(file, number, "other steps or settings than its run had before")
-        fields = _object(file, number, row.get("fields", "{}"))
+        texts = {name: row.get(name, none) for name, none in MAY_BE_MISSING.items()}
+        fields = _object(file, number, texts["fields"])
+        for each in _list(file, number, texts["audits"]):
+            audits.append(_audit(file, number, each, audits))
         for name in ("steps", "step", "samples", "seconds"):
             _check_amount(file, number, name, row[name])
         step, samples, seconds, loss, accuracy, final = (row[name] for name in _ROW[:-1])
@@ -375,7 +430,8 @@ def _run(file: Path, key: RunKey, numbered: list[tuple[int, dict[str, Any]]]) ->
             _check_order(file, number, evaluations[-1], found)
         evaluations.append(found)
     settings = _object(file, numbered[0][0], first["settings"])
-    return Run(*key, first["steps"], tuple(evaluations), settings, str(file))
+    run = Run(*key, first["steps"], tuple(evaluations), settings, str(file))
+    return replace(run, audits=tuple(audits))
 
 
 def _pyarrow() -> tuple[Any, Any]:

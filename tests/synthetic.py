@@ -49,8 +49,6 @@ def runs_of(
             )
             loss += own.normal(0, 0.006)
             fields = {"train_loss": loss + 0.1, "seconds_scoring": step * 0.4 * (cost - 1)}
-            if criterion in ("loss", "entropy"):
-                fields |= {"rho": 1.3 - 0.1 * done, "overlap": 0.9 + 0.05 * done}
             point = (step, 32 * step, step * 0.4 * cost, loss, 0.62 - loss / 12)
             evaluations.append(Evaluation(*point, fields=fields))
         end = evaluations[-1]
@@ -59,6 +57,22 @@ def runs_of(
                 end.step, end.samples, end.seconds, end.loss, end.accuracy, True, end.fields
             )
         )
+        audits = ()
+        if criterion in (None, "loss", "entropy"):
+            audits = tuple(
+                {
+                    "step": one.step,
+                    "sifting": criterion is not None and one.step < 0.8 * steps,
+                    "population_loss": one.loss + own.normal(0, 0.02),
+                    "rho": 1.3 - 0.1 * one.step / steps,
+                    "rho_full": 1.4,
+                    "overlap": 0.9 + 0.05 * one.step / steps,
+                    "spearman": 0.8,
+                    "sigma": None if one is evaluations[0] else 0.1,
+                    "scoring_cost": cost - 1,
+                }
+                for one in evaluations[:-2]
+            )
         settings = {
             "criterion": criterion,
             "exit_layer": layer,
@@ -68,9 +82,8 @@ def runs_of(
             "versions": {"python": "3.11.7", "torch": "2.13.0"},
             "machine": "AMD EPYC, 2 cores",
         }
-        runs.append(
-            Run("gpt", arm, seed, steps, tuple(evaluations), {**settings, **versions, **more})
-        )
+        told = {**settings, **versions, **more}
+        runs.append(Run("gpt", arm, seed, steps, tuple(evaluations), told, audits=audits))
     return runs
 
 

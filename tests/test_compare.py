@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import signal
 import subprocess
@@ -83,6 +84,8 @@ def told(file: Path) -> list[dict[str, Any]]:
     """A run's file without what differs from run to run: when, and how long it took."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[0] = lines[0]["run"]
+    for audit in (line["audit"] for line in lines if "audit" in line):
+        assert audit.pop("scoring_cost") is None or "sifting" in audit
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
@@ -280,10 +283,40 @@ def test_a_run_repeats_and_continues_to_the_bit(shards, tmp_path, measured, monk
     compare.run(broken, name, 1)
     # The log of the broken run was the patched one's: what was written after the break is compared.
     ours, theirs = told(straight.file(arm, 1)), told(broken.file(arm, 1))
-    assert theirs[1:] and theirs[1:] == ours[-len(theirs[1:]) :]
+    audited = [line for line in ours if "audit" in line]
+    assert len(audited) == 7 and theirs[1:8] == ours[1:8] == audited
+    assert theirs[8:] and theirs[8:] == ours[-len(theirs[8:]) :]
     assert ours[-1]["final"] and ours[-1]["seconds"] == straight.seconds_at(arm, 8)
     assert ours[0]["arm"] == name and ours[0]["shards"] == straight.fingerprint
     assert not list((tmp_path / "b" / ".unfinished").iterdir())
+
+
+@pytest.mark.parametrize(("name", "steps"), [("plain", 42), ("loss", 25)])
+def test_audits_change_no_training_and_tell_of_it(
+    shards, tmp_path, measured, monkeypatch, name, steps
+):
+    found = []
+    for audits in (0, 5):
+        monkeypatch.setattr(compare, "AUDITS", audits)
+        # More than an epoch; plain training without audits has torch's own loader.
+        chosen = options(shards, tmp_path / str(audits), "--name=c", f"--steps={steps}")
+        comparison = Comparison.prepare(chosen)
+        compare.run(comparison, name, 0)
+        found.append(told(comparison.file(comparison.arm(name), 0)))
+    without, audited = found
+    assert [line for line in audited if "audit" not in line] == without
+    every = steps // 5
+    audits = [line["audit"] for line in audited if "audit" in line]
+    assert [audit["step"] for audit in audits] == [*range(every, steps, every)]
+    sifted = [name == "loss" and audit["step"] < 0.8 * steps for audit in audits]
+    assert [audit["sifting"] for audit in audits] == sifted
+    (run,) = compare.read_results(comparison.folder).runs
+    assert [audit["step"] for audit in run.audits] == [audit["step"] for audit in audits]
+    for audit in run.audits:
+        # Of random letters that a model has hardly learned, every pool's loss is about log(90).
+        assert abs(audit["population_loss"] - math.log(90)) < 0.5
+        assert audit["rho"] <= audit["rho_full"] and audit["rho_full"] > 1
+        assert audit["rows"] == (8 if audit["sifting"] else 4)
 
 
 def test_plain_steps_are_drawn_and_learned_like_sifted_ones(shards, tmp_path, monkeypatch):

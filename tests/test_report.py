@@ -20,6 +20,7 @@ from synthetic import LADDER, few, realistic, runs_of, without
 
 from siftloader.comparison import Name, difference, ends, worth
 from siftloader.errors import SiftError
+from siftloader.intervals import interval
 from siftloader.report import Selections, table, write_page
 from siftloader.results import Results
 from siftloader.selection_log import SelectionLog
@@ -63,7 +64,9 @@ class Page(HTMLParser):
 # --- the table -------------------------------------------------------------------------------------
 
 
-def rows_of(told: str) -> dict[str, list[str]]:
+def rows_of(told: str, which: int = 0) -> dict[str, list[str]]:
+    """The rows of a table by their first cells: that of the arms, or (1) that of their audits."""
+    told = "arm  " + told.split("\narm  ")[1 + which]
     lines = [re.split(r"  +", line.strip()) for line in told.splitlines()]
     return {line[0]: line[1:] for line in lines if len(line) > 4}
 
@@ -94,6 +97,42 @@ def test_the_table_says_what_the_comparison_found():
     ):
         assert words in " ".join(told.split())
     assert max(map(len, told.splitlines()[5:])) <= 130
+
+
+def test_audits_tell_why_beside_it():
+    results = realistic(3)
+    rows = rows_of(table(results), 1)
+    heads = ["rho", "at most", "overlap", "rank correlation", "sigma", "scoring"]
+    assert rows["arm"] == ["population loss", "minus plain", *heads]
+    assert list(rows)[1:5] == ["plain", "loss", "loss, exit 3", "entropy"], "in the order of arms"
+    assert "random" not in rows and "rarity" not in rows, "nobody audited them"
+    found = ends(results.runs)
+
+    def last_quarter(arm: str) -> np.ndarray:
+        # 19 audits each, at 0.05, 0.1, ..., 0.95 of a run.
+        losses = [
+            [audit["population_loss"] for audit in run.audits] for run in found[arm].values()
+        ]
+        return np.array(losses)[:, -4:].mean(1)
+
+    apart = last_quarter("loss") - last_quarter("plain")
+    mean, half_width = interval(apart)
+    assert rows["loss"][0] == f"{last_quarter('loss').mean():.4f}"
+    assert rows["loss"][1] == f"{mean:+.4f} ± {half_width:.4f}"
+    # Over sifted steps alone: 1.3 - 0.1 * done for done = 0.05, 0.1, ..., 0.75.
+    assert rows["loss"][2:] == ["1.260", "1.400", "92.0%", "0.80", "0.100", "17.0%"]
+    assert rows["plain"][1] == "1.250", "never sifted: over all; and no difference from itself"
+    assert "minus plain" in rows["arm"] and "4 seeds" not in table(results)
+
+
+def test_runs_that_nobody_audited_have_no_table_of_audits():
+    runs = tuple(replace(run, audits=()) for run in realistic(2).runs)
+    assert table(Results(runs)).count("\narm  ") == 1
+    some = [replace(run, audits=run.audits * (run.seed == 1)) for run in realistic(2).runs]
+    rows = rows_of(table(Results(tuple(some))), 1)
+    assert "±" not in rows["loss"][1] and rows["loss"][1] != "", "one pair has no interval"
+    lost = [replace(run, audits=run.audits * (run.arm == "loss")) for run in realistic(2).runs]
+    assert rows_of(table(Results(tuple(lost))), 1)["loss"][1] == "1.260", "nothing to subtract"
 
 
 def test_notes_are_only_those_that_apply():
@@ -209,7 +248,7 @@ def test_ids_are_used_once_and_references_lead_somewhere(evil):
 
 def test_figures_are_svg_with_titles_and_the_colours_of_the_page(evil):
     pictures = re.findall(r"<svg.*?</svg>", evil, flags=re.DOTALL)
-    assert len(pictures) == 6, "loss, accuracy, samples, time, audit, histograms"
+    assert len(pictures) == 7, "loss, accuracy, samples, time, population, audits, histograms"
     for picture in pictures:
         tree = ElementTree.fromstring(picture)
         assert tree.get("viewBox") and tree.get("width") is None
@@ -257,7 +296,8 @@ def test_the_papers_tables_and_the_settings_are_there(tmp_path):
         "0.4 s for each of 2000 steps, 0.2 of it scoring"
     )
     assert "<td>AMD EPYC, 2 cores</td>" in text and "<td>2.13.0</td>" in text
-    assert "<h3>Audits" in text
+    assert "<h3>Figure 3. Population loss" in text and "<h3>Figure 4. Audits" in text
+    assert "<h3>Why: what audits say of each arm" in text
 
 
 def test_variants_of_a_criterion_have_rows_of_their_own(tmp_path):

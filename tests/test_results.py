@@ -219,7 +219,10 @@ def runs(draw) -> list[Run]:
             last = Evaluation(steps[-1], 7, 1.0, 2.0, 0.5, True, draw(JSONS))
             evaluations.append(last)
         key = (draw(NAMES), draw(NAMES), draw(st.integers(0, 3)))
-        found[key] = Run(*key, draw(st.integers(0, 99)), tuple(evaluations), draw(JSONS))
+        audited = sorted(draw(st.sets(st.integers(0, 1200), max_size=4)))
+        audits = tuple({**draw(JSONS), "step": step} for step in audited)
+        settings, steps = draw(JSONS), draw(st.integers(0, 99))
+        found[key] = Run(*key, steps, tuple(evaluations), settings, audits=audits)
     return list(found.values())
 
 
@@ -246,12 +249,55 @@ def test_the_columns_are_those_that_are_documented(tmp_path):
     )
 
 
-def test_a_file_of_the_columns_without_fields_is_read(tmp_path):
-    write_results(Results((Run("e", "a", 0, 1, (Evaluation(1, 2, 3.0, 4.0),)),)), tmp_path / "x")
-    table = pyarrow.parquet.read_table(tmp_path / "x").drop_columns("fields")
+def test_a_file_of_the_columns_without_fields_and_audits_is_read(tmp_path):
+    run = Run("e", "a", 0, 1, (Evaluation(1, 2, 3.0, 4.0),), audits=({"step": 1},))
+    write_results(Results((run,)), tmp_path / "x")
+    table = pyarrow.parquet.read_table(tmp_path / "x").drop_columns(["fields", "audits"])
     pyarrow.parquet.write_table(table, tmp_path / "y.parquet")
     (run,) = read_results(tmp_path / "y.parquet").runs
-    assert run.evaluations[0].loss == 4.0 and run.evaluations[0].fields == {}
+    assert run.evaluations[0].loss == 4.0 and run.evaluations[0].fields == {} and run.audits == ()
+
+
+AUDITED = [{"step": 1, "rho": 1.25}, {"step": 2, "rho": None}, {"step": 5, "rho": 1.5}]
+
+
+def test_a_log_may_have_audits_between_its_evaluations(tmp_path):
+    one, two = line(2), line(4, final=True)
+    order = [{"audit": AUDITED[0]}, {"audit": AUDITED[1]}, one, {"audit": AUDITED[2]}, two]
+    file = log(tmp_path / "loss-0.jsonl", *order)
+    (run,) = read_results(file).runs
+    assert run.audits == tuple(AUDITED) and [one.step for one in run.evaluations] == [2, 4]
+    write_results(Results((run,)), tmp_path / "x.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    rows = [json.loads(text) for text in table["audits"].to_pylist()]
+    assert rows == [AUDITED[:2], AUDITED[2:]], "each once: in the next row, or in the last"
+    assert read_results(tmp_path / "x.parquet").runs == (run,)
+
+
+@pytest.mark.parametrize(
+    ("audits", "said"),
+    [
+        ([{"rho": 1.0}], "line 1: an audit without a step"),
+        ([{"step": -1}], "line 1: an audit without a step"),
+        ([{"step": True}], "line 1: an audit without a step"),
+        ([7], "line 1: an audit without a step"),
+        ([{"step": 3}, {"step": 3}], "line 2: audit 3 after audit 3: two runs in one file"),
+    ],
+)
+def test_audits_that_no_run_can_have_are_named(tmp_path, audits, said):
+    file = log(tmp_path / "loss-0.jsonl", *({"audit": each} for each in audits), line(4))
+    with pytest.raises(SiftError, match=said):
+        read_results(file)
+    if said.startswith("line 1"):
+        # As a column of a file: in the first row.
+        run = Run("e", "a", 0, 1, (Evaluation(1, 2, 3.0, 4.0),), audits=({"step": 1},))
+        write_results(Results((run,)), tmp_path / "x.parquet")
+        table = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+        column = pyarrow.array([json.dumps(audits)])
+        table = table.set_column(table.column_names.index("audits"), "audits", column)
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        with pytest.raises(SiftError, match=said):
+            read_results(tmp_path / "x.parquet")
 
 
 def rewritten(table: pyarrow.Table, **kinds: pyarrow.DataType) -> pyarrow.Table:

@@ -98,10 +98,22 @@ class Arm:
         autocast: torch.dtype | None,
         log_selections: Path | None = None,
         on_select: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+        audit_every: int = 0,
     ) -> Iterable[dict[str, Tensor]]:
-        """The loader of a run of ``steps`` steps; plain training has torch's own."""
+        """The loader of a run of ``steps`` steps; plain training has torch's own, or one that audits and never sifts."""
         if self.criterion is None:
-            return DataLoader(shards, batch_size, drop_last=True)
+            if not audit_every:
+                return DataLoader(shards, batch_size, drop_last=True)
+            return SiftingDataLoader(
+                shards,
+                batch_size,
+                drop_last=True,
+                model=model,
+                keep={steps: self.keep},  # from the step on that does not come
+                warmup_steps=0,
+                autocast=autocast,
+                audit_every=audit_every,
+            )
         return SiftingDataLoader(
             shards,
             batch_size,
@@ -118,6 +130,7 @@ class Arm:
             autocast=autocast,
             log_selections=log_selections,
             on_select=on_select,
+            audit_every=audit_every,
         )
 
 

@@ -13,6 +13,9 @@ from it, so that scoring is paid for and a run still repeats to the bit (on a CP
 hence the repeats "plain#1" there). "plain@0.71" is plain training with 0.71 of the budget, its learning rate
 decayed there: the measure of what a difference in loss is worth.
 
+A pool of every run is audited now and then: also scored by the whole model, which changes nothing and is
+not charged. What that finds stands in its file, in results.parquet and on the page, to tell why an arm won.
+
 Seeds are added until the 95 % interval of every arm against its control is narrow enough (--precision), or
 until --seeds; what is not told apart by then is called inconclusive. Stopped or killed at any moment, the
 same command goes on. Results: a file per run, results.parquet, a table, a page to look at (report.html).
@@ -38,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import transformers
@@ -68,6 +72,7 @@ CONTROLS = ("plain", "random")
 COMPARABLE = ("subject", "fingerprint", "preset", "precision", "threads", "final_samples")
 EVALUATIONS = 8  # of a run, the last one not counted
 CURVE_SAMPLES = 256  # held-out samples for each of them
+AUDITS = 16  # of a run: a pool is also scored by the whole model, which is not charged, and changes nothing
 ROUNDS = 15  # of steps, one of each arm, from which their costs are measured
 LEAST_CHECKPOINT = 100  # steps; a run that is killed begins again at the last tenth of its steps
 
@@ -444,7 +449,7 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
     val_shards = TokenShards(comparison.shards, split="val")
     model = build(comparison, train_shards)
     preset = replace(comparison.preset, steps=steps)
-    loader = arm.loader(
+    loader: Any = arm.loader(
         train_shards,
         model,
         preset.batch_size,
@@ -453,6 +458,7 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
         autocast=torch.bfloat16,
         # What was kept, of one run: the page shows its scores and its texts.
         log_selections=chosen,
+        audit_every=max(1, steps // AUDITS) if AUDITS else 0,
     )
     options, _ = pretrain_bert.parse(
         [
@@ -486,7 +492,9 @@ def run(comparison: Comparison, name: str, seed: int) -> None:
     header, *records = [json.loads(line) for line in log.read_text().splitlines()]
     for record in records:
         record["seconds"] = comparison.seconds_at(arm, record["step"])
-    write(final, "".join(json.dumps(line) + "\n" for line in (header, *records)))
+    # Why it won or lost: how well the exit chose, and the loss of all candidates.
+    audits = [{"audit": audit} for audit in loader.audits] if AUDITS else []
+    write(final, "".join(json.dumps(line) + "\n" for line in (header, *audits, *records)))
     for file in (checkpoint, log):  # a checkpoint without its log would continue without its past
         file.unlink(missing_ok=True)
 
