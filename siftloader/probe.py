@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from siftloader import theory
@@ -44,7 +44,6 @@ from siftloader.intervals import interval
 from siftloader.loader import SiftingDataLoader
 from siftloader.padding import ends_of
 from siftloader.pool import Pool
-from siftloader.precision import scoring_in
 from siftloader.predictions import Predictions, Value
 from siftloader.schedule import whole
 from siftloader.scorer import Scorer
@@ -81,14 +80,12 @@ class Choice:
     spearman: float
     agreement: float  # p_j of Theorem 6, counted over pairs
     closed_form: (
-        float  # the same from the weights, equation 13: of a linear network of two classes only
+        float  # the same from the weights (equation 13): of linear networks of two classes
     )
     sigma: float  # noise of the early losses, Assumption 6
     seconds: float  # to score a pool: median
     cost: float  # of a plain training step
-    follows: (
-        bool  # whether it keeps more than half of what tells the whole model's choice from chance
-    )
+    follows: bool  # whether the overlap is at least half-way from chance to all
 
     @property
     def called(self) -> str:
@@ -211,9 +208,9 @@ def probe(
     is its loss where the model does not compute one. An optimizer's own time is left out, which makes costs look
     larger. ``cost`` gives the cost of scoring a pool by exit layer, in plain steps: then nothing is timed against.
 
-    Of the model nothing is touched: no parameter, gradient, buffer or flag; random streams are put back, and shards
-    and loaders begin where they would have begun. An iterator has moved on. Memory: all pools on the host, and
-    one copy of the model.
+    Scoring and step run uncompiled. Of the model nothing is touched: no parameter, gradient, buffer or flag; random
+    streams are put back, and shards and torch's loaders begin where they would have begun. What knows its own
+    place (an iterator, a StatefulDataLoader) has moved on. Memory: all pools on the host, one copy of the model.
 
     Raises ValueError where there are too few rows, ScoringError where the model cannot be cut or copied.
     """
@@ -229,6 +226,8 @@ def probe(
     chosen = stack.chosen(exit_layers)
     if cost is not None and (missing := [each for each in chosen if each not in cost]):
         raise ValueError(f"cost must tell of every exit layer; there is nothing about {missing}")
+    if cost is not None and not all(0 <= each < math.inf for each in cost.values()):
+        raise ValueError(f"a cost is a share of a plain step, 0 or more; got {dict(cost)}")
     named = _named(given.criteria if criteria is None else criteria, given.unigrams)
     with _untouched(batches):
         drawn = _Drawn.of(given, batch_size, share, pools)
@@ -269,6 +268,7 @@ def probe(
 class _Given:
     # Where candidates come from, and how they are read.
     batches: Iterable[Batch]
+    place: tuple[int, int]  # epoch, and position in it: of shards
     batch_size: int | None
     keep: float
     scorer: Scorer
@@ -279,23 +279,24 @@ class _Given:
     def of(
         cls, model: nn.Module, batches: Iterable[Batch] | SiftingDataLoader, like: Sifter | None
     ) -> _Given:
-        size, share = None, 0.5
+        size, share, place = None, 0.5, None
         criteria: list[ScoreOf | str] = ["loss", "entropy"]
         if isinstance(batches, SiftingDataLoader):
             like = like or batches._sifter
             sifted = [each for each in batches._schedule.shares if each < 1]
             source, share = batches._source, sifted[0] if sifted else share
-            size = source.batch_size
+            size, place = source.batch_size, (batches._epoch, batches._cursor.get("position", 0))
             batches = source.shards if isinstance(source, ShardCandidates) else source.loader
         elif like is not None:
             share = like.keep
         if isinstance(batches, DataLoader):
             size = size or batches.batch_size
-            if isinstance(batches.dataset, TokenShards):
+            if isinstance(batches.dataset, TokenShards) and batches.collate_fn is default_collate:
                 batches = batches.dataset
         shards = batches if isinstance(batches, TokenShards) else None
         if shards is not None:
             shards.check_model(unwrap(model))
+            place = place or shards.upcoming()
         scorer = like.scorer if like is not None else Sifter(model, exit_layer="full").scorer
         if scorer.model is not unwrap(model):
             raise ValueError(
@@ -309,14 +310,8 @@ class _Given:
         own = None if like is None else like.scorer.criterion
         if own is not None and own not in (Loss(), Entropy()):
             criteria = [*criteria, own]
-        return cls(
-            batches,
-            size,
-            share,
-            scorer,
-            criteria,
-            lambda: None if shards is None else shards.unigrams,
-        )
+        unigrams = (lambda: None) if shards is None else (lambda: shards.unigrams)
+        return cls(batches, place or (0, 0), size, share, scorer, criteria, unigrams)
 
 
 @dataclass(frozen=True)
@@ -390,8 +385,10 @@ class _Drawn:
         source: Iterator[Batch]
         if shards is not None:
             assert size is not None
-            epoch, position = shards.upcoming()
-            source = shards.read_batches(_candidates(size, keep), epoch, position)
+            each, (epoch, position) = _candidates(size, keep), given.place
+            if shards.rows(position) < pools * each:  # what is left of an epoch
+                epoch, position = epoch + bool(position), 0
+            source = shards.read_batches(each, epoch, position)
         else:
             source = iter(given.batches)
         found: list[Batch] = []
@@ -562,7 +559,8 @@ class _PlainStep:
     def _step(self, batch: Batch) -> Tensor:
         device = self._base.device
         dtype = self._base.precision.dtype(device)
-        with torch.enable_grad(), scoring_in(dtype, device):
+        autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        with torch.enable_grad(), autocast:
             moved = move(batch, device)
             loss = self._own_loss(moved) if self._loss is None else self._loss(self._model, moved)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -813,10 +811,10 @@ def _advice(found: Probe) -> str:
         )
     if best.speed + best.speed_half_width <= 1:
         return (
-            f"Do not sift, by these figures: even with the best, {best.called}, {what}. Scoring costs more than its "
-            f"choice is worth. That is no proof either: of text, much of the loss cannot be learned, which keeps rho "
-            f"near 1 even where sifting pays. A trial, `siftloader probe --trial 200` or `siftloader.trial`, compares "
-            f"held-out loss in equal time."
+            f"Do not sift, by these figures: even with the best, {best.called}, {what}. By that bound scoring costs more "
+            f"than its choice is worth. That is no proof either: of text, much of the loss cannot be learned, which "
+            f"keeps rho near 1 even where sifting pays (where the text repeats itself, it did at a speed of 0.8). A "
+            f"trial, `siftloader probe --trial 200` or `siftloader.trial`, compares held-out loss in equal time."
         )
     return (
         f"Do not sift on this evidence: with the best, {best.called}, {what}, and the interval holds both outcomes. "
