@@ -99,6 +99,20 @@ def test_all_budgets_are_in_the_picture_of_time():
     assert max(ticks) >= 25, "minutes: plain takes 13, twice of it 27"
 
 
+def test_audits_are_drawn_where_they_were_made_and_only_of_runs_that_have_them():
+    results = few()
+    run = next(one for one in results.runs if one.arm == "loss")
+    audited = figures._as_audited(run)
+    assert [one.samples for one in audited.evaluations[:2]] == [32 * 100, 32 * 200], "by step"
+    assert audited.evaluations[0].loss == run.audits[0]["population_loss"]
+    alone = [replace(one, audits=()) if one is not run else one for one in results.runs]
+    given = Results(tuple(alone)), "gpt", "plain", ["plain", "loss"], "x"
+    for picture in (figures.population(*given), figures.audits(*given)):
+        assert "loss</text>" in picture and "plain</text>" not in picture
+    nobody = Results(tuple(replace(one, audits=()) for one in results.runs)), *given[1:]
+    assert figures.population(*nobody) == figures.audits(*nobody) == ""
+
+
 def test_what_matplotlib_is_set_to_changes_nothing():
     import matplotlib
 
