@@ -220,7 +220,11 @@ def settings(mixes: int = 12, each: int = 5) -> list[Setting]:
             values |= {"blind": rng.normal(), "none": math.nan if stage else 0.0}
             noise = dict.fromkeys(values, 0.1)
             gain = right + 0.2 * rng.normal()
-            found.append(Setting(f"m{mix}", stage, "w", 3, gain, 0.1, (0, 0), 0.1, values, noise))
+            found.append(
+                Setting(
+                    f"m{mix}", stage, "w", 2, gain, (gain, gain), 0.1, (0, 0), 0.1, values, noise
+                )
+            )
     return found
 
 
@@ -258,6 +262,14 @@ def test_a_cut_gains_the_most() -> None:
     assert gate_settings.best_cut(np.array([1.0, 2, 3]), np.array([2.0, -1, -3])) == (-1, -1.5)
     # Equal values cannot be told apart, and where nothing is gained the gate stays closed.
     assert gate_settings.best_cut(np.array([1.0, 1]), np.array([1.0, -2])) == (1, math.inf)
+
+
+def test_an_untuned_gate_opens_where_kept_halves_do_better_than_random_ones() -> None:
+    gains = np.array([1.0, -2.0])
+    assert gate_settings.untuned("ahead, held-out", np.array([0.1, -0.1]), gains) == 0.5
+    assert gate_settings.untuned("held-out, adam", np.array([-0.1, 0.1]), gains) == -1
+    assert gate_settings.untuned("align, raw", np.array([1.1, 0.9]), gains) == 0.5
+    assert math.isnan(gate_settings.untuned("rho", np.array([1.1, 0.9]), gains))
 
 
 def test_holm() -> None:
@@ -312,20 +324,43 @@ def test_a_run_repeats_resumes_and_is_tabled(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_measuring_leaves_the_model_as_it_is() -> None:
-    torch.manual_seed(0)
-    model = gate_settings.GPT(2, 8)
-    optimizer = gate_settings.optimizer_of(model)
-    rows = torch.as_tensor(text()[0])
-    gate_settings.step(model, optimizer, rows[:B], 1e-3)
+def test_measuring_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    course = gate_settings.Course.of("prose", 0, SMALL, text())
+    course.step(0)
+    model, optimizer = course.model, course.optimizer
     before = {name: each.clone() for name, each in model.state_dict().items()}
     state = str(optimizer.state_dict())
-    ways = {"loss@1": gate_settings.criteria(gate_settings.Counts.of(rows.numpy()))["loss@1"]}
-    rng = np.random.default_rng(0)
-    counts = gate_settings.Counts.of(rows.numpy())
-    gate_settings.measure(
-        model, optimizer, model, ways, rows, counts, 1.0, torch.as_tensor(text()[1]), rng, SMALL
-    )
+    ways = {"loss@1": gate_settings.criteria(course.counts)["loss@1"]}
+    rng, rows = np.random.default_rng(0), course.fresh(1)[0]
+    gate_settings.measure(course, model, ways, rows, 1.0, rng)
+    gate_settings.follow(course, rows.view(-1, P, T), lambda *_: torch.arange(B))
     assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
     assert str(optimizer.state_dict()) == state
     assert all(each.grad is None for each in model.parameters())
+
+
+def test_looking_further_ahead_is_compared_with_the_gain(tmp_path: Path) -> None:
+    path = tmp_path / "far-prose-0-4.jsonl"
+    gate_settings.look_far("prose", 0, SMALL, text(), path)
+    lines = gate_settings.lines_of(path)
+    assert [line["stage"] for line in lines] == [3, 4]
+    assert {*lines[0]["after"]} == {"random", "loss@1", "entropy@1"}
+    # After 1 and 2 steps it knows nothing, after 5 all.
+    found = []
+    with path.open("a") as file:
+        for number, each in enumerate(settings(6, 3)):
+            ahead = [number % 2, 1 - number % 2, each.gain]
+            after = {"random": [0.0] * 3, "loss@1": [-value for value in ahead]}
+            line = {
+                "mix": each.mix,
+                "stage": each.stage,
+                "after": after | {"entropy@1": [0, 0, 0]},
+            }
+            file.write(json.dumps(line) + "\n")
+            found.append(replace(each, way="loss@1"))
+    rows = gate_settings.horizon_table(found, tmp_path, 50).splitlines()
+    assert "18 settings of 6 mixes" in rows[0]
+    assert rows[4].split()[:2] == ["5", "+1.00"]
+    assert abs(float(rows[2].split()[1])) < 0.5
+    assert "100%" in rows[4]
+    assert gate_settings.horizon_table(found, tmp_path / "none", 50) == ""

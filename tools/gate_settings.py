@@ -174,6 +174,11 @@ def wide(count: int, text: Array, rng: np.random.Generator) -> Array:
     return 128 + rng.integers(0, 64, (count, T))
 
 
+def held_is(mix: Mix) -> str:
+    """Whether what is held out is what is trained on."""
+    return "as trained" if mix.shares == mix.held else "cleaner"
+
+
 VOCABULARY = 1024
 KINDS: dict[str, Callable[[int, Array, np.random.Generator], Array]] = {
     each.__name__: each
@@ -435,18 +440,15 @@ METRICS = ("raw", "adam", "head", "norms", "last")
 
 
 def measure(
-    model: GPT,
-    optimizer: torch.optim.AdamW,
+    course: Course,
     earlier: GPT,
     ways: dict[str, Score],
     rows: Tensor,
-    counts: Counts,
     held: float,
-    aside: Tensor,
     rng: np.random.Generator,
-    plan: Plan,
 ) -> dict[str, Measured]:
-    """By the name of the way to score: what the statistics need, from fresh rows and held-out ones aside; the model stays as it is."""
+    """By the name of the way to score: what the statistics need, from fresh rows and held-out ones; the model stays as it is."""
+    model, optimizer, counts, plan = course.model, course.optimizer, course.counts, course.plan
     pools = rows[: plan.pools * P].view(plan.pools, P, T)
     with torch.no_grad():
         tokens = [token_losses(model(each[:, :-1]), each) for each in pools]
@@ -457,7 +459,7 @@ def measure(
     unigrams = stack([counts.unigram(each) for each in pools])
     halves = [torch.as_tensor(np.sort(rng.permutation(P)[:B])) for _ in pools]
     at_random = gradients(model, [each[half] for each, half in zip(pools, halves, strict=True)])
-    goals, clean = aside[: plan.pools * B], aside[plan.pools * B :]
+    goals, clean = course.aside.tensor_split([plan.pools * B])
     held_out = gradients(model, goals.view(plan.pools, B, T))
     metrics = metrics_of(model, optimizer)
     judges, rest = rows[plan.pools * P :].tensor_split([JUDGES * P])
@@ -726,6 +728,41 @@ def with_noise(m: Measured) -> dict[str, tuple[float, float]]:
 # --- a run --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Course:
+    """A plain run of a mix: rows in the order they are trained on, held-out ones, and how to score."""
+
+    plan: Plan
+    rows: Tensor
+    held: Tensor
+    aside: Tensor  # held-out rows for measuring, not for judging
+    counts: Counts
+    model: GPT
+    optimizer: torch.optim.AdamW
+
+    @classmethod
+    def of(cls, name: str, seed: int, plan: Plan, text: tuple[Array, Array]) -> Course:
+        mix = MIXES[name]
+        count = max(plan.stages) * B + plan.fresh + plan.longest * P
+        stream = mix.rows(count, text[0], np.random.default_rng([seed, 1]))
+        held = mix.rows(plan.held, text[1], np.random.default_rng([seed, 2]), held=True)
+        count = plan.pools * B + JUDGES * P
+        aside = mix.rows(count, text[1], np.random.default_rng([seed, 5]), held=True)
+        torch.manual_seed(seed)
+        model = GPT(plan.layers, plan.width)
+        tensors = [torch.as_tensor(each) for each in (stream, held, aside)]
+        return cls(plan, *tensors, Counts.of(stream), model, optimizer_of(model))
+
+    def fresh(self, stage: int) -> tuple[Tensor, Tensor]:
+        """Rows that the model did not see by this stage: those to measure, and pools [N, P, T] to train on."""
+        measured, rest = self.rows[stage * B :].tensor_split([self.plan.fresh])
+        return measured, rest[: self.plan.longest * P].view(-1, P, T)
+
+    def step(self, number: int) -> None:
+        batch = self.rows[number * B : (number + 1) * B]
+        step(self.model, self.optimizer, batch, RATE * min(1, (number + 1) / WARMUP))
+
+
 def run(
     name: str,
     seed: int,
@@ -738,43 +775,21 @@ def run(
     missing = set(plan.stages) - {line["stage"] for line in lines_of(path)}
     if not missing:
         return
-    mix, last = MIXES[name], max(plan.stages)
-    count = last * B + plan.fresh + plan.longest * P
-    stream = mix.rows(count, text[0], np.random.default_rng([seed, 1]))
-    rows = torch.as_tensor(stream)
-    aside = mix.rows(plan.held, text[1], np.random.default_rng([seed, 2]), held=True)
-    held = torch.as_tensor(aside)
-    count = plan.pools * B + JUDGES * P
-    aside = mix.rows(count, text[1], np.random.default_rng([seed, 5]), held=True)
-    torch.manual_seed(seed)
-    model = GPT(plan.layers, plan.width)
-    optimizer = optimizer_of(model)
-    ways = criteria(counts := Counts.of(stream))
+    course = Course.of(name, seed, plan, text)
+    model, optimizer, ways = course.model, course.optimizer, criteria(course.counts)
     earlier: dict[int, GPT] = {}
     start(path, {"machine": machine(), "mix": name, "seed": seed, "forks": plan.forks})
     for number in range(max(missing) + 1):
         earlier |= {s: copy.deepcopy(model) for s in missing if round(0.75 * s) == number}
         if number in missing:
             begun = time.perf_counter()
-            ahead = rows[number * B :]
-            fresh, pools = ahead[: plan.fresh], ahead[plan.fresh :][: plan.longest * P]
-            loss = float(row_losses(model, held).mean())
+            fresh, pools = course.fresh(number)
+            loss = float(row_losses(model, course.held).mean())
             rng = np.random.default_rng([seed, 3, number])
-            found = measure(
-                model,
-                optimizer,
-                earlier.pop(number),
-                ways,
-                fresh,
-                counts,
-                loss,
-                torch.as_tensor(aside),
-                rng,
-                plan,
-            )
+            found = measure(course, earlier.pop(number), ways, fresh, loss, rng)
             measuring = time.perf_counter() - begun
             rng = np.random.default_rng([seed, 4, number])
-            losses = forked(model, optimizer, ways, pools.view(-1, P, T), held, rng, plan)
+            losses = forked(model, optimizer, ways, pools, course.held, rng, plan)
             told = {
                 way: {key: [round(v, 6) for v in pair] for key, pair in with_noise(m).items()}
                 for way, m in found.items()
@@ -784,8 +799,48 @@ def run(
             line = {"mix": name, "seed": seed, "stage": number, "held": loss, "losses": losses}
             seconds = [round(measuring, 1), round(time.perf_counter() - begun, 1)]
             write(path, line | {"statistics": told, "seconds": seconds})
-        batch = rows[number * B : (number + 1) * B]
-        step(model, optimizer, batch, RATE * min(1, (number + 1) / WARMUP))
+        course.step(number)
+
+
+MARKS = (1, 2, 5, 10, 20, 36)  # steps of one long look-ahead, as many as there are measured pools
+FOLLOWED = ("loss@1", "entropy@1")
+
+
+def look_far(name: str, seed: int, plan: Plan, text: tuple[Array, Array], path: Path) -> None:
+    """At each stage that ``path`` does not have yet: one look-ahead, judged by held-out rows as it goes on."""
+    missing = set(plan.stages) - {line["stage"] for line in lines_of(path)}
+    if not missing:
+        return
+    course = Course.of(name, seed, plan, text)
+    ways = criteria(course.counts)
+    start(path, {"machine": machine(), "mix": name, "seed": seed, "marks": MARKS})
+    for number in range(max(missing) + 1):
+        if number in missing:
+            pools = course.fresh(number)[0].view(-1, P, T)
+            rng = np.random.default_rng([seed, 6, number])
+            halves = [torch.as_tensor(rng.permutation(P)[:B]) for _ in pools]
+            after = {"random": follow(course, pools, lambda _, n, __, halves=halves: halves[n])}
+            for way in FOLLOWED:
+                after[way] = follow(
+                    course, pools, lambda m, _, pool, way=way: top(ways[way](m, pool))
+                )
+            write(path, {"mix": name, "seed": seed, "stage": number, "after": after})
+        course.step(number)
+
+
+def follow(
+    course: Course, pools: Tensor, choose: Callable[[GPT, int, Tensor], Tensor]
+) -> list[float]:
+    """Losses of the held-out rows aside, nats, after MARKS steps at full rate on the chosen rows of each pool."""
+    model, optimizer = fork(course.model, course.optimizer)
+    found = []
+    for number, pool in enumerate(pools[: max(MARKS)], 1):
+        with torch.no_grad():
+            kept = choose(model, number - 1, pool)
+        step(model, optimizer, pool[kept], RATE)
+        if number in MARKS:
+            found.append(float(row_losses(model, course.aside).mean()))
+    return found
 
 
 def forked(
@@ -876,6 +931,7 @@ class Setting:
     way: str
     seeds: int
     gain: float  # after as many samples
+    gains: tuple[float, ...]  # of each seed
     error: float  # its standard error over seeds, nan of one
     paid: tuple[float, ...]  # gain in equal time, for each of COSTS
     chance: float  # by how much the two random halves differed, root mean square
@@ -888,7 +944,7 @@ def settings_of(folder: Path, ways: Sequence[str] = ()) -> list[Setting]:
     found: dict[tuple[str, int, str], list[tuple[dict[str, Any], str]]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in lines_of(path):
-            for way in line["statistics"]:
+            for way in line.get("statistics", ()):
                 if not ways or way in ways:
                     found.setdefault((line["mix"], line["stage"], way), []).append((line, way))
     order = {name: number for number, name in enumerate(MIXES)}
@@ -911,6 +967,7 @@ def setting(mix: str, stage: int, way: str, lines: Sequence[dict[str, Any]]) -> 
         way,
         count,
         gain=float(gains.mean()),
+        gains=tuple(map(float, gains)),
         error=float(gains.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan,
         paid=tuple(float((gains - cost * faster).mean()) for cost in COSTS),
         chance=float(np.sqrt(np.square(halves).mean())),
@@ -936,6 +993,7 @@ class Judged:
     holm: float  # the same, for as many statistics as were tried
     right: float  # share of settings whose sign a threshold finds that was set on the other mixes
     value: float  # nats a setting gained by sifting where that threshold says so, unpaid
+    at_once: float  # the same by the threshold that its meaning gives, nan where there is none
     noise: float  # standard error of the statistic over its standard deviation over settings
     steps: float  # what measuring costs, in plain steps
 
@@ -944,22 +1002,22 @@ def judge(found: Sequence[Setting], draws: int = 1000, seed: int = 0) -> list[Ju
     """All statistics, the most telling first."""
     rng = np.random.default_rng(seed)
     gains = np.array([each.gain for each in found])
-    mixes = np.array([each.mix for each in found])
     names = [*found[0].values]
     x = np.array([[each.values[name] for name in names] for each in found])
     x = np.apply_along_axis(filled, 0, x)
-    which = [np.flatnonzero(mixes == mix) for mix in dict.fromkeys(mixes)]
+    which = blocks(found)
     rows = [rng.integers(0, len(found), len(found)) for _ in range(draws)]
     clusters = [
         np.concatenate([which[n] for n in rng.integers(0, len(which), len(which))])
         for _ in range(draws)
     ]
-    swapped = [shuffled_blocks(which, rng) for _ in range(draws)]
     everywhere = correlations(x, gains)
     by_setting = np.array([correlations(x[each], gains[each]) for each in rows])
     by_mix = np.array([correlations(x[each], gains[each]) for each in clusters])
-    by_luck = np.array([correlations(x, gains[each]) for each in swapped])
-    p = (1 + (np.abs(by_luck) >= np.abs(everywhere)).sum(0)) / (1 + draws)
+    ranked = np.apply_along_axis(ranks, 0, x)
+    order = [shuffled_blocks(which, rng) for _ in range(5 * draws)]
+    by_luck = np.array([products(ranked, ranks(gains)[each]) for each in order])
+    p = (1 + (np.abs(by_luck) >= np.abs(everywhere)).sum(0)) / (1 + len(order))
     adjusted = holm(p)
     means = np.array([x[each].mean(0) for each in which])
     between = correlations(means, np.array([gains[each].mean() for each in which]))
@@ -980,6 +1038,7 @@ def judge(found: Sequence[Setting], draws: int = 1000, seed: int = 0) -> list[Ju
                 float(adjusted[n]),
                 right,
                 value,
+                untuned(name, x[:, n], gains),
                 float(np.sqrt((filled(errors) ** 2).mean()) / spread) if spread else math.nan,
                 steps_of(name),
             )
@@ -1000,11 +1059,14 @@ def interval(values: Array) -> tuple[float, float]:
 
 def correlations(x: Array, y: Array) -> Array:
     """Spearman of each column of x [N, S] with y [N]; 0 where one is constant."""
-    a = np.apply_along_axis(ranks, 0, x)
-    b = ranks(y)
+    return products(np.apply_along_axis(ranks, 0, x), ranks(y))
+
+
+def products(a: Array, b: Array) -> Array:
+    """Correlation of each column of a [N, S] with b [N]; 0 where one is constant."""
     a, b = a - a.mean(0), b - b.mean()
     size = np.sqrt((a * a).sum(0) * (b @ b))
-    return np.divide(b @ a, size, out=np.zeros(x.shape[1]), where=size > 0)
+    return np.divide(b @ a, size, out=np.zeros(a.shape[1]), where=size > 0)
 
 
 def shuffled_blocks(which: Sequence[Array], rng: np.random.Generator) -> Array:
@@ -1062,6 +1124,16 @@ def best_cut(x: Array, gains: Array) -> tuple[int, float]:
     return found
 
 
+def untuned(name: str, x: Array, gains: Array) -> float:
+    """Nats gained a setting where sifting opens as the statistic's meaning says: better than random halves."""
+    kind, of = name.split(", ") if ", " in name else (name, "")
+    if kind in ("ahead", "held-out") or of == "held-out":
+        return float(np.where(x > 0, gains, 0).mean())
+    if kind in ("align", "cosine", "snr", "own steps"):
+        return float(np.where(x > 1, gains, 0).mean())
+    return math.nan
+
+
 def steps_of(name: str) -> float:
     """What measuring a statistic once costs beyond scoring the pools, in plain steps of b rows.
 
@@ -1083,26 +1155,86 @@ def steps_of(name: str) -> float:
 
 def table(found: Sequence[Setting], judged: Sequence[Judged]) -> str:
     gains = np.array([each.gain for each in found])
+    paid = np.array([each.paid for each in found])
+    seeds = [each.seeds for each in found]
+    chance = np.sqrt(np.mean([each.chance**2 for each in found]))
     lines = [
-        f"{len(found)} settings of {len({each.mix for each in found})} mixes, "
-        f"{min(each.seeds for each in found)} to {max(each.seeds for each in found)} seeds each; gain {gains.min():+.3f} "
-        f"to {gains.max():+.3f} nats, positive in {(gains > 0).mean():.0%}; two random halves differ by "
-        f"{np.sqrt(np.mean([each.chance**2 for each in found])):.4f}",
+        f"{len(found)} settings of {len({each.mix for each in found})} mixes, {min(seeds)} to {max(seeds)} seeds "
+        f"each; gain {gains.min():+.3f} to {gains.max():+.3f} nats, positive in {(gains > 0).mean():.0%}; two "
+        f"random halves differ by {chance:.4f}{agreement(found)}",
         f"nats a setting: always sifting {gains.mean():+.4f}, never 0, knowing the sign {gains.clip(0).mean():+.4f}",
+        "in equal time: "
+        + "; ".join(
+            f"at {cost:.0%} of a step positive in {(paid[:, n] > 0).mean():.0%}, always sifting {paid[:, n].mean():+.4f}, "
+            f"knowing the sign {paid[:, n].clip(0).mean():+.4f}"
+            for n, cost in enumerate(COSTS)
+        ),
         "",
         f"{'statistic':<26}{'rank r':>7}  {'95%, mixes':<15}{'95%, settings':<16}{'between':>7}{'within':>8}"
-        f"{'p':>7}{'Holm':>6}{'signs':>7}{'gated':>9}{'noise':>7}{'steps':>7}",
+        f"{'p':>7}{'Holm':>6}{'signs':>7}{'gated':>9}{'untuned':>9}{'noise':>7}{'steps':>7}",
     ]
     for j in judged:
         lines += [
             f"{j.name:<26}{j.all:>+7.2f}  {span(j.by_mix):<15}{span(j.by_setting):<16}{j.between:>+7.2f}"
-            f"{j.within:>+8.2f}{j.p:>7.3f}{j.holm:>6.2f}{j.right:>7.0%}{j.value:>+9.4f}{j.noise:>7.2f}{j.steps:>7.1f}"
+            f"{j.within:>+8.2f}{j.p:>7.3f}{j.holm:>6.2f}{j.right:>7.0%}{j.value:>+9.4f}{shown(j.at_once)}{j.noise:>7.2f}{j.steps:>7.1f}"
         ]
     return "\n".join(lines)
 
 
+def agreement(found: Sequence[Setting]) -> str:
+    """How well the gain of one seed tells that of another: what no statistic of one run can do better, hardly."""
+    pairs = np.array([each.gains[:2] for each in found if each.seeds > 1])
+    if len(pairs) < 3:
+        return ""
+    alike = (np.sign(pairs[:, 0]) == np.sign(pairs[:, 1])).mean()
+    return f"; gains of two seeds: rank r {spearman(*pairs.T):+.2f}, signs {alike:.0%}"
+
+
+def shown(value: float) -> str:
+    return f"{value:>+9.4f}" if math.isfinite(value) else f"{'':>9}"
+
+
 def span(ends: tuple[float, float]) -> str:
     return f"{ends[0]:+.2f} to {ends[1]:+.2f}"
+
+
+def horizon_table(found: Sequence[Setting], folder: Path, draws: int) -> str:
+    """How far to look: one look-ahead of so many steps against the gain; "" where none was made."""
+    told: dict[tuple[str, int, str], list[Array]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in lines_of(path):
+            for way in FOLLOWED if "after" in line else ():
+                ahead = np.subtract(line["after"]["random"], line["after"][way])
+                told.setdefault((line["mix"], line["stage"], way), []).append(ahead)
+    both = [each for each in found if (each.mix, each.stage, each.way) in told]
+    if len(both) < 3:
+        return ""
+    x = np.array([np.mean(told[each.mix, each.stage, each.way], axis=0) for each in both])
+    gains, rng = np.array([each.gain for each in both]), np.random.default_rng(0)
+    which = blocks(both)
+    again = [
+        np.concatenate([which[n] for n in rng.integers(0, len(which), len(which))])
+        for _ in range(draws)
+    ]
+    spread = np.array([correlations(x[each], gains[each]) for each in again])
+    lines = [
+        f"one look-ahead at full rate, judged by {Plan().pools * B + JUDGES * P} held-out rows; {len(both)} settings of "
+        f"{len(which)} mixes; knowing the sign {gains.clip(0).mean():+.4f}",
+        f"{'steps':>5}{'rank r':>8}  {'95%, mixes':<15}{'signs':>6}{'gated at 0':>12}",
+    ]
+    for n, (mark, r) in enumerate(zip(MARKS, correlations(x, gains), strict=False)):
+        opens = x[:, n] > 0
+        lines += [
+            f"{mark:>5}{r:>+8.2f}  {span(interval(spread[:, n])):<15}{(opens == (gains > 0)).mean():>6.0%}"
+            f"{np.where(opens, gains, 0).mean():>+12.4f}"
+        ]
+    return "\n".join(lines)
+
+
+def blocks(found: Sequence[Setting]) -> list[Array]:
+    """Where the settings of each mix are."""
+    mixes = np.array([each.mix for each in found])
+    return [np.flatnonzero(mixes == mix) for mix in dict.fromkeys(mixes)]
 
 
 def gains_table(found: Sequence[Setting]) -> str:
@@ -1118,6 +1250,10 @@ def gains_table(found: Sequence[Setting]) -> str:
             cells += f"{shown:>16}"
         lines.append(f"{mix:<18}{stage:>6}  {cells}")
     return "\n".join(lines)
+
+
+# Up to where an axis is linear, beyond which logarithmic.
+LINEAR = {"ahead": 0.02, "ahead, held-out": 0.02, "held-out gap": 0.5}
 
 
 def draw(
@@ -1136,8 +1272,9 @@ def draw(
     colours = pyplot.get_cmap("tab20")
     columns = min(3, len(names))
     height = -(-len(names) // columns)
+    width = 4.6 * columns + 1.9
     figure, axes = pyplot.subplots(
-        height, columns, figsize=(4.6 * columns + 2.2, 3.9 * height), squeeze=False, sharey=True
+        height, columns, figsize=(width, 3.9 * height), squeeze=False, sharey=True
     )
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
@@ -1155,6 +1292,8 @@ def draw(
         axis.axhline(0, color="0.5", linewidth=0.8)
         # Most gains lie within a few hundredths of a nat, some far above.
         axis.set_yscale("symlog", linthresh=20)
+        if name in LINEAR:
+            axis.set_xscale("symlog", linthresh=LINEAR[name])
         judge = by_name[name]
         axis.set_title(f"{name}: rank r {judge.all:+.2f} ({span(judge.by_mix)})", fontsize=9)
         axis.grid(color="0.9", linewidth=0.5)
@@ -1170,8 +1309,14 @@ def draw(
         )
         for n, stage in enumerate(stages)
     ]  # fmt: skip
-    figure.legend(handles=handles, loc="center right", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1 - 2.0 / (4.6 * columns + 2.2), 1))
+    figure.tight_layout(rect=(0, 0, 1 - 1.8 / width, 1))
+    figure.legend(
+        handles=handles,
+        loc="center left",
+        bbox_to_anchor=(1 - 1.75 / width, 0.5),
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -1181,18 +1326,24 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run", help="train, measure, fork")
-    running.add_argument("--shards", type=Path, default=Path("shards/built/gpt"))
-    running.add_argument("--mixes", nargs="+", default=[*MIXES], choices=[*MIXES])
-    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--stages", nargs="+", type=int, default=[*Plan.stages])
-    running.add_argument("--fork", type=int, default=Plan.forks, help="steps of a fork (80)")
-    running.add_argument("--out", type=Path, default=Path("tools/results/gate"))
-    running.add_argument("--raw", type=Path, help="a folder for what the statistics are made of")
+    for command, about in (("run", "train, measure, fork"), ("far", "train, look further ahead")):
+        running = commands.add_parser(command, help=about)
+        running.add_argument("--shards", type=Path, default=Path("shards/built/gpt"))
+        running.add_argument("--mixes", nargs="+", default=[*MIXES], choices=[*MIXES])
+        running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+        running.add_argument("--stages", nargs="+", type=int, default=[*Plan.stages])
+        running.add_argument("--fork", type=int, default=Plan.forks, help="steps of a fork (80)")
+        running.add_argument("--out", type=Path, default=Path("tools/results/gate"))
+        running.add_argument("--raw", type=Path, help="a folder for what statistics are made of")
     showing = commands.add_parser("table", help="which statistic predicts the gain")
     showing.add_argument("--out", type=Path, default=Path("tools/results/gate"))
     showing.add_argument("--ways", nargs="+", default=[], help="of these ways to score only")
     showing.add_argument("--stages", nargs="+", type=int, default=[], help="of these stages only")
+    showing.add_argument(
+        "--held",
+        choices=["as trained", "cleaner"],
+        help="only mixes whose held-out rows are of the training mix, or are cleaner than it",
+    )
     showing.add_argument("--draws", type=int, default=1000, help="of bootstrap and chance (1,000)")
     showing.add_argument("--png", type=Path)
     showing.add_argument("--draw", nargs="+", default=[], help="these statistics (the best six)")
@@ -1201,12 +1352,14 @@ def main(arguments: list[str] | None = None) -> None:
         found = [
             each
             for each in settings_of(options.out, options.ways)
-            if not options.stages or each.stage in options.stages
+            if (not options.stages or each.stage in options.stages)
+            and options.held in (None, held_is(MIXES[each.mix]))
         ]
         if not found:
             sys.exit(f"no runs in {options.out}; make some with: {sys.argv[0]} run")
         judged = judge(found, options.draws)
-        print(gains_table(found), table(found, judged), sep="\n\n")
+        far = horizon_table(found, options.out, options.draws)
+        print(gains_table(found), table(found, judged), far, sep="\n\n")
         if options.png:
             draw(found, judged, options.png, options.draw)
         return
@@ -1217,7 +1370,10 @@ def main(arguments: list[str] | None = None) -> None:
     for seed, name in itertools.product(options.seeds, options.mixes):
         begun = time.perf_counter()
         path = options.out / f"{name}-{seed}-{max(plan.stages)}.jsonl"
-        run(name, seed, plan, text, path, options.raw)
+        if options.command == "far":
+            look_far(name, seed, plan, text, path.with_name(f"far-{path.name}"))
+        else:
+            run(name, seed, plan, text, path, options.raw)
         print(f"{name}, seed {seed}: {time.perf_counter() - begun:.0f} s", flush=True)
 
 
