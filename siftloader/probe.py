@@ -829,9 +829,10 @@ def _advice_tried(found: Probe, tried: Trial) -> str:
         "do not sift": f"Do not sift: {choice.called} was tried, and lost.",
         "no difference seen": f"Do not sift on this evidence: {choice.called} was tried, and made no difference that shows.",
     }.get(tried.verdict, f"Nothing can be said: with {choice.called} training diverged.")
+    told = tried.sentence.partition(": ")[2]
     against = tried.verdict == ("do not sift" if found.pays else "sift")
     return (
-        f"{says} The trial found: {tried.sentence}."
+        f"{says} {told[:1].upper()}{told[1:]}."
         + " The figures above said otherwise; a trial weighs more." * against
         + " It holds for this model, these data and about as many steps: try again later in training."
     )

@@ -577,7 +577,9 @@ def test_what_a_trial_found_is_what_counts():
     assert good.pays and not bad.pays
     assert good.advice(trial(0.1)).startswith("Sift, from here, with exit layer 1 by loss.")
     lost = good.advice(trial(-0.1))
-    assert lost.startswith("Do not sift: exit layer 1 by loss was tried, and lost.")
+    assert lost.startswith(
+        "Do not sift: exit layer 1 by loss was tried, and lost. In equal time held-out"
+    )
     assert "a trial weighs more" in lost and "a trial weighs more" in bad.advice(trial(0.1))
     assert "a trial weighs more" not in good.advice(trial(0.1))
     assert good.advice(trial(0.0)).startswith("Do not sift on this evidence")
