@@ -271,7 +271,7 @@ def fork(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
             raise TypeError(
                 f"a trial needs the torch.optim.Optimizer that trains the model, got {type(optimizer).__name__}"
             )
-    _check_whole(model)
+    check_whole(model)
     root = within(unwrap(model))
     own = {id(parameter) for parameter in root.parameters()}
     trained = {id(each) for group in inner.param_groups for each in group["params"]}
@@ -300,7 +300,8 @@ def fork(model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     return forked, its_optimizer
 
 
-def _check_whole(model: nn.Module) -> None:
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError where a copy of ``model`` would not be all of it: its ranks train it together."""
     for each in model.modules():
         apart = is_spread(each)
         if isinstance(each, nn.parallel.DistributedDataParallel):
@@ -323,9 +324,8 @@ def _check_apart(forked: nn.Module, its_optimizer: Optimizer) -> None:
     for name, module in forked.named_modules():
         forward = vars(module).get("forward")
         if forward is not None and "_original_forward" in vars(module):
-            forward = module.forward = (
-                module._original_forward
-            )  # Accelerate's, without its autocast
+            # What Accelerate laid its own over, which autocasts.
+            forward = module.forward = module._original_forward
         # A function in an object's own forward is not copied: it would train the model that was given.
         if forward is not None and not (
             isinstance(forward, MethodType) and id(forward.__self__) in modules
