@@ -560,21 +560,25 @@ class _PlainStep:
         device = self._base.device
         dtype = self._base.precision.dtype(device)
         autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-        with torch.enable_grad(), autocast:
-            moved = move(batch, device)
-            loss = self._own_loss(moved) if self._loss is None else self._loss(self._model, moved)
+        moved = move(batch, device)
+        with torch.enable_grad():
+            with autocast:
+                loss = (self._loss or self._own_loss)(self._model, moved)
             loss.backward()  # type: ignore[no-untyped-call]
         self._model.zero_grad(set_to_none=True)
         return loss
 
-    def _own_loss(self, batch: Batch) -> Tensor:
+    def _own_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         # The value does not matter here, what it takes does: shifted labels or not are one to the clock.
-        gives = EarlyExit(self._model, "full").takes_labels(batch)
-        inputs, named = model_inputs(self._model, batch, labels=gives)
-        found = self._model(*inputs, **named)
-        loss: Tensor | None = getattr(found, "loss", None)
-        if loss is None and isinstance(found, tuple):
-            loss = next((e for e in found if isinstance(e, Tensor) and e.ndim == 0), None)
+        gives = EarlyExit(model, "full").takes_labels(batch)
+        inputs, named = model_inputs(model, batch, labels=gives)
+        found = model(*inputs, **named)
+        named_loss = (
+            found.get("loss") if isinstance(found, Mapping) else getattr(found, "loss", None)
+        )
+        listed = found if isinstance(found, tuple) else (named_loss, found)
+        scalars = [each for each in listed if isinstance(each, Tensor) and each.ndim == 0]
+        loss = scalars[0] if scalars else None
         labels = self._base.labels_of(batch)
         logits = getattr(found, "logits", found)
         if loss is None and isinstance(logits, Tensor) and isinstance(labels, Tensor):
@@ -584,7 +588,7 @@ class _PlainStep:
                 loss = nn.functional.cross_entropy(logits, labels)
         if loss is None:
             raise ScoringError(
-                f"{type(self._model).__name__} returns neither a loss nor logits that fit the labels, so a training "
+                f"{type(model).__name__} returns neither a loss nor logits that fit the labels, so a training "
                 f"step cannot be timed; pass loss=, a function of model and batch, or cost="
             )
         return loss

@@ -262,6 +262,16 @@ def test_costs_are_measured_against_a_step_where_none_are_given():
     assert math.isnan(look(planted(2), costs(0, 1)).step_seconds)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_it_finds_the_same():
+    here = probe(planted(2), DataLoader(samples(), 32), batch_size=16)
+    there = probe(planted(2).cuda(), DataLoader(samples(), 32), batch_size=16)
+    assert there.step_seconds > 0
+    for ours, theirs in zip(here.choices, there.choices, strict=True):
+        assert theirs.rho == pytest.approx(ours.rho, rel=1e-3) and theirs.seconds > 0
+
+
 def test_the_loss_of_a_loop_is_what_a_step_is_timed_with():
     heard = []
 
@@ -272,6 +282,44 @@ def test_the_loss_of_a_loop_is_what_a_step_is_timed_with():
     with torch.no_grad():
         probe(planted(2).eval(), DataLoader(samples(), 32), batch_size=16, pools=2, loss=loss)
     assert heard == [(True, True, 16)] * 3  # once before the clock runs
+
+
+class Answers(Planted):
+    """Computes its loss where it is given labels, and hands it out in the way of ``shape``."""
+
+    shape = "dict"
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> object:
+        logits = super().forward(x)
+        if labels is None:
+            return logits
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.heard = loss
+        shapes = {
+            "dict": {"loss": loss},
+            "tuple": (logits, loss),
+            "alone": loss,
+            "none": {"p": logits},
+        }
+        return shapes[self.shape]
+
+
+@pytest.mark.parametrize("shape", ["dict", "tuple", "alone"])
+def test_a_loss_is_found_in_whatever_a_model_returns(shape, monkeypatch):
+    model, stepped = Answers([0.0, 1.0]), []
+    model.shape = shape
+    monkeypatch.setattr(Tensor, "backward", lambda loss: stepped.append(loss.shape))
+    probe(model, DataLoader(samples(), 32), batch_size=16, pools=2)
+    assert stepped == [torch.Size([])] * 3
+
+
+def test_a_step_that_cannot_be_timed_says_what_to_give():
+    model = Answers([0.0, 1.0])
+    model.shape = "none"
+    with pytest.raises(
+        ScoringError, match=r"neither a loss nor logits .* pass loss=, .* or cost="
+    ):
+        probe(model, DataLoader(samples(), 32), batch_size=16, pools=2)
 
 
 # ---- a linear network
