@@ -108,18 +108,28 @@ def test_it_recommends_rightly_in_both_directions(kind, verdict):
     assert all(plain < found.before for plain in found.plain)
 
 
-def test_of_two_plain_arms_the_interval_covers_zero():
+def covered(seeds: range) -> int:
+    """In how many trials of two plain arms the interval covers zero."""
     model, optimizer = learner(steps=20)
     held = pools("plain", 2, seed=9, size=128)
-    covered, apart = 0, []
-    for seed in range(10):
+    count, gains = 0, []
+    for seed in seeds:
         drawn = pools("plain", 36, seed=100 + seed)
         options = {"pools": drawn, "held_out": held, "steps": 12, "repeats": 3, "seed": seed}
         found = run(model, optimizer, criterion=Random(), **options)
-        covered += found.verdict == "no difference seen"
-        apart += found.gains
-    assert covered >= 8, covered
-    assert all(apart), "arms that draw alike would differ in nothing"
+        count += found.verdict == "no difference seen"
+        gains += found.gains
+    assert all(gains), "arms that draw alike would differ in nothing"
+    return count
+
+
+def test_of_two_plain_arms_the_interval_covers_zero():
+    assert covered(range(10, 20)) >= 8
+
+
+@pytest.mark.slow
+def test_of_two_plain_arms_the_interval_covers_zero_as_often_as_it_should():
+    assert covered(range(60)) >= 52  # 57 of 60 are expected; fewer than 52 once in 350 such tests
 
 
 def test_a_step_that_costs_time_and_gains_nothing_is_a_loss():
