@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WorkerDied as WorkerDied,
     )
     from siftloader.exits import EarlyExit as EarlyExit
+    from siftloader.gate import Threshold as Threshold
     from siftloader.heads import ExitHead as ExitHead
     from siftloader.integrations import attach as attach, sift_calls as sift_calls
     from siftloader.loader import SiftingDataLoader as SiftingDataLoader
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
     from siftloader.sifter import Sifter as Sifter
     from siftloader.stream import TokenShards as TokenShards
     from siftloader.targets import First as First, Stride as Stride
+    from siftloader.trial import trial as trial
+    from siftloader.trials import TrialGate as TrialGate
     from siftloader.world import World as World
 
 __version__ = "0.1.0.dev0"
@@ -67,6 +70,7 @@ _NAMES = {
     "errors": "BatchError CorpusError CorruptShard EmptyEpoch FetchError RanksDisagree ScoringError "
     "ShardError SiftError Stalled StateError WorkerDied",
     "exits": "EarlyExit",
+    "gate": "Threshold",
     "heads": "ExitHead",
     "integrations": "attach sift_calls",
     "loader": "SiftingDataLoader",
@@ -81,6 +85,7 @@ _NAMES = {
     "sifter": "Sifter",
     "stream": "TokenShards",
     "targets": "First Stride",
+    "trials": "TrialGate",
     "world": "World",
 }
 _FILES = {name: file for file, names in _NAMES.items() for name in names.split()}

@@ -18,7 +18,7 @@ class Gate(Protocol):
     """Whether the loader sifts until the next audit."""
 
     def __call__(self, audits: Sequence[Mapping[str, Any]], is_open: bool) -> bool:
-        """``audits`` as in ``loader.stats["audits"]``; ``is_open`` is what the gate said last."""
+        """``audits`` as in ``loader.audits``; ``is_open`` is what the gate said last."""
         ...
 
 
@@ -81,7 +81,7 @@ def gate_named(gate: Gate | str | None) -> Gate | None:
     if isinstance(gate, type):
         raise TypeError(f"gate must be an object: {gate.__name__}(...), with its arguments")
     if isinstance(gate, str):
-        raise ValueError(f"no gate is called {gate!r}")
+        raise ValueError(f'gate must be "trial", "auto", a gate, or None, got {gate!r}')
     if gate is not None and not callable(gate):
         raise TypeError(f"gate must be a function of audits, or None, got {gate!r}")
     return gate

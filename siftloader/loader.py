@@ -80,6 +80,7 @@ from siftloader.sizes import Sizes
 from siftloader.stats import Stats
 from siftloader.stream import TokenShards, check_vocabulary
 from siftloader.targets import Positions, Stride, to_device
+from siftloader.trials import TrialGate, Trials, held_out_of
 from siftloader.updates import Updates
 from siftloader.world import World
 
@@ -119,6 +120,13 @@ class SiftingDataLoader(DataLoader[Any]):
     * Where several ranks run, they are asked at every step whether all do the same, in a reduction of a few bytes
       on the host: ``RanksDisagree`` on all of them where they do not, and the epoch ends for all where one has no
       more. ``process_group`` names the ranks that step together, if those are not all.
+    * Every ``audit_every`` batches (0: never) one pool is also scored by the whole model: ``stats`` then has what the
+      early scores are worth (``rho``, ``overlap``, ``spearman``, ``sigma``), what they cost, and the loss of all
+      candidates, ``population_loss``: the curve to compare across runs, as it is not of the kept alone.
+    * ``gate`` decides when sifting pays: ``"trial"`` trains copies of model and optimizer both ways every so often
+      (``TrialGate``, with ``held_out`` batches unless shards bring theirs; ``"auto"`` is the same, as nothing
+      cheaper predicted the gain), ``Threshold("overlap", 0.8, 0.7)`` or any function of the audits decides by those.
+      Closed, batches pass through; ``len`` is that of the gate as it stands.
     * ``on_select(ids, scores, kept)`` sees every pool: ids [P] (``batch["id"]``, that of a shard's sample,
       else the number of the candidate), scores [P], kept [P] bool.
     * ``timeout`` is torch's: seconds without a batch. Over shards it needs no workers. Too late is ``Stalled``, with
@@ -170,7 +178,7 @@ class SiftingDataLoader(DataLoader[Any]):
         output_device: Literal["inner"] | None = None,
         process_group: Any = None,
         audit_every: int = 500,
-        gate: Gate | str | None = None,
+        gate: Gate | TrialGate | Literal["trial", "auto"] | None = None,
         on_select: OnSelect | None = None,
         log_selections: str | os.PathLike[str] | None = None,
         **loader_options: Any,
@@ -223,14 +231,22 @@ class SiftingDataLoader(DataLoader[Any]):
         if not self._schedule.ever_sifts:
             self._audits.every = 0
         self._pace = Pace()
+        if isinstance(gate, str) and gate in ("trial", "auto"):
+            gate = TrialGate()
+        self._trials = None
+        if isinstance(gate, TrialGate):
+            self._trials, gate = Trials(gate, self._sifter, held_out_of(gate, dataset)), None
         self._gate = gate_named(gate)
-        if self._gate is not None and not audit_every:
+        priced = self._trials is not None and self._trials.gate.cost is not None
+        self._audits.needed = not (gate is None and (self._trials is None or priced))
+        if self._audits.needed and not audit_every:
             raise ValueError(
-                "a gate decides by what audits find, and audit_every=0 makes none; give the steps between two of them"
+                "a gate needs what audits find, and audit_every=0 makes none; give the steps between two of them"
             )
-        self._audits.needed = self._gate is not None
         # Whether the gate lets through what the schedule sifts.
-        self._open = self._gate is None or replayed(self._gate, ())
+        self._open = self._trials is None
+        if self._gate is not None:
+            self._open = replayed(self._gate, ())
         self._source = candidates_of(dataset, loader_args, loader_options)
         self._on_select = on_select
         self._log = SelectionLog(log_selections, World.detect().rank) if log_selections else None
@@ -516,11 +532,29 @@ class SiftingDataLoader(DataLoader[Any]):
     def stats(self) -> dict[str, Any]:
         """What happened so far, a plain dict; reading it may wait for the GPU, nothing else does."""
         self._sifter.counts.sifting = self._sifts()
-        counts = self._sifter.counts
-        alone = self._sifter.agreement.ranks == 1
-        audits = self._audits.latest(self._pace, counts.scoring, alone)
-        found = {"epoch": self._epoch, **counts.read(), **figures(audits), "audits": audits}
+        found = {"epoch": self._epoch, **self._sifter.counts.read(), **figures(self.audits)}
+        if self._trials is not None:
+            found |= self._trials.figures()
         return found if self._updates is None else {**found, "updates": self._updates.steps}
+
+    @property
+    def audits(self) -> list[dict[str, Any]]:
+        """What every audit found, oldest first, JSON-able; the last one's figures are in ``stats``.
+
+        "step", "sifting", "rows", those of ``fidelity.Fidelity`` by their names, and "scoring_cost": what scoring a
+        pool takes, in training steps. Where several ranks run, of all of them, a few steps later. Waits for the GPU.
+        """
+        alone = self._sifter.agreement.ranks == 1
+        return [*self._audits.latest(self._pace, self._sifter.counts.scoring, alone)]
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        """What every trial of ``gate="trial"`` found, oldest first, JSON-able.
+
+        "step", "gain" and "half_width" (nats of held-out loss in equal time), "cost" (of scoring, in plain steps),
+        "open", "steps_spent" (what it cost, in plain steps), "scored" (candidates).
+        """
+        return [] if self._trials is None else [*self._trials.history]
 
     def coverage(self) -> Coverage:
         """Which candidates were handed out or scored in the epoch under way, or in the one that ended last.
@@ -604,6 +638,7 @@ class SiftingDataLoader(DataLoader[Any]):
                 self._pace, self._sifter.counts.scoring, self._scorer.data_rank
             ),
             "gate": None if self._gate is None else self._open,
+            "trials": None if self._trials is None else self._trials.state(),
             "set_epoch": self._told_epoch,
             "stats": self._sifter.counts.state(),
         }
@@ -635,6 +670,9 @@ class SiftingDataLoader(DataLoader[Any]):
         self._scorer.room_state = state["room"]
         self._learned = dict(state["learned"])
         self._audits.load(state["audits"], self._scorer.data_rank)
+        if self._trials is not None:
+            self._trials.load(state["trials"])
+            self._open = self._trials.is_open
         if self._gate is not None:
             known = state["gate"]
             self._open = replayed(self._gate, self._audits.history) if known is None else known
@@ -762,6 +800,8 @@ class SiftingDataLoader(DataLoader[Any]):
             training = self._scorer.model.training
             # An iterator that was never drawn from in training mode is a rank's own: some evaluate alone.
             self._asks |= training and self._schedule.ever_sifts
+            if training and self._schedule.sifts(self._step) and self._trials is not None:
+                self._try(self._trials, pieces, held)
             if training and self._open and self._schedule.sifts(self._step):
                 found = self._next_sifted(pieces, held, wanted)
             else:
@@ -790,6 +830,37 @@ class SiftingDataLoader(DataLoader[Any]):
         if training and precision.watches and self._schedule.ahead(self._step):
             precision.watch(self._scorer.given_model, self._scorer.device)
         return self._handed(batch, taken.last)
+
+    def _try(self, trials: Trials, pieces: Iterator[Piece], held: deque[Drawn]) -> None:
+        # A trial, if one is due, of the pools that come next; they stay held.
+        agreement = self._sifter.agreement
+        if not trials.due(self._step, self._epoch):
+            return
+        cost, wanted, split = trials.cost(self._audits.history), trials.pools, self._sizes.split
+        able = self._tested and cost is not None and trials.optimizer() is not None
+        found: list[Merged] = []
+        if able:
+            while len(held) < wanted if split else _rows(held) < wanted * self._pool_rows:
+                if not self._draw(pieces, held):
+                    break
+            peek = copied(held)
+            while len(found) < wanted and peek and _rows(peek) >= self._pool_rows:
+                taken = take(peek, self._pool_rows)
+                found.append(Merged.of(taken, self._sifter, self._pad_id))
+        votes = agreement.gathered(torch.tensor([[able, len(found) >= wanted]]))
+        if not all(bool(vote[0, 0]) for vote in votes):
+            trials.postpone(self._step, 1)
+        elif not all(bool(vote[0, 1]) for vote in votes):
+            trials.wait_for_epoch(self._epoch, len(found))
+        else:
+            assert cost is not None and self._sizes.batch is not None
+            self._open = trials.run(self._step, found, self._sizes.batch, cost, agreement)
+
+    @property
+    def _pool_rows(self) -> int:
+        rows = self._sizes.pool(self._step)
+        assert rows is not None
+        return rows
 
     def _settle(self) -> None:
         # The figures of an audit, and what the gate makes of them, on all ranks at the same step.
@@ -922,7 +993,7 @@ class SiftingDataLoader(DataLoader[Any]):
             scorer.exit_layer,
             self._sifter.scope,
             self._audits.every,
-            self._gate,
+            self._gate if self._trials is None else self._trials.told,
             *kinds,
         )
 
@@ -955,6 +1026,8 @@ class SiftingDataLoader(DataLoader[Any]):
             pool = self._sifter.pool(candidates, fields, ends)
             won = self._sifter.winners(candidates, labels, keep, fields, ends, known)
             self._tested = True
+            if self._trials is not None:
+                self._trials.check(candidates)
             self._audits.rehearse(pool, labels, self._sifter.counts.auditing)
             if self._audits.due(self._sifter.counts.steps):
                 self._audit(pool, labels, won.kept)
@@ -976,6 +1049,8 @@ class SiftingDataLoader(DataLoader[Any]):
             return False
         self._scorer.score(pool, labels)
         self._tested = True
+        if self._trials is not None:
+            self._trials.check(pool.batch)
         self._audits.rehearse(pool, labels, self._sifter.counts.auditing)
         return True
 

@@ -201,11 +201,33 @@ def _audits(value: Any) -> bool:
     )
 
 
+def _trials(value: Any) -> bool:
+    if value is None:
+        return True
+    names = {"history", "open", "next", "short", "spent", "seconds"}
+    if not isinstance(value, Mapping) or value.keys() != names:
+        return False
+    history = value["history"]
+    return (
+        isinstance(history, list)
+        and all(isinstance(each, Mapping) and all(map(_told, each.values())) for each in history)
+        and isinstance(value["open"], bool)
+        and _counted(value["next"])
+        and (value["short"] is None or _counted(value["short"]))
+        and _seconds(value["spent"])
+        and _seconds(value["seconds"])
+    )
+
+
+def _told(value: Any) -> bool:
+    return isinstance(value, bool) or _figure(value)
+
+
 def _audit(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and _positive(value.get("step"))
-        and all(isinstance(x, bool) or _figure(x) for x in value.values())
+        and all(map(_told, value.values()))
     )
 
 
@@ -216,7 +238,7 @@ def _figure(value: Any) -> bool:
 # What a state of version 1 did not say, one of version 2, one of version 3; and its stats.
 SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
 SINCE_2: dict[str, Any] = {"ahead": None, "watched": False, "room": None}
-SINCE_3: dict[str, Any] = {"audits": None, "gate": None}
+SINCE_3: dict[str, Any] = {"audits": None, "gate": None, "trials": None}
 COUNTED_SINCE = {"capped": 0, "audited": 0, "seconds_auditing": 0.0}
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -237,6 +259,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "room": _room,
     "audits": _audits,
     "gate": lambda value: value is None or isinstance(value, bool),
+    "trials": _trials,
     "set_epoch": lambda value: value is None or _counted(value),
     "stats": lambda value: isinstance(value, Mapping),
 }

@@ -5,6 +5,7 @@ Letters: P candidates, T positions of a row, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -145,20 +146,46 @@ class Scorer:
         At another exit layer it looks at all labelled positions, under the model's own head. What it learns of
         its pools it learns for itself, so that this one scores the same with and without it.
         """
-        other = Scorer(
+        whole = exit_layer is not None
+        other = self._sibling(
             self._model,
-            exit_layer=self.exit_layer if exit_layer is None else exit_layer,
+            self.exit_layer if exit_layer is None else exit_layer,
+            criterion,
+            None if whole else self.positions,
+            None if whole else self.exit_head,
+        )
+        other.precision = self.precision
+        return other
+
+    def of(self, model: nn.Module) -> Scorer:
+        """The same for a copy of the model, with copies of what was learned."""
+        criterion, head = copy.deepcopy((self.criterion, self.exit_head))
+        other = self._sibling(model, self.exit_layer, criterion, self.positions, head)
+        other.precision.name = self.precision.name
+        other.precision.settle()
+        other.follow(self)
+        return other
+
+    def _sibling(
+        self,
+        model: Model,
+        exit_layer: int | str,
+        criterion: ScoreOf,
+        positions: Positions | None,
+        exit_head: ExitHead | None,
+    ) -> Scorer:
+        return Scorer(
+            model,
+            exit_layer=exit_layer,
             criterion=criterion,
-            positions=self.positions if exit_layer is None else None,
-            exit_head=self.exit_head if exit_layer is None else None,
+            positions=positions,
+            exit_head=exit_head,
             labels=self._labels,
             score_fn=self._score_fn,
             shift_labels=self._shift,
             autocast=None,
             score_batch_size=self._rows_at_once,
         )
-        other.precision = self.precision
-        return other
 
     def follow(self, other: Scorer) -> None:
         """Read labels as ``other`` has learned to, and have room for as many; waits for nothing."""

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from siftloader.agreement import Agreement
 from siftloader.batches import Batch, Copies, move, rows, select
@@ -137,6 +137,17 @@ class Sifter:
         self.counts = Stats()
         self._copies = Copies()
         self.pools = 0  # scored so far: the key of random draws
+
+    def of(self, model: nn.Module, keep: float) -> Sifter:
+        """Another one with the same options, for a copy of the model; what was learned is copied too.
+
+        It selects on its own rank, and hands out no weights.
+        """
+        other = copy.copy(self)
+        other.scorer, other.selection = self.scorer.of(model), copy.deepcopy(self.selection)
+        other.keep, other.scope, other.weighs = keep, "rank", False
+        other.counts, other._copies = Stats(), Copies()
+        return other
 
     @property
     def exit_head(self) -> ExitHead | None:

@@ -13,6 +13,7 @@ Letters: n rows of a batch, m rows of a block, T tokens of a sample, V vocabular
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import operator
@@ -140,6 +141,7 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
             )
         if not folders:
             raise ValueError("a mix needs at least one set of shards, got {}")
+        self._opened = [(each, cache, cache_bytes) for each in folders]
         self.shard_sets = tuple(ShardSet.open(each, cache, cache_bytes) for each in folders)
         self.split = split
         # A NumPy integer would make the state unfit for JSON.
@@ -221,6 +223,20 @@ class TokenShards(IterableDataset[dict[str, Tensor]]):
                 f"mix takes {{folder: weight}}, got {type(weights).__name__}; give every set its weight"
             )
         return cls(weights, **options)
+
+    def held_out(self, n: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of ``n`` rows of the val split, this rank's; of a mix, of one set after the other in turn.
+
+        EmptyEpoch where nothing was held out.
+        """
+        sets = [
+            TokenShards(
+                folder, split="val", masking=self.masking, cache=cache, cache_bytes=cache_bytes
+            )
+            for folder, cache, cache_bytes in self._opened
+        ]
+        in_turn = itertools.zip_longest(*(each.batches(n) for each in sets))
+        return (batch for turn in in_turn for batch in turn if batch is not None)
 
     @property
     def shard_set(self) -> ShardSet:

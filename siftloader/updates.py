@@ -35,6 +35,7 @@ class Updates:
     def __init__(self, find: Callable[[], nn.Module]) -> None:
         self.steps, self.counts = 0, True
         self._find = find
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that stepped so far
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the step under way
         _LISTENING.add(self)
         _listen()
@@ -48,6 +49,7 @@ class Updates:
             self.steps += 1
             self._stepped.clear()
         self._stepped.add(optimizer)
+        self.optimizers.add(optimizer)
 
 
 def owns(model: nn.Module, optimizer: Optimizer) -> bool:

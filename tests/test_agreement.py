@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from siftloader import RanksDisagree, Sifter, SiftingDataLoader, agreement as agreement_module
 from siftloader.agreement import Agreement, Doing, number_of
 from siftloader.gate import Threshold
+from siftloader.trials import TrialGate
 
 
 RANKS = 2
@@ -284,7 +285,7 @@ def audited(rank: int) -> Any:
     run(loader)
     every = [batches(24, each) for each in range(RANKS)]
     losses = [Sifter(loader._scorer.model, exit_layer="full").score(b[3]).double() for b in every]
-    return loader.stats["audits"], torch.stack(losses)
+    return loader.audits, torch.stack(losses)
 
 
 def gated(rank: int) -> Any:
@@ -294,8 +295,27 @@ def gated(rank: int) -> Any:
         gate = Threshold("rho", opens=middle, closes=middle)
         loader = make(rank, count=40, audit_every=2, warmup_steps=0, gate=gate)
         handed = run(loader)
-        middle = sorted(each["rho"] for each in loader.stats["audits"])[3] + 1e-9
+        middle = sorted(each["rho"] for each in loader.audits)[3] + 1e-9
     return handed, loader.stats["candidates"], loader.stats["samples"]
+
+
+def tried(rank: int) -> Any:
+    # The ranks have other data, so that alone each would find another gain.
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch["x"]), batch["labels"])
+
+    held_out = batches(2, 9 + rank)
+    gate = TrialGate(held_out=held_out, steps=2, repeats=2, share=1.0, cost=0.1, loss=loss)
+    loader = make(rank, count=120, audit_every=0, warmup_steps=3, gate=gate)
+    optimizer = torch.optim.SGD(loader._scorer.model.parameters(), 0.1)
+    handed = 0
+    for batch in loader:
+        optimizer.zero_grad()
+        loss(loader._scorer.model, batch).backward()
+        optimizer.step()
+        dist.all_reduce(torch.ones(1))
+        handed += 1
+    return handed, loader.trials, loader.stats["candidates"]
 
 
 def other_audits(rank: int) -> Any:
@@ -315,7 +335,7 @@ def audits_taken_up(rank: int) -> Any:
     after.load_state_dict(state)
     run(after)
     timed = "scoring_cost"
-    ends = [[{**each, timed: 0} for each in one.stats["audits"]] for one in (whole, after)]
+    ends = [[{**each, timed: 0} for each in one.audits] for one in (whole, after)]
     return ends, state["audits"]["under_way"] is not None
 
 
@@ -345,6 +365,7 @@ CASES: dict[str, Callable[[int], Any]] = {
         gathers,
         audited,
         gated,
+        tried,
         other_audits,
         audits_taken_up,
         fails_unheard,
@@ -415,6 +436,13 @@ def test_a_gate_decides_alike_on_all_ranks(found: dict[str, list[Any]]) -> None:
     assert first == second
     handed, candidates, _ = first
     assert 0 < candidates < 8 * handed, "open for a while, and closed for a while"
+
+
+def test_a_gate_by_trials_decides_alike_on_all_ranks(found: dict[str, list[Any]]) -> None:
+    first, second = found["tried"]
+    assert first == second
+    _, trials, candidates = first
+    assert len(trials) > 3 and candidates > 0
 
 
 def test_an_epoch_ends_for_all_where_one_has_no_more(found: dict[str, list[Any]]) -> None:

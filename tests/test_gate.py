@@ -95,7 +95,7 @@ def test_behind_a_closed_gate_it_is_the_plain_loader():
     plain = [batch["input_ids"] for batch in inner]
     assert all(map(torch.equal, found, plain)) and len(found) == len(plain) == len(loader)
     assert loader.stats["candidates"] == 0 and not loader.stats["sifting"]
-    assert loader.stats["audits"], "or it would never open again"
+    assert loader.audits, "or it would never open again"
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -171,7 +171,7 @@ def test_a_state_that_was_saved_without_a_gate_is_judged_by_its_audits():
     ("gate", "options", "error", "text"),
     [
         (Threshold, {}, TypeError, r"Threshold\(\.\.\.\)"),
-        ("always", {}, ValueError, "always"),
+        ("always", {}, ValueError, 'gate must be "trial"'),
         (3, {}, TypeError, "gate must be a function of audits"),
         (shut, {"audit_every": 0}, ValueError, "audit_every=0 makes none"),
     ],
