@@ -239,6 +239,10 @@ def probe(
     step_seconds = median(plain) if plain else math.nan
     losses = np.concatenate([each.losses for each in seen["full"]])
     losses = losses[np.isfinite(losses)]
+    if not len(losses):
+        raise ScoringError(
+            "none of the candidates has a label and a finite loss by the whole model, so there is nothing to compare"
+        )
     found = []
     for layer in chosen:
         ours = seen[stack.exit(layer)]
@@ -253,7 +257,7 @@ def probe(
         batch_size=drawn.batch_size,
         candidates=rows(drawn.pools[0]),
         pools=pools,
-        population_loss=float(losses.mean()) if len(losses) else math.nan,
+        population_loss=float(losses.mean()),
         rho_full=_rho_full(seen["full"], drawn.batch_size),
         step_seconds=step_seconds,
         sigma_max=_sigma_max(losses) if share == 0.5 else math.nan,

@@ -153,6 +153,8 @@ def probed(arguments: argparse.Namespace) -> str:
     """Probe, and try; what was found, to be printed."""
     if arguments.out:
         check_plot(arguments.out)
+        if importlib.util.find_spec("matplotlib") is None:  # not after a trial of an hour
+            raise SiftError("--out needs `matplotlib`; pip install 'siftloader[log]'")
     import torch
 
     from siftloader.probe import probe
@@ -182,7 +184,7 @@ def probed(arguments: argparse.Namespace) -> str:
     )
     tried = None if held_out is None else _tried(model, shards, held_out, found, arguments)
     if arguments.out:
-        draw(found, arguments.out)
+        draw(found, arguments.out, tried)
     advice = found.advice(tried)
     if arguments.json:
         told = {"trial": None if tried is None else tried.as_dict(), "notes": notes}

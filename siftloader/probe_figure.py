@@ -15,6 +15,7 @@ from typing import Any
 
 from siftloader.errors import SiftError
 from siftloader.probe import Probe
+from siftloader.trial import Trial
 
 
 COLORS = "#1f4e8c", "#c8442b", "#3a8a5f", "#8a5fa8", "#b8862b", "#4a4a4a"
@@ -22,8 +23,11 @@ MUTED = "#6b6b6b"
 ACROSS = ("axes fraction", "data")
 
 
-def draw(found: Probe, path: str | os.PathLike[str]) -> None:
-    """Draw as PNG what each exit selects against what it costs, and how it ranks; SiftError without matplotlib."""
+def draw(found: Probe, path: str | os.PathLike[str], tried: Trial | None = None) -> None:
+    """Draw as PNG what each exit selects against what it costs, and how it ranks; SiftError without matplotlib.
+
+    The title is the verdict: that of a trial, where there was one.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -38,16 +42,35 @@ def draw(found: Probe, path: str | os.PathLike[str]) -> None:
     _draw_overlap(parts["overlap"], found, colors)
     _draw_sigma(parts["sigma"], found)
     handles, labels = parts["gain"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, fontsize=9)
+    figure.legend(
+        handles,
+        labels,
+        loc="outside lower left",
+        ncols=min(6, len(labels)),
+        frameon=False,
+        fontsize=9,
+    )
     for axes in parts.values():
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    best, says = found.best, found.verdict
-    if best is not None:
-        says += f", {best.called}" if found.pays else f"; best was {best.called}"
-        says += f", at a speed of {best.speed:.2f} ± {best.speed_half_width:.2f}"
-    figure.suptitle(f"{found.model}: {says}", x=0.01, ha="left", weight="bold", fontsize=14)
+    title = f"{found.model}: {_verdict(found) if tried is None else _verdict_tried(found, tried)}"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", fontsize=14)
     figure.savefig(path, dpi=150, format="png")
+
+
+def _verdict(found: Probe) -> str:
+    best = found.best
+    if best is None:
+        return found.verdict
+    whose = f", {best.called}" if found.pays else f"; best was {best.called}"
+    return f"{found.verdict}{whose}, at a speed of {best.speed:.2f} ± {best.speed_half_width:.2f}"
+
+
+def _verdict_tried(found: Probe, tried: Trial) -> str:
+    if tried.half_width is None:
+        return f"{found.candidate.called} was tried, and {tried.verdict}"
+    gain = f"{tried.gain:+.3f} ± {tried.half_width:.3f} nats in equal time"
+    return f"{tried.verdict}; {found.candidate.called} was tried, {gain}"
 
 
 def _draw_gain(axes: Any, found: Probe, colors: Mapping[str, str]) -> None:
@@ -74,12 +97,12 @@ def _draw_gain(axes: Any, found: Probe, colors: Mapping[str, str]) -> None:
     axes.axhline(found.rho_full, color=MUTED, linestyle=":", linewidth=1.2, label=most)
     out = min(dearest, 100 * (top - 1))  # where the line leaves the picture
     axes.text(
-        *(0.5 * out, 1 + 0.005 * out, "break-even: rho = 1 + cost"),
+        *(0.4 * out, 1 + 0.004 * out, "break-even: rho = 1 + cost"),
         rotation=math.degrees(math.atan(0.01)),
         transform_rotates_text=True,
         rotation_mode="anchor",
         ha="center",
-        va="bottom",
+        va="top",
         color=MUTED,
         fontsize=8.5,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
 from models import LAYERS, candidates, classifier, reference_scores, trace
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from siftloader import Margin, Random, Sifter, SiftingDataLoader, Stride, TokenShards, theory
 from siftloader.errors import ScoringError
 from siftloader.probe import Choice, Probe, probe
+from siftloader.probe_figure import draw
 from siftloader.trial import Trial
 
 
@@ -252,6 +254,13 @@ def test_rows_without_labels_do_not_count():
     assert with_gaps.population_loss == pytest.approx(
         first_two[first_two.isfinite()].mean().item()
     )
+
+
+def test_candidates_without_any_label_are_refused():
+    x, y = samples().tensors
+    bare = DataLoader(TensorDataset(x, torch.full_like(y, -100)), 32)
+    with pytest.raises(ScoringError, match="none of the candidates has a label and a finite loss"):
+        probe(planted(2), bare, batch_size=8, pools=2, cost=costs(0, 0))
 
 
 def test_costs_are_measured_against_a_step_where_none_are_given():
@@ -633,6 +642,25 @@ def test_what_a_trial_found_is_what_counts():
     assert good.advice(trial(0.0)).startswith("Do not sift on this evidence")
     diverged = Trial(9, 8, 1.1, None, 3.5, (3.0, math.nan), (3.0, 3.0))
     assert good.advice(diverged).startswith("Nothing can be said")
+
+
+@pytest.mark.parametrize(
+    ("tried", "said"),
+    [
+        (None, "Net: worth a trial, exit layer 1 by loss, at a speed of 1.09 ± 0.02"),
+        (
+            trial(0.1),
+            "Net: sift; exit layer 1 by loss was tried, +0.100 ± 0.002 nats in equal time",
+        ),
+        (trial(-0.1), "Net: do not sift; exit layer 1 by loss was tried, -0.100"),
+        (Trial(9, 8, 1.1, None, 3.5, (math.nan,), (3.0,)), "loss was tried, and diverged"),
+    ],
+)
+def test_the_title_of_the_picture_is_the_verdict(tried, said, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "suptitle", lambda self, text, **_: titles.append(text))
+    draw(finding(choice(), choice(layer=2, follows=False)), tmp_path / "probe.png", tried)
+    assert said in titles[0] and (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_marks_the_best_and_json_has_no_nan():

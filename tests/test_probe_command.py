@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +243,22 @@ def test_what_is_wrong_is_said_in_a_line(given, status, message, model, shards, 
     lines = [line for line in complaint.splitlines() if line.startswith("siftloader: ")]
     assert printed == "" and len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "options"),
+    [("matplotlib", "log", ["--out", "probe.png"]), ("transformers", "frameworks", [])],
+)
+def test_what_is_not_installed_is_named_with_its_extra(
+    package, extra, options, shards, capsys, monkeypatch
+):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == package else found(n))
+    monkeypatch.setitem(sys.modules, package, None)
+    asked = ["probe", "--model", "some/name", "--shards", str(shards), *options]
+    assert main(asked) == 1
+    complaint = capsys.readouterr().err
+    assert f"needs `{package}`; pip install 'siftloader[{extra}]'" in complaint
 
 
 def test_help_teaches(capsys):
