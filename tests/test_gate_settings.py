@@ -321,6 +321,8 @@ def test_a_run_repeats_resumes_and_is_tabled(
     assert "16 settings of 2 mixes" in shown
     for name in ("rho", "align, adam", "own steps", "lift of loss - entropy"):
         assert f"\n{name} " in shown
+    with pytest.raises(SystemExit, match="no runs in"):
+        gate_settings.main([*show, "--held", "cleaner"])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1155,7 +1155,6 @@ def steps_of(name: str) -> float:
 
 def table(found: Sequence[Setting], judged: Sequence[Judged]) -> str:
     gains = np.array([each.gain for each in found])
-    paid = np.array([each.paid for each in found])
     seeds = [each.seeds for each in found]
     chance = np.sqrt(np.mean([each.chance**2 for each in found]))
     lines = [
@@ -1163,12 +1162,7 @@ def table(found: Sequence[Setting], judged: Sequence[Judged]) -> str:
         f"each; gain {gains.min():+.3f} to {gains.max():+.3f} nats, positive in {(gains > 0).mean():.0%}; two "
         f"random halves differ by {chance:.4f}{agreement(found)}",
         f"nats a setting: always sifting {gains.mean():+.4f}, never 0, knowing the sign {gains.clip(0).mean():+.4f}",
-        "in equal time: "
-        + "; ".join(
-            f"at {cost:.0%} of a step positive in {(paid[:, n] > 0).mean():.0%}, always sifting {paid[:, n].mean():+.4f}, "
-            f"knowing the sign {paid[:, n].clip(0).mean():+.4f}"
-            for n, cost in enumerate(COSTS)
-        ),
+        *(line_of_time(found, n) for n in range(len(COSTS))),
         "",
         f"{'statistic':<26}{'rank r':>7}  {'95%, mixes':<15}{'95%, settings':<16}{'between':>7}{'within':>8}"
         f"{'p':>7}{'Holm':>6}{'signs':>7}{'gated':>9}{'untuned':>9}{'noise':>7}{'steps':>7}",
@@ -1179,6 +1173,20 @@ def table(found: Sequence[Setting], judged: Sequence[Judged]) -> str:
             f"{j.within:>+8.2f}{j.p:>7.3f}{j.holm:>6.2f}{j.right:>7.0%}{j.value:>+9.4f}{shown(j.at_once)}{j.noise:>7.2f}{j.steps:>7.1f}"
         ]
     return "\n".join(lines)
+
+
+def line_of_time(found: Sequence[Setting], n: int) -> str:
+    """What is gained in equal time, where scoring costs COSTS[n] of a step, by whom."""
+    paid = np.array([each.paid[n] for each in found])
+    line = (
+        f"in equal time, scoring at {COSTS[n]:.0%} of a step: positive in {(paid > 0).mean():.0%}, always sifting "
+        f"{paid.mean():+.4f}, knowing the sign {paid.clip(0).mean():+.4f}"
+    )
+    for name in ("ahead, held-out", "ahead"):
+        if name in found[0].values:
+            opens = np.array([each.values[name] > 0 for each in found])
+            line += f", gated by {name!r} > 0 {np.where(opens, paid, 0).mean():+.4f}"
+    return line
 
 
 def agreement(found: Sequence[Setting]) -> str:
@@ -1337,6 +1345,7 @@ def main(arguments: list[str] | None = None) -> None:
         running.add_argument("--raw", type=Path, help="a folder for what statistics are made of")
     showing = commands.add_parser("table", help="which statistic predicts the gain")
     showing.add_argument("--out", type=Path, default=Path("tools/results/gate"))
+    showing.add_argument("--mixes", nargs="+", default=[*MIXES], help="of these mixes only")
     showing.add_argument("--ways", nargs="+", default=[], help="of these ways to score only")
     showing.add_argument("--stages", nargs="+", type=int, default=[], help="of these stages only")
     showing.add_argument(
@@ -1353,6 +1362,7 @@ def main(arguments: list[str] | None = None) -> None:
             each
             for each in settings_of(options.out, options.ways)
             if (not options.stages or each.stage in options.stages)
+            and each.mix in options.mixes
             and options.held in (None, held_is(MIXES[each.mix]))
         ]
         if not found:
