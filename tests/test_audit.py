@@ -73,7 +73,7 @@ def test_an_audit_says_what_scoring_by_hand_says(criterion):
     loader._on_select = lambda ids, scores, kept: pools.append((ids, kept))
     next(batches)
     found = loader.stats
-    assert found["audit_step"] == 3 and found["audits"][-1]["sifting"]
+    assert found["audit_step"] == 3 and loader.audits[-1]["sifting"]
     ids, kept = pools[0]
     pool = {name: value[24:32] for name, value in Texts().batch.items()}
     assert ids.tolist() == [*range(24, 32)]
@@ -109,9 +109,9 @@ def test_scores_that_do_not_look_at_the_model_are_held_against_its_losses():
     batches = iter(loader)
     for _ in range(30):
         next(batches)
-    overlaps = [each["overlap"] for each in loader.stats["audits"]]
+    overlaps = [each["overlap"] for each in loader.audits]
     assert len(overlaps) == 29 and 0.35 < np.mean(overlaps) < 0.65
-    assert 0.9 < np.mean([each["rho"] for each in loader.stats["audits"]]) < 1.1
+    assert 0.9 < np.mean([each["rho"] for each in loader.audits]) < 1.1
 
 
 def test_a_batch_that_passes_through_is_audited_as_if_it_were_a_pool():
@@ -122,7 +122,7 @@ def test_a_batch_that_passes_through_is_audited_as_if_it_were_a_pool():
     for _ in range(3):
         batch = next(plain)
         assert torch.equal(next(batches)["input_ids"], batch["input_ids"])
-    audit = loader.stats["audits"][-1]
+    audit = loader.audits[-1]
     losses = Sifter(model, exit_layer="full").score(batch)
     top = Sifter(model, exit_layer=1).score(batch).argsort(descending=True, stable=True)[:4]
     assert not audit["sifting"] and audit["rows"] == 8
@@ -133,7 +133,7 @@ def test_before_the_first_audit_the_figures_are_none():
     loader = make(bert())
     next(iter(loader))
     found = loader.stats
-    assert found["audits"] == [] and found["audit_step"] is None
+    assert loader.audits == [] and found["audit_step"] is None
     assert all(found[name] is None for name in FIGURES)
 
 
@@ -204,7 +204,7 @@ def test_training_is_the_same_to_the_bit_with_and_without_audits(options):
         state = torch.get_rng_state()
         weights = [each.tolist() for each in model.parameters()]
         ends.append((seen, weights, state.tolist()))
-        assert bool(loader.stats["audits"]) == bool(every)
+        assert bool(loader.audits) == bool(every)
     assert ends[0] == ends[1]
 
 
@@ -212,7 +212,7 @@ def test_a_loader_that_never_sifts_is_not_audited():
     model = bert()
     loader = make(model, keep=1.0, audit_every=1)
     train(loader, model, 4)
-    assert loader.stats["audits"] == [] and loader.stats["audited"] == 0
+    assert loader.audits == [] and loader.stats["audited"] == 0
 
 
 def test_an_evaluation_is_not_audited():
@@ -235,7 +235,7 @@ def test_rows_are_counted_and_nothing_is_looked_at_in_between():
         next(batches)
         rows.append(loader.stats["audited"])
     assert rows == [0] * 4 + [8] * 4 + [16] * 4 + [24]
-    assert [each["step"] for each in loader.stats["audits"]] == [4, 8, 12]
+    assert [each["step"] for each in loader.audits] == [4, 8, 12]
 
 
 def test_an_audit_costs_what_stats_say(monkeypatch):
@@ -292,7 +292,7 @@ def test_figures_are_settled_a_few_steps_later_and_read_no_sooner():
     for _ in range(11):
         next(batches)
     assert loader._audits.history == []
-    assert len(loader.stats["audits"]) == 1
+    assert len(loader.audits) == 1
     assert loader._audits.history == []
     for _ in range(LATER - 1):
         next(batches)
@@ -312,7 +312,7 @@ def test_what_cannot_be_audited_is_told_once_and_trained_on():
     with pytest.warns(UserWarning, match=r"no audits: no room; audit_every=0"):
         for _ in range(6):
             next(batches)
-    assert loader.stats["audits"] == [] and loader.stats["steps"] == 6
+    assert loader.audits == [] and loader.stats["steps"] == 6
 
 
 def test_another_model_is_audited_from_then_on():
@@ -367,7 +367,7 @@ def test_a_restart_at_any_step_remembers_the_same_audits():
     for _ in range(14):
         next(batches)
     timed = {"scoring_cost"}
-    expected = [{k: v for k, v in a.items() if k not in timed} for a in whole.stats["audits"]]
+    expected = [{k: v for k, v in a.items() if k not in timed} for a in whole.audits]
     assert len(expected) == 4
     for stop in (1, 3, 4, 5, 6, 7, 9, 10, 13):
         before = make(model, audit_every=3)
@@ -381,7 +381,7 @@ def test_a_restart_at_any_step_remembers_the_same_audits():
         batches = iter(after)
         for _ in range(14 - stop):
             next(batches)
-        found = [{k: v for k, v in a.items() if k not in timed} for a in after.stats["audits"]]
+        found = [{k: v for k, v in a.items() if k not in timed} for a in after.audits]
         assert found == expected, stop
 
 
@@ -412,7 +412,7 @@ def test_a_state_of_before_there_were_audits_is_taken():
         del state["stats"][name]
     after = make(bert())
     after.load_state_dict(state)
-    assert after.stats["audits"] == [] and after.stats["audited"] == 0
+    assert after.audits == [] and after.stats["audited"] == 0
 
 
 # ---- gates

@@ -153,7 +153,12 @@ def save(
 
 
 def same(state: dict[str, Any]) -> dict[str, Any]:
-    own = {"seconds_scoring", "nonfinite", "unlabelled"}  # of a rank's own rows
+    own = {
+        "seconds_scoring",
+        "seconds_auditing",
+        "nonfinite",
+        "unlabelled",
+    }  # of a rank's own rows
     return {**state, "stats": {k: v for k, v in state["stats"].items() if k not in own}}
 
 

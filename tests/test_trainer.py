@@ -306,7 +306,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_samples(
         except KeyboardInterrupt:
             assert trainer.state.global_step == stop
         stats = attached.loader.stats
-        return trainer, watch, {**stats, "seconds_scoring": None}
+        return trainer, watch, {**stats, "seconds_scoring": None, "seconds_auditing": None}
 
     straight, watch, stats = train(tmp_path / "straight")
     begun = 0
@@ -645,7 +645,11 @@ def train_on_two_ranks(rank: int, folder: Path, ports: list[int]) -> None:
                 "updates": watch.updates,
                 "sifted": watch.sifted,
                 "ids": ids,
-                "stats": {**attached.loader.stats, "seconds_scoring": None},
+                "stats": {
+                    **attached.loader.stats,
+                    "seconds_scoring": None,
+                    "seconds_auditing": None,
+                },
                 "weights": trainer.model.state_dict(),
                 "wrapped": type(trainer.model_wrapped).__name__,
             }
