@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WorkerDied as WorkerDied,
     )
     from siftloader.exits import EarlyExit as EarlyExit
+    from siftloader.forks import Trial as Trial, trial as trial
     from siftloader.gate import Threshold as Threshold
     from siftloader.heads import ExitHead as ExitHead
     from siftloader.integrations import attach as attach, sift_calls as sift_calls
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from siftloader.pool import Pool as Pool
     from siftloader.predicted import Predicted as Predicted
     from siftloader.predictions import Predictions as Predictions
+    from siftloader.probes import Probe as Probe, probe as probe
     from siftloader.schedule import Schedule as Schedule
     from siftloader.scores import (
         Criterion as Criterion,
@@ -59,7 +61,6 @@ if TYPE_CHECKING:
     from siftloader.sifter import Sifter as Sifter
     from siftloader.stream import TokenShards as TokenShards
     from siftloader.targets import First as First, Stride as Stride
-    from siftloader.trial import trial as trial
     from siftloader.trials import TrialGate as TrialGate
     from siftloader.world import World as World
 
@@ -70,6 +71,7 @@ _NAMES = {
     "errors": "BatchError CorpusError CorruptShard EmptyEpoch FetchError RanksDisagree ScoringError "
     "ShardError SiftError Stalled StateError WorkerDied",
     "exits": "EarlyExit",
+    "forks": "Trial trial",
     "gate": "Threshold",
     "heads": "ExitHead",
     "integrations": "attach sift_calls",
@@ -79,6 +81,7 @@ _NAMES = {
     "pool": "Pool",
     "predicted": "Predicted",
     "predictions": "Predictions",
+    "probes": "Probe probe",
     "schedule": "Schedule",
     "scores": "Criterion Entropy GradNorm LeastConfidence Loss Margin Random Rarity Reducible Residual",
     "selection": "Gumbel RankSample Robust Selection Stratified TopK TrimmedTopK",

@@ -24,9 +24,9 @@ from siftloader.inspection import check_plot, on_a_line, shown
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from siftloader.probe import Probe
+    from siftloader.forks import Trial
+    from siftloader.probes import Probe
     from siftloader.stream import TokenShards
-    from siftloader.trial import Trial
 
 
 HELD_OUT = 512  # samples that a trial measures on, at most: every arm is measured whole, and they are many
@@ -157,8 +157,8 @@ def probed(arguments: argparse.Namespace) -> str:
             raise SiftError("--out needs `matplotlib`; pip install 'siftloader[log]'")
     import torch
 
-    from siftloader.probe import probe
     from siftloader.probe_figure import draw
+    from siftloader.probes import probe
     from siftloader.sifter import Sifter
     from siftloader.stream import TokenShards
 
@@ -332,8 +332,8 @@ def _tried(
 ) -> Trial:
     import torch
 
+    from siftloader.forks import trial
     from siftloader.scores import criterion_named
-    from siftloader.trial import trial
 
     choice = found.candidate
     return trial(

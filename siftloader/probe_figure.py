@@ -14,8 +14,8 @@ from itertools import cycle
 from typing import Any
 
 from siftloader.errors import SiftError
-from siftloader.probe import Probe
-from siftloader.trial import Trial
+from siftloader.forks import Trial
+from siftloader.probes import Probe
 
 
 COLORS = "#1f4e8c", "#c8442b", "#3a8a5f", "#8a5fa8", "#b8862b", "#4a4a4a"

@@ -27,11 +27,7 @@ from siftloader.agreement import Agreement
 from siftloader.batches import Batch, cut, move, rows
 from siftloader.errors import ScoringError, StateError
 from siftloader.exits import EarlyExit
-from siftloader.intervals import interval
-from siftloader.prescored import Merged
-from siftloader.sifter import Sifter
-from siftloader.stream import TokenShards
-from siftloader.trial import (
+from siftloader.forks import (
     LossOf,
     Step,
     arm,
@@ -41,6 +37,10 @@ from siftloader.trial import (
     held_out_loss,
     model_loss,
 )
+from siftloader.intervals import interval
+from siftloader.prescored import Merged
+from siftloader.sifter import Sifter
+from siftloader.stream import TokenShards
 from siftloader.updates import Updates
 
 

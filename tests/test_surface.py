@@ -14,10 +14,10 @@ from siftloader import errors
 
 PUBLIC = """
     BatchError Budget CorpusError CorruptShard Coverage Criterion EarlyExit EmptyEpoch Entropy ExitHead FetchError
-    First GradNorm Gumbel LeastConfidence Loss Margin Mlm Pool Predicted Predictions Random RankSample
+    First GradNorm Gumbel LeastConfidence Loss Margin Mlm Pool Predicted Predictions Probe Random RankSample
     RanksDisagree Rarity Reducible Residual Robust Schedule ScoringError Selection ShardError SiftError Sifter
-    SiftingDataLoader Stalled StateError Stratified Stride TokenShards TopK TrimmedTopK WorkerDied World attach
-    sift_calls
+    SiftingDataLoader Stalled StateError Stratified Stride Threshold TokenShards TopK Trial TrialGate TrimmedTopK
+    WorkerDied World attach probe sift_calls trial
 """.split()  # noqa: SIM905 - a list of names reads better without quotes
 
 

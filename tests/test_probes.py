@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from siftloader import Margin, Random, Sifter, SiftingDataLoader, Stride, TokenShards, theory
 from siftloader.errors import ScoringError
-from siftloader.probe import Choice, Probe, probe
+from siftloader.forks import Trial
 from siftloader.probe_figure import draw
-from siftloader.trial import Trial
+from siftloader.probes import Choice, Probe, probe
 
 
 DEPTH, WIDTH, CLASSES = 5, 16, 10

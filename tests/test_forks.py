@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader
 
 from siftloader import Criterion, Entropy, Predictions, Random, Sifter
 from siftloader.exits import token_loss
-from siftloader.intervals import interval
-from siftloader.trial import (
+from siftloader.forks import (
     ROUNDS,
     WARM_UP,
     Step,
@@ -37,6 +36,7 @@ from siftloader.trial import (
     model_loss,
     trial,
 )
+from siftloader.intervals import interval
 
 
 RULE = torch.randn(8, 10, generator=torch.Generator().manual_seed(5))
@@ -535,7 +535,7 @@ def test_costs_are_the_median_of_ratios_after_warming_up(monkeypatch):
             clock += [now, now + took]
             now += took + 0.25
     monkeypatch.setattr(
-        "siftloader.trial.time", SimpleNamespace(perf_counter=iter(clock).__next__)
+        "siftloader.forks.time", SimpleNamespace(perf_counter=iter(clock).__next__)
     )
     seen: list[str] = []
 
@@ -557,7 +557,7 @@ def test_costs_are_the_median_of_ratios_after_warming_up(monkeypatch):
 def test_a_sifted_step_never_costs_less_than_a_plain_one(monkeypatch):
     clock = iter(float(number) ** 0.5 for number in range(1000))  # each step a little quicker
     model, optimizer = learner()
-    monkeypatch.setattr("siftloader.trial.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("siftloader.forks.time", SimpleNamespace(perf_counter=clock.__next__))
     found = run(model, optimizer, cost=None)
     assert found.cost == 1.0 and found.sifted_steps == found.steps
     assert found.seconds > 0 and found.per_second is not None

@@ -40,6 +40,7 @@ from siftloader.candidates import LoaderCandidates, ShardCandidates
 from siftloader.errors import ScoringError
 from siftloader.exits import EarlyExit, model_inputs, token_entropy, token_loss
 from siftloader.fidelity import Fidelity, measured
+from siftloader.forks import Trial
 from siftloader.intervals import interval
 from siftloader.loader import SiftingDataLoader
 from siftloader.padding import ends_of
@@ -52,7 +53,6 @@ from siftloader.selection import TopK
 from siftloader.sifter import Sifter
 from siftloader.stack import find_stack, unwrap
 from siftloader.stream import TokenShards
-from siftloader.trial import Trial
 
 
 LossOf: TypeAlias = Callable[[nn.Module, Batch], Tensor]
