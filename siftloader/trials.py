@@ -63,7 +63,7 @@ class TrialGate:
     than half of ``least``. Where several ranks run, each makes its own pairs, and all decide by those of all.
 
     The first trial comes with the first step that would be sifted. All trials together take ``share`` of the
-    steps (0.01: about 150 steps' worth, by the defaults, every 15,000). While one runs, memory holds a copy of
+    steps (0.01: about 220 steps' worth, by the defaults, every 22,000). While one runs, memory holds a copy of
     model and optimizer more, and ``steps * repeats`` pools. ``loss(model, batch)`` is the loop's
     (``model(**batch).loss``), ``clip`` its largest norm of gradients; accumulation and a scaler are not imitated.
     ``held_out_rows`` of the held-out rows are measured.
@@ -72,7 +72,7 @@ class TrialGate:
     """
 
     held_out: Iterable[Batch] | None = None
-    steps: int = 16
+    steps: int = 24
     repeats: int = 4
     share: float = 0.01
     held_out_rows: int = 256

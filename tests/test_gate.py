@@ -57,7 +57,11 @@ def test_audits_without_the_figure_change_nothing():
         ({"opens": "1", "closes": 1.1}, TypeError, "opens must be a number"),
         ({"opens": 1.0, "closes": True}, TypeError, "closes must be a number"),
         ({"opens": float("inf"), "closes": 1.1}, ValueError, "opens must be finite"),
-        ({"opens": 2.0, "closes": 1.1, "over": 0}, ValueError, "over must be an int of at least 1"),
+        (
+            {"opens": 2.0, "closes": 1.1, "over": 0},
+            ValueError,
+            "over must be an int of at least 1",
+        ),
     ],
 )
 def test_a_threshold_checks_itself(options, error, text):
@@ -103,7 +107,7 @@ def test_every_row_is_drawn_once_however_often_a_gate_opens_and_closes(overlap):
     def gate(audits, is_open):
         return len(audits) % 2 == 1
 
-    drawn, seen = [], []
+    drawn = []
     loader = make(
         gate,
         overlap=overlap,
@@ -111,8 +115,8 @@ def test_every_row_is_drawn_once_however_often_a_gate_opens_and_closes(overlap):
     )
     for _ in range(3):
         before = loader.stats
-        for batch in loader:
-            seen.append(batch["input_ids"])
+        for _ in loader:
+            pass
         after = loader.stats
         scored = after["candidates"] - before["candidates"]
         kept = after["kept"] - before["kept"]

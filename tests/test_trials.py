@@ -252,7 +252,7 @@ def test_the_optimizer_is_found_by_the_steps_that_it_takes():
     next(batches)
     next(batches)
     assert not loader.trials, "no optimizer has trained this model yet"
-    other, its_optimizer = begun()
+    _, its_optimizer = begun()
     its_optimizer.step()
     next(batches)
     assert not loader.trials
