@@ -186,6 +186,9 @@ OPTIONS = {
     "told": {"on_select": lambda ids, scores, kept: None},
     "log": {"log_selections": "selections.parquet"},
     "overlap": {"overlap": True},
+    "audits": {"audit_every": 2},
+    "audits beside": {"audit_every": 2, "overlap": True},
+    "audits of a warm-up": {"audit_every": 2, "warmup_steps": 4},
 }
 OF_TEXT = {
     "rarity": {"criterion": Rarity(COUNTS)},
@@ -195,6 +198,7 @@ OF_TEXT = {
     "first": {"positions": First(4)},
     "all layers": {"exit_layer": "full"},
     "parts": {"score_batch_size": 8},
+    "audits": {"audit_every": 2},
 }
 
 
