@@ -310,9 +310,7 @@ def test_a_run_repeats_resumes_and_is_tabled(
     ]
     assert run(cut) == [*cut.read_text().splitlines()]  # nothing is missing: nothing is run
 
-    other = (
-        (tmp_path / "prose-0.jsonl").read_text().replace('"mix": "prose"', '"mix": "identical"')
-    )
+    other = (tmp_path / "prose-0.jsonl").read_text().replace('"mix":"prose"', '"mix":"identical"')
     (tmp_path / "identical-0.jsonl").write_text(other)
     picture = tmp_path / "gate.png"
     show = ["table", "--out", str(tmp_path), "--draws", "10", "--png", str(picture)]

@@ -791,7 +791,9 @@ def run(
             rng = np.random.default_rng([seed, 4, number])
             losses = forked(model, optimizer, ways, pools, course.held, rng, plan)
             told = {
-                way: {key: [round(v, 6) for v in pair] for key, pair in with_noise(m).items()}
+                way: {
+                    key: [float(f"{v:.5g}") for v in pair] for key, pair in with_noise(m).items()
+                }
                 for way, m in found.items()
             }
             for way, m in found.items() if raw else ():
@@ -900,7 +902,7 @@ def start(path: Path, line: dict[str, Any]) -> None:
 
 def write(path: Path, line: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
 def machine() -> str:
@@ -1225,16 +1227,21 @@ def horizon_table(found: Sequence[Setting], folder: Path, draws: int) -> str:
         for _ in range(draws)
     ]
     spread = np.array([correlations(x[each], gains[each]) for each in again])
+    paid = np.array([each.paid for each in both])
+    best = ", ".join(f"{each.clip(0).mean():+.4f}" for each in (gains, *paid.T))
     lines = [
         f"one look-ahead at full rate, judged by {Plan().pools * B + JUDGES * P} held-out rows; {len(both)} settings of "
-        f"{len(which)} mixes; knowing the sign {gains.clip(0).mean():+.4f}",
-        f"{'steps':>5}{'rank r':>8}  {'95%, mixes':<15}{'signs':>6}{'gated at 0':>12}",
+        f"{len(which)} mixes; knowing the sign {best}",
+        f"{'steps':>5}{'rank r':>8}  {'95%, mixes':<15}{'signs':>6}{'gated at 0':>12}"
+        + "".join(f"{f'paying {cost:.0%}':>12}" for cost in COSTS),
     ]
     for n, (mark, r) in enumerate(zip(MARKS, correlations(x, gains), strict=False)):
         opens = x[:, n] > 0
+        values = [thresholds(x[:, n], each, which)[1] for each in paid.T]
         lines += [
             f"{mark:>5}{r:>+8.2f}  {span(interval(spread[:, n])):<15}{(opens == (gains > 0)).mean():>6.0%}"
             f"{np.where(opens, gains, 0).mean():>+12.4f}"
+            + "".join(f"{each:>+12.4f}" for each in values)
         ]
     return "\n".join(lines)
 
