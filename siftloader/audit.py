@@ -32,6 +32,7 @@ from siftloader.batches import rows
 from siftloader.errors import RanksDisagree, StateError
 from siftloader.fidelity import SUMS, Fidelity, Sums, measured
 from siftloader.pool import Pool
+from siftloader.predicted import Predicted
 from siftloader.predictions import Predictions, Value
 from siftloader.scorer import Scorer, terms
 from siftloader.scores import Criterion, Random, Rarity, ScoreOf, token_loss
@@ -227,7 +228,8 @@ class Audits:
             if (under_way := state["under_way"]) is not None:
                 self._asked = under_way["step"]
                 self._saved = under_way if under_way["rank"] == rank else None
-        except (KeyError, TypeError) as error:
+                _check_found(under_way["found"])
+        except (KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state is damaged: its audits {error!r}") from error
 
     def _tried(
@@ -247,7 +249,7 @@ class Audits:
         except RanksDisagree:
             raise
         except Exception as error:
-            if self.needed:
+            if self.needed or self._scorer.is_spread:  # whose other ranks would wait for this one
                 raise
             self._fails = True
             warnings.warn(
@@ -287,7 +289,7 @@ class Audits:
             criterion = self._scorer.criterion
             self._pair = (
                 self._scorer.beside(Witness(criterion)),
-                self._scorer.beside(Witness(criterion), exit_layer="full"),
+                self._scorer.beside(Witness(_truth(criterion)), exit_layer="full"),
             )
         for each in self._pair:
             each.follow(self._scorer)
@@ -318,6 +320,17 @@ class Audits:
         audit = _audit(step, ranks)
         self.history = [*self.history, audit][-HISTORY:]
         return audit
+
+
+def _truth(criterion: ScoreOf) -> ScoreOf:
+    # What a small model predicts of the whole one, where it does.
+    return criterion.of if isinstance(criterion, Predicted) else criterion
+
+
+def _check_found(found: list[float] | None) -> None:
+    # 1, the sums, of which the first counts rows, and three figures more.
+    if found is not None and (len(found) != SUMS + 4 or found[0] != 1 or found[1] < 0):
+        raise ValueError(f"of the one under way {found!r}")
 
 
 def _first(scores: Tensor) -> Tensor:

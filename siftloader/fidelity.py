@@ -139,7 +139,7 @@ def _pairs(early: NDArray[np.float64], full: NDArray[np.float64]) -> tuple[float
 def _deviation(squares: float, total: float, count: float) -> float:
     if count < 2:
         return math.nan
-    return math.sqrt(max(0.0, squares - total**2 / count) / (count - 1))
+    return math.sqrt(max(0.0, squares - total * total / count) / (count - 1))
 
 
 def _ratio(one: float, other: float) -> float:

@@ -232,7 +232,7 @@ def trial(
         return held_out_loss(forked, held, step)
 
     plain, sifted = [], []
-    with _streams_kept(), _bar() as bar:
+    with streams_kept(), _bar() as bar:
         held = [clone(batch) for batch in held_out]
         source = _drawn(pools, steps * repeats)
         for repeat in range(repeats):
@@ -400,7 +400,7 @@ def arm(
     if not model.training:
         model.train()
     rates = [group["lr"] for group in optimizer.param_groups]
-    with _streams_kept():
+    with streams_kept():
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.manual_seed_all(seed)
@@ -433,7 +433,7 @@ def held_out_loss(model: nn.Module, batches: Iterable[Batch], step: Step) -> flo
     total, weights = 0.0, 0
     model.eval()
     try:
-        with _streams_kept(), torch.no_grad():
+        with streams_kept(), torch.no_grad():
             for batch in batches:
                 if weight := _labelled(model, batch):
                     total += weight * float(step.measured(model, batch))
@@ -483,7 +483,7 @@ def cost_of(
 
     rounds = []
     model.train()
-    with _streams_kept():
+    with streams_kept():
         for pool in itertools.islice(itertools.cycle(pools), WARM_UP + ROUNDS):
             plain, sifted = (seconds_of(choose, pool) for choose in ways)
             rounds.append((plain, sifted))
@@ -540,7 +540,7 @@ def _key(seed: int, repeat: int) -> int:
 
 
 @contextmanager
-def _streams_kept() -> Iterator[None]:
+def streams_kept() -> Iterator[None]:
     """The global random streams afterwards as before: torch's, those of CUDA devices, random's and NumPy's."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
     host, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002

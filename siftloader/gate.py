@@ -68,11 +68,18 @@ class Threshold:
         return mean >= (self.closes if is_open else self.opens)
 
 
+def settings_of(gate: Gate | None) -> str:
+    """What all ranks must have alike: a function, or an object of one's own, by the name of its kind."""
+    if gate is None or isinstance(gate, Threshold):
+        return repr(gate)
+    return str(getattr(gate, "__qualname__", type(gate).__qualname__))
+
+
 def replayed(gate: Gate, audits: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a gate is open that was asked after each of these audits."""
-    is_open = gate((), True)
+    is_open = bool(gate((), True))
     for seen in range(1, len(audits) + 1):
-        is_open = gate(audits[:seen], is_open)
+        is_open = bool(gate(audits[:seen], is_open))
     return is_open
 
 

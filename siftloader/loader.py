@@ -64,7 +64,7 @@ from siftloader.coverage import Coverage
 from siftloader.drawn import Drawn, Taken, take
 from siftloader.errors import EmptyEpoch, RanksDisagree, StateError
 from siftloader.faces import Finished, kept_from, sampler_of
-from siftloader.gate import Gate, gate_named, replayed
+from siftloader.gate import Gate, gate_named, replayed, settings_of
 from siftloader.heads import ExitHead
 from siftloader.labels import Labels
 from siftloader.pool import Pool
@@ -582,6 +582,8 @@ class SiftingDataLoader(DataLoader[Any]):
         self._forget_ahead()
         self._sifter.attach_model(model)
         self._audits.forget_model()
+        if self._trials is not None:
+            self._trials.forget_model()
         self._fits = self._vocabulary is None
         if isinstance(model, nn.Module):
             self._check_vocabulary()
@@ -806,9 +808,11 @@ class SiftingDataLoader(DataLoader[Any]):
                 found = self._next_sifted(pieces, held, wanted)
             else:
                 found = self._next_plain(pieces, held, training)
-        if found is None:
-            return None
-        batch, taken = found
+            if found is None:
+                return None
+            batch, taken = found
+            if training and self._trials is not None and self._schedule.ahead(self._step):
+                self._trials.rehearse(batch)
         if turn == self._turn:
             self._cursor, self._idle, self._restored = taken.cursor, False, False
             if isinstance(self._source, ShardCandidates):
@@ -837,7 +841,11 @@ class SiftingDataLoader(DataLoader[Any]):
         if not trials.due(self._step, self._epoch):
             return
         cost, wanted, split = trials.cost(self._audits.history), trials.pools, self._sizes.split
-        able = self._tested and cost is not None and trials.optimizer() is not None
+        if cost is None:
+            return  # on all ranks: audits are of all of them
+        if self._prescored is not None:
+            self._prescored.wait()  # its job may look at what is copied
+        able = self._tested and trials.optimizer() is not None
         found: list[Merged] = []
         if able:
             while len(held) < wanted if split else _rows(held) < wanted * self._pool_rows:
@@ -853,7 +861,7 @@ class SiftingDataLoader(DataLoader[Any]):
         elif not all(bool(vote[0, 1]) for vote in votes):
             trials.wait_for_epoch(self._epoch, len(found))
         else:
-            assert cost is not None and self._sizes.batch is not None
+            assert self._sizes.batch is not None
             self._open = trials.run(self._step, found, self._sizes.batch, cost, agreement)
 
     @property
@@ -869,7 +877,7 @@ class SiftingDataLoader(DataLoader[Any]):
             counts.steps, self._pace, self._sifter.agreement, counts.scoring
         )
         if audit is not None and self._gate is not None:
-            self._open = self._gate(self._audits.history, self._open)
+            self._open = bool(self._gate(self._audits.history, self._open))
 
     def _audit(self, pool: Pool, labels: Tensor | None, won: Tensor | None) -> None:
         # Of a batch that passes through, the share that would be kept if it were a pool.
@@ -993,7 +1001,7 @@ class SiftingDataLoader(DataLoader[Any]):
             scorer.exit_layer,
             self._sifter.scope,
             self._audits.every,
-            self._gate if self._trials is None else self._trials.told,
+            settings_of(self._gate) if self._trials is None else self._trials.told,
             *kinds,
         )
 

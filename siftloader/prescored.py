@@ -107,6 +107,10 @@ class Prescored:
         found, self._restored = self._restored, None
         return found if found is not None and len(found.values) == rows else None
 
+    def wait(self) -> None:
+        """Until no job is under way; what it found is kept."""
+        self._known()
+
     def drop(self) -> None:
         """Forget what is under way, and what a state knew."""
         self._forget()

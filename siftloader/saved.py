@@ -9,7 +9,7 @@ without a word.
 
 from __future__ import annotations
 
-import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -124,8 +124,7 @@ def _positive(value: Any) -> bool:
 
 
 def _seconds(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return _number(value) and value >= 0
 
 
 def _share(value: Any) -> bool:
@@ -232,7 +231,12 @@ def _audit(value: Any) -> bool:
 
 
 def _figure(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and math.isfinite(value))
+    return value is None or _number(value)
+
+
+def _number(value: Any) -> bool:
+    # Compared, not converted: a whole number may be too large for that.
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 # What a state of version 1 did not say, one of version 2, one of version 3; and its stats.

@@ -360,10 +360,15 @@ class Scorer:
 
         return job
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether the model's weights lie on several ranks, so that scoring communicates."""
+        spread = any(is_fsdp(each) or is_fsdp1(each) for each in self.model.modules())
+        return spread or bool(self.replica_groups)
+
     def check_overlap(self) -> None:
         """Raise ScoringError where scoring must not run beside a step: it would need what other ranks do."""
-        spread = any(is_fsdp(each) or is_fsdp1(each) for each in self.model.modules())
-        if spread or self.replica_groups:
+        if self.is_spread:
             raise ScoringError(
                 "overlap=True cannot score a model whose weights lie on several ranks: gathering them would meet "
                 "the collectives of the training step; use overlap=False"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -36,12 +36,13 @@ from siftloader.forks import (
     fork,
     held_out_loss,
     model_loss,
+    streams_kept,
 )
 from siftloader.intervals import interval
 from siftloader.prescored import Merged
 from siftloader.sifter import Sifter
 from siftloader.stream import TokenShards
-from siftloader.updates import Updates
+from siftloader.updates import Updates, owns
 
 
 FORWARD = 1 / 3  # of a training step
@@ -62,8 +63,8 @@ class TrialGate:
     held-out loss is at least ``least`` nats and its 95 % interval lies above zero, and closes where the gain is less
     than half of ``least``. Where several ranks run, each makes its own pairs, and all decide by those of all.
 
-    The first trial comes with the first step that would be sifted. All trials together take ``share`` of the
-    steps (0.01: about 220 steps' worth, by the defaults, every 22,000). While one runs, memory holds a copy of
+    A step of a copy is tried as soon as the optimizer is known: what fails does so then. The first trial comes with
+    the first step that would be sifted. All trials together take ``share`` of the steps (0.01: about 220 steps' worth, by the defaults, every 22,000). While one runs, memory holds a copy of
     model and optimizer more, and ``steps * repeats`` pools. ``loss(model, batch)`` is the loop's
     (``model(**batch).loss``), ``clip`` its largest norm of gradients; accumulation and a scaler are not imitated.
     ``held_out_rows`` of the held-out rows are measured.
@@ -120,6 +121,9 @@ class Trials:
         self._updates = (
             None if gate.optimizer is not None else Updates(lambda: sifter.scorer.given_model)
         )
+        if self._updates is not None:
+            self._updates.counts = False  # before the first batch there may be no model to find
+        self._checked = self._rehearsed = False
         self._short: int | None = None  # the epoch that has too few pools left
         self._told = False
 
@@ -138,6 +142,7 @@ class Trials:
             gate.share,
             gate.held_out_rows,
             gate.cost,
+            gate.least,
             gate.clip,
             gate.seed,
         )
@@ -153,11 +158,20 @@ class Trials:
         known = [x for each in audits if (x := each.get("scoring_cost")) is not None]
         return known[-1] if known else None
 
+    def forget_model(self) -> None:
+        """Look anew: the model was replaced."""
+        self._checked = self._rehearsed = False
+
     def check(self, batch: Batch) -> None:
-        """Raise what would keep a trial from being made, given the first candidates."""
-        model = self._sifter.scorer.model
+        """Raise what would keep a trial from being made, given the first candidates; later ones are not looked at."""
+        if self._checked:
+            return
+        self._checked, scorer = True, self._sifter.scorer
+        if self._updates is not None:
+            self._updates.counts = True
+        model = scorer.model
         check_whole(model)
-        if self._sifter.scorer.replica_groups:
+        if scorer.replica_groups:
             raise ScoringError(
                 "a gate by trials trains copies of the model, and this one lies on several ranks; use a gate by audits"
             )
@@ -166,8 +180,8 @@ class Trials:
             return
         early, few = EarlyExit(model, "full"), cut(batch, 0, 1)
         found = None
-        if early.takes_labels(few):
-            with torch.no_grad():
+        if isinstance(few, Mapping) and early.takes_labels(few):
+            with torch.no_grad(), scorer.precision.context(scorer.device):
                 found = getattr(early.with_labels(few), "loss", None)
         if not isinstance(found, Tensor):
             raise ScoringError(
@@ -176,12 +190,27 @@ class Trials:
                 f"model and batch that returns a scalar"
             )
 
+    def rehearse(self, batch: Batch) -> None:
+        """Take one step of a copy on what the loop is about to get: what fails does so now, and not after the warm-up.
+
+        Once, as soon as the optimizer is known.
+        """
+        if self._rehearsed or (optimizer := self.optimizer()) is None:
+            return
+        self._rehearsed, begun = True, time.perf_counter()
+        forked, its_optimizer = fork(self._sifter.scorer.model, optimizer)
+        step = self._step()
+        arm(forked, its_optimizer, [_unweighted(batch)], _as_it_is, step, self.gate.seed)
+        held_out_loss(forked, self._held()[:1], step)
+        self.seconds += time.perf_counter() - begun
+
     def optimizer(self) -> Optimizer | None:
         """The one that trains the model; None before it was seen. ScoringError where there are several."""
         if self.gate.optimizer is not None:
             return self.gate.optimizer
         assert self._updates is not None
-        found = [*self._updates.optimizers]
+        model = self._sifter.scorer.given_model
+        found = [each for each in self._updates.optimizers if owns(model, each)]
         if len(found) > 1:
             raise ScoringError(
                 f"{len(found)} optimizers train the model ({', '.join(sorted(type(x).__name__ for x in found))}): a "
@@ -318,11 +347,12 @@ class Trials:
     def _held(self) -> list[Batch]:
         if self._held_out is None:
             left, found = self.gate.held_out_rows, []
-            for batch in self._find_held_out():
-                found.append(cut(batch, 0, min(left, rows(batch))))
-                left -= rows(found[-1])
-                if left <= 0:
-                    break
+            with streams_kept():  # a DataLoader draws a seed for its workers
+                for batch in self._find_held_out():
+                    found.append(cut(batch, 0, min(left, rows(batch))))
+                    left -= rows(found[-1])
+                    if left <= 0:
+                        break
             if not found:
                 raise ValueError(
                     "a gate by trials measures held-out loss, and held_out has no batches; give some that are not "
@@ -340,8 +370,6 @@ class Trials:
 def held_out_of(gate: TrialGate, dataset: Any) -> Callable[[], Iterable[Batch]]:
     """Where held-out batches come from: the gate, or the val split of shards. ValueError where there is none."""
     if (given := gate.held_out) is not None:
-        if isinstance(given, Iterator):
-            given = list(given)
         return lambda: given
     data = getattr(getattr(dataset, "loader", None), "dataset", dataset)
     if not isinstance(data, TokenShards):
@@ -352,6 +380,17 @@ def held_out_of(gate: TrialGate, dataset: Any) -> Callable[[], Iterable[Batch]]:
     shards, at_once = data, min(gate.held_out_rows, ROWS_AT_ONCE)
     shards.held_out(at_once)  # that there is such a split shows now
     return lambda: shards.held_out(at_once)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _unweighted(batch: Batch) -> Batch:
+    # Trials hand out no weights.
+    if not isinstance(batch, Mapping) or "sift_weight" not in batch:
+        return batch
+    return {name: value for name, value in batch.items() if name != "sift_weight"}
 
 
 def _number(value: object) -> bool:

@@ -35,8 +35,8 @@ class Updates:
     def __init__(self, find: Callable[[], nn.Module]) -> None:
         self.steps, self.counts = 0, True
         self._find = find
-        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that stepped so far
-        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # in the step under way
+        # That made the last step. Not all that ever did: a loop may go on with a new one, and keep the old one.
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         _LISTENING.add(self)
         _listen()
 
@@ -45,10 +45,9 @@ class Updates:
         # Asked anew each time: wrapping a model, or freezing parts of it, changes whose parameters it has.
         if not self.counts or not owns(self._find(), optimizer):
             return
-        if not self._stepped or optimizer in self._stepped:
+        if not self.optimizers or optimizer in self.optimizers:
             self.steps += 1
-            self._stepped.clear()
-        self._stepped.add(optimizer)
+            self.optimizers.clear()
         self.optimizers.add(optimizer)
 
 

@@ -299,6 +299,14 @@ def gated(rank: int) -> Any:
     return handed, loader.stats["candidates"], loader.stats["samples"]
 
 
+def gated_by_a_function(rank: int) -> Any:
+    def gate(audits: Any, is_open: bool) -> bool:  # lies elsewhere in every process
+        return len(audits) % 2 == 0
+
+    loader = make(rank, count=40, audit_every=2, warmup_steps=0, gate=gate)
+    return run(loader), loader.stats["candidates"]
+
+
 def tried(rank: int) -> Any:
     # The ranks have other data, so that alone each would find another gain.
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -365,6 +373,7 @@ CASES: dict[str, Callable[[int], Any]] = {
         gathers,
         audited,
         gated,
+        gated_by_a_function,
         tried,
         other_audits,
         audits_taken_up,
@@ -436,6 +445,11 @@ def test_a_gate_decides_alike_on_all_ranks(found: dict[str, list[Any]]) -> None:
     assert first == second
     handed, candidates, _ = first
     assert 0 < candidates < 8 * handed, "open for a while, and closed for a while"
+
+
+def test_a_gate_may_be_a_function_of_every_rank(found: dict[str, list[Any]]) -> None:
+    first, second = found["gated_by_a_function"]
+    assert first == second and 0 < first[1] < 8 * first[0]
 
 
 def test_a_gate_by_trials_decides_alike_on_all_ranks(found: dict[str, list[Any]]) -> None:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from models import LAYERS, bert, candidates, classifier, gpt2
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from siftloader import (
     Entropy,
+    First,
     Loss,
+    Predicted,
     Random,
     RankSample,
     Rarity,
@@ -24,6 +27,7 @@ from siftloader import (
     StateError,
 )
 from siftloader.audit import FIGURES, Pace, Witness
+from siftloader.fidelity import SUMS
 from siftloader.targets import LATER
 
 
@@ -39,6 +43,18 @@ class Texts(Dataset):
 
     def __getitem__(self, index: int):
         return {name: value[index] for name, value in self.batch.items()}
+
+
+class Small(nn.Module):
+    """What predicts scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.embed, self.out = nn.Embedding(97, 4), nn.Linear(4, 1)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.out(self.embed(input_ids).mean(1))
 
 
 def make(model, *args, **options) -> SiftingDataLoader:
@@ -114,6 +130,19 @@ def test_scores_that_do_not_look_at_the_model_are_held_against_its_losses():
     assert 0.9 < np.mean([each["rho"] for each in loader.audits]) < 1.1
 
 
+def test_what_a_small_model_predicts_is_held_against_what_it_stands_for():
+    model = bert()
+    loader = make(model, criterion=Predicted(Small(), of=Entropy()), audit_every=1, exit_layer=1)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    pool = {name: value[16:24] for name, value in Texts().batch.items()}
+    full = Sifter(model, exit_layer="full", criterion=Entropy()).score(pool)
+    own = loader._sifter.pool(pool)
+    early, whole = (each.score(own, pool["labels"]) for each in loader._audits._pair)
+    assert torch.equal(whole.values, full) and not torch.equal(early.values, full)
+
+
 def test_a_batch_that_passes_through_is_audited_as_if_it_were_a_pool():
     model = gpt2()
     loader = SiftingDataLoader(Texts("gpt2"), 8, model=model, warmup_steps=100, audit_every=2)
@@ -184,26 +213,27 @@ def test_all_ways_to_select_are_audited(options):
         {"pool": "split"},
         {"keep": {0: 0.5, 6: 0.25}},
         {"scorer_device": "cpu"},
-        {"positions": "first"},
+        {"positions": First(8)},
+        {"exit_head": "probe"},
+        {"predicted": True},
     ],
     ids=str,
 )
 def test_training_is_the_same_to_the_bit_with_and_without_audits(options):
-    if options.get("positions"):
-        from siftloader import First
-
-        options = {"positions": First(8)}
     ends = []
     for every in (0, 1):
         torch.manual_seed(0)
         model = bert()
+        given = {name: value for name, value in options.items() if name != "predicted"}
+        if "predicted" in options:  # one for each: it learns
+            given["criterion"] = Predicted(Small())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            loader = make(model, shuffle=True, audit_every=every, **options)
+            loader = make(model, shuffle=True, audit_every=every, **given)
         seen = train(loader, model, 8)
         state = torch.get_rng_state()
         weights = [each.tolist() for each in model.parameters()]
-        ends.append((seen, weights, state.tolist()))
+        ends.append((seen, weights, state.tolist(), loader.state_dict()["learned"]))
         assert bool(loader.audits) == bool(every)
     assert ends[0] == ends[1]
 
@@ -389,6 +419,12 @@ def test_a_restart_at_any_step_remembers_the_same_audits():
     "audits",
     [
         {"history": [], "under_way": {"step": 3}},
+        {"history": [], "under_way": {"step": 3, "rank": 0, "found": [1.0, 2.0]}},
+        {"history": [], "under_way": {"step": 3, "rank": 0, "found": []}},
+        {"history": [], "under_way": {"step": 3, "rank": 0, "found": [-1.0] * (SUMS + 4)}},
+        {"history": [], "under_way": {"step": 3, "rank": 0, "found": [1.0] + [-1.0] * (SUMS + 3)}},
+        {"history": [], "under_way": {"step": 3, "rank": 0, "found": [1.0] + [None] * (SUMS + 3)}},
+        {"history": [{"step": 3, "rho": 10**400}], "under_way": None},
         {"history": [{"step": "x"}], "under_way": None},
         {"history": [{"step": 3, "rho": math.nan}], "under_way": None},
         {"history": {}, "under_way": None},

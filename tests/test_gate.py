@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import numpy as np
 import pytest
 import torch
 from models import bert, candidates
 from torch.utils.data import DataLoader, Dataset
 
 from siftloader import SiftingDataLoader
-from siftloader.gate import Threshold
+from siftloader.gate import Threshold, settings_of
 
 
 def audits(*values):
@@ -124,6 +126,20 @@ def test_every_row_is_drawn_once_however_often_a_gate_opens_and_closes(overlap):
         dropped = after["tail_dropped"] - before["tail_dropped"]
         assert scored + passed + dropped == 128 and kept and passed
     assert sum(drawn) == loader.stats["candidates"]
+
+
+def test_what_a_gate_says_is_kept_as_true_or_false():
+    loader = make(lambda audits, is_open: np.float64(len(audits)) > 0, audit_every=2)
+    for _ in zip(range(6), loader):  # noqa: B905
+        pass
+    assert json.loads(json.dumps(loader.state_dict()))["gate"] is True
+
+
+def test_ranks_know_a_gate_by_what_it_is_not_by_where_it_lies():
+    assert settings_of(shut) == "shut" and settings_of(functools.partial(shut)) == "partial"
+    one, other = Threshold("rho", 1.2, 1.1), Threshold("rho", 1.2, 1.0)
+    assert settings_of(one) == settings_of(Threshold("rho", 1.2, 1.1)) != settings_of(other)
+    assert settings_of(None) == "None"
 
 
 def test_its_length_is_that_of_the_gate_as_it_stands():

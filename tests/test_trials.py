@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from siftloader import Random, ScoringError, SiftingDataLoader, StateError, TokenShards
+from siftloader import (
+    Predicted,
+    Random,
+    ScoringError,
+    SiftingDataLoader,
+    StateError,
+    TokenShards,
+)
 from siftloader.trials import TrialGate
 
 
@@ -193,6 +200,7 @@ def test_what_is_said_to_be_spent_is_what_is_spent(monkeypatch):
     loader = make(model, count=120, gated=gate(held_out_rows=100))
     train(loader, model, optimizer, 42)
     (only,) = loader.trials
+    del steps[0], looked[0]  # tried once with the first optimizer step, for nothing
     assert set(steps) == {B} and set(looked) == {100}
     sifted = round(8 / 1.06) * 4
     assert len(steps) == 8 * 4 + sifted and only["scored"] == sifted * 2 * B
@@ -242,6 +250,87 @@ def test_a_trial_trains_copies_on_the_same_pools_by_the_loaders_own_rules():
     assert abs(only["gain"]) <= 2 * only["half_width"] and only["half_width"] > 0
 
 
+def test_held_out_batches_are_drawn_without_a_trace():
+    # A DataLoader draws a seed from the global stream whenever it begins.
+    rows = drawn("planted", 80, 0)
+    dataset = [{name: value[i] for name, value in rows.items()} for i in range(80)]
+    held_out = DataLoader(dataset[:32], 16, shuffle=True)
+    streams = []
+    for gated in (None, TrialGate(held_out=held_out, cost=COST, least=1e9, steps=2, repeats=2)):
+        model, optimizer = begun()
+        warmup = 1 if gated else 100
+        loader = SiftingDataLoader(
+            dataset,
+            B,
+            shuffle=True,
+            model=model,
+            shift_labels=False,
+            warmup_steps=warmup,
+            audit_every=0,
+            gate=gated,
+        )
+        seen = train(loader, model, optimizer, 8)
+        streams.append((seen, torch.get_rng_state().tolist(), weights(model)))
+    assert loader.trials and streams[0] == streams[1]
+
+
+@pytest.mark.parametrize("options", [{"exit_head": "probe"}, {"criterion": "predicted"}], ids=str)
+def test_what_is_learned_beside_the_model_is_copied_too(options):
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.out = nn.Embedding(VOCABULARY, 4), nn.Linear(4, 1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.out(self.embed(ids).mean(1))
+
+    ends = []
+    for steps in (2, 10**6):  # so many pools that there is no trial
+        model, optimizer = begun()
+        torch.manual_seed(3)
+        if "criterion" in options:
+            options = {"criterion": Predicted(Small())}
+        gated = gate(steps=steps, repeats=2, least=1e9)
+        loader = make(model, count=60, gated=gated, warmup_steps=3, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            seen = train(loader, model, optimizer, 20)
+        assert bool(loader.trials) == (steps == 2)
+        learned = loader.state_dict()["learned"]
+        assert learned
+        ends.append((seen, weights(model), learned))
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("interrupt", [RuntimeError, KeyboardInterrupt])
+def test_after_a_trial_that_broke_off_everything_is_as_before(interrupt, monkeypatch):
+    from siftloader import trials as room
+
+    model, optimizer = begun()
+    loader = make(model, count=200, warmup_steps=5, gated=gate(steps=2, repeats=2))
+    batches = iter(loader)
+    seen = train(batches, model, optimizer, 5)
+    held = room.held_out_loss
+
+    def break_off(*args):
+        held(*args)
+        raise interrupt("in the middle")
+
+    monkeypatch.setattr(room, "held_out_loss", break_off)
+    kept, streams, before = loader.state_dict(), torch.get_rng_state(), weights(model)
+    with pytest.raises(interrupt, match="in the middle"):
+        next(batches)
+    monkeypatch.undo()
+    assert torch.equal(streams, torch.get_rng_state()) and weights(model) == before
+    assert not loader.trials and {**loader.state_dict(), "trials": 0} == {**kept, "trials": 0}
+    again = make(model, count=200, warmup_steps=5, gated=gate(steps=2, repeats=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a list is resumed by drawing it again
+        again.load_state_dict(loader.state_dict())
+        seen += train(again, model, optimizer, 4)
+    assert again.trials and len(seen) == 9
+
+
 # ---- when it happens
 
 
@@ -274,11 +363,33 @@ def test_several_optimizers_are_refused_unless_one_is_named():
     first, second = list(model.parameters())[:2], list(model.parameters())[2:]
     optimizers = [torch.optim.SGD(first, 0.1), torch.optim.Adam(second, 1e-3)]
     loader = make(model, count=400, warmup_steps=2)
+    handed = 0
     with pytest.raises(ScoringError, match=r"2 optimizers train the model \(Adam, SGD\)"):
         for batch in loader:
+            handed += 1
             model(**batch).loss.backward()
             for each in optimizers:
                 each.step()
+    assert handed == 1, "told of as soon as they have stepped"
+
+
+def test_an_optimizer_that_another_one_replaced_does_not_count():
+    model, first = begun()
+    loader = make(model, count=400, warmup_steps=6)
+    batches = iter(loader)
+    train(batches, model, first, 2)
+    second = torch.optim.SGD(model.parameters(), 0.1)
+    train(batches, model, second, 6)
+    assert len(loader.trials) == 1 and first.state
+
+
+def test_another_model_is_tried_with_its_own_optimizer():
+    (first, its), (second, others) = begun(), begun(1)
+    loader = make(first, count=400, warmup_steps=6)
+    train(loader, first, its, 2)
+    loader.attach_model(second)
+    train(loader, second, others, 6)
+    assert len(loader.trials) == 1
 
 
 def test_without_a_cost_the_audits_are_waited_for():
@@ -396,6 +507,60 @@ def test_a_model_without_a_loss_of_its_own_is_told_of_at_the_first_batch():
     loader = make(Bare())
     with pytest.raises(ScoringError, match=r"TrialGate\(loss=\.\.\.\)"):
         next(iter(loader))
+
+
+def test_batches_that_are_no_dicts_are_told_of_at_the_first_one():
+    pairs = [(each["ids"], each["labels"]) for each in batches("planted", 4)]
+    loader = SiftingDataLoader.wrap(
+        pairs, model=begun()[0], shift_labels=False, gate=gate(), audit_every=0
+    )
+    with pytest.raises(ScoringError, match=r"a tuple gives none; .* TrialGate\(loss=\.\.\.\)"):
+        next(iter(loader))
+
+
+def test_what_fails_in_a_step_of_a_copy_does_so_long_before_the_first_trial():
+    # A field that the loop takes away before its forward, and a trial does not.
+    model, optimizer = begun()
+    rows = [{**each, "id": torch.arange(B)} for each in batches("planted", 20)]
+    loader = SiftingDataLoader.wrap(
+        rows, model=model, shift_labels=False, warmup_steps=100, audit_every=0, gate=gate()
+    )
+    handed = 0
+    with pytest.raises(TypeError, match="unexpected keyword argument 'id'"):
+        for batch in loader:
+            handed += 1
+            del batch["id"]
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+    assert handed == 1
+
+
+def test_candidates_are_looked_at_once(monkeypatch):
+    from siftloader import trials as room
+
+    made, early = [], room.EarlyExit
+    monkeypatch.setattr(room, "EarlyExit", lambda *args: made.append(args) or early(*args))
+    model, optimizer = begun()
+    loader = make(model, count=60, warmup_steps=2, gated=gate(steps=2, repeats=2, least=0.0))
+    for _ in range(2):
+        train(loader, model, optimizer, 10)
+        loader._open = True
+    assert loader.stats["candidates"] and len(made) == 1
+
+
+def test_batches_that_never_end_are_read_no_further_than_needed():
+    drawn = []
+
+    def endless():
+        while True:
+            drawn.append(1)
+            yield from batches("hard", 1)
+
+    loader = make(begun()[0], gated=gate(held_out=endless(), held_out_rows=2 * B))
+    assert not drawn
+    next(iter(loader))
+    assert len(drawn) == 2
 
 
 def test_a_loss_of_the_loop_is_trained_on():
