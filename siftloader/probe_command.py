@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -22,6 +24,7 @@ from siftloader.inspection import check_plot, on_a_line, shown
 
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from siftloader.forks import Trial
@@ -155,6 +158,7 @@ def probed(arguments: argparse.Namespace) -> str:
         check_plot(arguments.out)
         if importlib.util.find_spec("matplotlib") is None:  # not after a trial of an hour
             raise SiftError("--out needs `matplotlib`; pip install 'siftloader[log]'")
+    _check_trial(arguments)
     import torch
 
     from siftloader.probe_figure import draw
@@ -164,10 +168,11 @@ def probed(arguments: argparse.Namespace) -> str:
 
     shards = TokenShards(arguments.shards, seed=arguments.seed)
     held_out = _held_out(arguments) if arguments.trial is not None else None
+    device = _device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, notes = _model(arguments.model, shards, arguments.seed)
+    notes += _mismatch(model, shards.objective)
     _check_length(model, shards)
     shards.check_model(model)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).train()
     like = None
     if arguments.bf16:
@@ -196,6 +201,29 @@ def probed(arguments: argparse.Namespace) -> str:
     return "\n\n".join(parts)
 
 
+def _check_trial(arguments: argparse.Namespace) -> None:
+    # Not after a probe that may take long.
+    if arguments.trial is None:
+        return
+    if arguments.trial < 1:
+        raise ValueError(f"--trial needs at least 1 step, got {arguments.trial}")
+    if arguments.repeats < 2:
+        raise ValueError(
+            f"--repeats must be at least 2, got {arguments.repeats}: an interval needs them"
+        )
+    if not 0 < arguments.lr < math.inf:
+        raise ValueError(f"--lr must be above 0, got {arguments.lr}")
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        return torch.zeros((), device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device: there is no {name!r} here ({_first_line(error)})") from error
+
+
 # ---- the model
 
 
@@ -204,6 +232,8 @@ def _model(name: str, shards: TokenShards, seed: int) -> tuple[nn.Module, list[s
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _built(Path(file), function), []
+    if name.endswith(".py"):
+        raise ValueError(f"--model: {name} names no function; give {name}:FUNCTION")
     return _of_hugging_face(name, shards.objective, seed)
 
 
@@ -212,20 +242,34 @@ def _built(file: Path, function: str) -> nn.Module:
 
     if not file.is_file():
         raise SiftError(f"--model: there is no file {file}; give FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    # By a name of its own: a file may be called as a package is. Dataclasses and others look their module up by it.
+    name = f"_probed_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
     with _imports_beside(file):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise SiftError(f"--model: {file} cannot be imported: {_raised(error)}") from error
         build = getattr(module, function, None)
         if not callable(build):
             raise ValueError(f"--model: {file} has no function {function!r}")
-        model = build()
+        try:
+            model = build()
+        except Exception as error:
+            raise SiftError(f"--model: {function} of {file} raised {_raised(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"--model: {function} of {file} returns {type(model).__name__}, need a torch.nn.Module"
         )
     return model
+
+
+def _raised(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {_first_line(error)} ({where.filename}, line {where.lineno})"
 
 
 @contextmanager
@@ -282,6 +326,18 @@ def _has_weights(folder: Path) -> bool:
 
 def _first_line(error: Exception) -> str:
     return on_a_line((str(error) or repr(error)).strip().split("\n")[0])
+
+
+def _mismatch(model: nn.Module, objective: str) -> list[str]:
+    from siftloader.labels import is_causal
+
+    causal = is_causal(model)
+    if causal is None or causal == (objective == "clm"):
+        return []
+    return [
+        f"ANOTHER OBJECTIVE: {type(model).__name__} predicts {'the next token' if causal else 'masked tokens'}, and "
+        f"the shards were made for objective {objective}, so the losses below mean little."
+    ]
 
 
 def _check_length(model: nn.Module, shards: TokenShards) -> None:

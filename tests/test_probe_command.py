@@ -21,12 +21,20 @@ from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_sh
 T, V = 16, 90
 SPECIAL = {"pad": 0, "cls": 2, "sep": 3, "mask": 4, "eos": 3}
 BUILDS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
 import torch
 from parts import WIDTH
 
 
+@dataclass(frozen=True)
+class Size:  # looks its module up by name
+    vocabulary: int = 90
+
+
 class Net(torch.nn.Module):
-    def __init__(self, vocabulary=90):
+    def __init__(self, vocabulary=Size().vocabulary):
         super().__init__()
         self.embed = torch.nn.Embedding(vocabulary, WIDTH)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))
@@ -61,6 +69,14 @@ def small():
 
 def nothing():
     return None
+
+
+def broken():
+    raise ValueError("weights are elsewhere")
+
+
+def asking(size):
+    return Net(size)
 """
 
 
@@ -210,6 +226,21 @@ def test_a_trial_draws_on_where_the_data_end_and_says_so(model, tmp_path, capsys
         ({"--model": "{tmp}/gone.py:build"}, 1, "--model: there is no file"),
         ({"--model": "{tmp}/net.py:bild"}, 2, "has no function 'bild'"),
         ({"--model": "{tmp}/net.py:nothing"}, 2, "nothing of .* returns NoneType, need a torch"),
+        (
+            {"--model": "{tmp}/net.py:broken"},
+            1,
+            r"broken of .*net.py raised ValueError: weights are elsewhere \(.*net.py, line 53\)",
+        ),
+        ({"--model": "{tmp}/net.py:asking"}, 1, "asking of .*net.py raised TypeError: .*'size'"),
+        ({"--model": "{tmp}/parts.txt:build"}, 1, "no model for shards"),
+        ({"--model": "{tmp}/net.py"}, 2, r"net.py names no function; give .*net.py:FUNCTION"),
+        ({"--model": "{tmp}/torn.py:build"}, 1, r"torn.py cannot be imported: ZeroDivisionError"),
+        ({"--device": "abacus"}, 2, "--device: .*abacus"),
+        ({"--device": "cuda:99"}, 2, "--device: .*cuda:99"),
+        ({"--trial": "0"}, 2, "--trial needs at least 1 step, got 0"),
+        ({"--trial": "4", "--repeats": "1"}, 2, "--repeats must be at least 2, got 1"),
+        ({"--trial": "4", "--lr": "-1"}, 2, "--lr must be above 0, got -1"),
+        ({"--trial": "4", "--lr": "nan"}, 2, "--lr must be above 0, got nan"),
         ({"--model": "{tmp}/net.py:small"}, 2, "has 90 token ids, but the model embeds only 80"),
         (
             {"--model": "{tmp}/short"},
@@ -236,6 +267,7 @@ def test_what_is_wrong_is_said_in_a_line(given, status, message, model, shards, 
         tmp_path / "gpt"
     )
     letters(tmp_path / "whole", splits={"train": 60})
+    (tmp_path / "torn.py").write_text("1 / 0\n")
     options = {"--model": model, "--shards": str(shards), "--batch-size": "8", "--pools": "3"}
     options |= {name: value.format(tmp=tmp_path) for name, value in given.items()}
     assert main(["probe", *(word for pair in options.items() for word in pair)]) == status
@@ -243,6 +275,36 @@ def test_what_is_wrong_is_said_in_a_line(given, status, message, model, shards, 
     lines = [line for line in complaint.splitlines() if line.startswith("siftloader: ")]
     assert printed == "" and len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
+
+
+def test_what_a_trial_needs_is_asked_for_before_the_model_is_made(model, shards, capsys):
+    asked = ["probe", "--model", "gone.py:build", "--shards", str(shards), "--trial", "0"]
+    assert main(asked) == 2 and "--trial" in capsys.readouterr().err
+
+
+def test_a_model_for_another_objective_is_said_so_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = tmp_path / "bert"
+    config().save_pretrained(folder)
+    (tmp_path / "gpt.py").write_text(
+        "import transformers\n"
+        "def build():\n"
+        "    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=90, n_positions=16)\n"
+        "    return transformers.GPT2LMHeadModel(config)\n"
+        "def bert():\n"
+        f"    return transformers.BertForMaskedLM(transformers.BertConfig.from_pretrained({str(folder)!r}))\n"
+    )
+    for objective, function, warned in (
+        ("mlm", "build", True),
+        ("clm", "build", False),
+        ("clm", "bert", True),
+        ("mlm", "bert", False),
+    ):
+        shards = tmp_path / f"{objective}-{function}"
+        letters(shards, objective)
+        asked = ["--model", f"{tmp_path / 'gpt.py'}:{function}", "--shards", str(shards)]
+        assert main(["probe", *asked, *few("--layers", 1)]) == 0
+        assert capsys.readouterr().out.startswith("ANOTHER OBJECTIVE") is warned
 
 
 @pytest.mark.parametrize(
