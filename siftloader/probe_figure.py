@@ -18,7 +18,10 @@ from siftloader.forks import Trial
 from siftloader.probes import Probe
 
 
-COLORS = "#1f4e8c", "#c8442b", "#3a8a5f", "#8a5fa8", "#b8862b", "#4a4a4a"
+COLORS = (
+    *("#1f4e8c", "#c8442b", "#3a8a5f", "#8a5fa8", "#b8862b", "#4a4a4a"),
+    *("#3ba7c4", "#d472a3"),
+)
 MUTED = "#6b6b6b"
 ACROSS = ("axes fraction", "data")
 
@@ -46,7 +49,7 @@ def draw(found: Probe, path: str | os.PathLike[str], tried: Trial | None = None)
         handles,
         labels,
         loc="outside lower left",
-        ncols=min(6, len(labels)),
+        ncols=len(labels) if len(labels) <= 6 else 4,
         frameon=False,
         fontsize=9,
     )
@@ -151,7 +154,8 @@ def _draw_overlap(axes: Any, found: Probe, colors: Mapping[str, str]) -> None:
     for height, text in ((found.keep, "chance"), (found.asked, "asked for")):
         axes.axhline(100 * height, color=MUTED, linestyle=":", linewidth=1.2)
         _say(axes, text, (1, 100 * height), ACROSS)
-    axes.set_ylim(top=103)
+    # Of few pools an interval may be wider than all there is.
+    axes.set_ylim(max(axes.get_ylim()[0], -3), 103)
     axes.yaxis.set_major_formatter("{x:.0f} %")
     axes.set_xticks(list(places.values()), [])
 
@@ -164,7 +168,7 @@ def _draw_sigma(axes: Any, found: Probe) -> None:
         list(places.values()),
         [sigmas[name] for name in places],
         "o-",
-        color=COLORS[-1],
+        color="#4a4a4a",
         ms=4.5,
         lw=1.4,
     )

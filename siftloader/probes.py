@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from textwrap import fill
@@ -48,7 +48,7 @@ from siftloader.pool import Pool
 from siftloader.predictions import Predictions, Value
 from siftloader.schedule import whole
 from siftloader.scorer import Scorer
-from siftloader.scores import Criterion, Entropy, Loss, ScoreOf, criterion_named
+from siftloader.scores import Criterion, Entropy, Loss, Random, ScoreOf, criterion_named
 from siftloader.selection import TopK
 from siftloader.sifter import Sifter
 from siftloader.stack import find_stack, unwrap
@@ -250,7 +250,8 @@ def probe(
             took = median(each.seconds[name] for each in ours)
             price = took / step_seconds if cost is None else cost[layer]
             closed_form = closed_forms.get(layer, math.nan)
-            found.append(_choice(layer, name, ours, seen["full"], drawn, price, closed_form))
+            each = _choice(layer, name, ours, seen["full"], drawn, price, closed_form)
+            found.append(_control(each) if isinstance(named[name], Random) else each)
     return Probe(
         model=type(given.scorer.model).__name__,
         layers=stack.layers,
@@ -666,6 +667,14 @@ def _choice(
     )
 
 
+def _control(choice: Choice) -> Choice:
+    # Chance agrees with itself at every layer, and costs nothing: that follows no model, and is nothing to try.
+    nan = math.nan
+    return replace(
+        choice, follows=False, overlap=nan, overlap_half_width=nan, spearman=nan, agreement=nan
+    )
+
+
 def _rho_full(seen: Sequence[_Seen], size: int) -> float:
     sums = []
     for each in seen:
@@ -765,7 +774,8 @@ def _table(found: Probe) -> str:
         best = each == found.best
         lines.append(
             f"{each.layer:>{exits}}  {each.criterion:<{width}} {_pm(each.rho, each.rho_half_width):>15} "
-            f"{each.overlap:>8.1%} {each.spearman:>9.3f} {each.agreement:>6.3f}{closed} "
+            f"{_known(each.overlap, '.1%'):>8} {_known(each.spearman, '.3f'):>9} "
+            f"{_known(each.agreement, '.3f'):>6}{closed} "
             f"{each.sigma:>7.3f}{small} {_time(each.seconds):>8} {each.cost:>7.1%} "
             f"{_pm(each.speed, each.speed_half_width):>15}{' <- best' * best}"
         )
@@ -788,6 +798,10 @@ def _bound(found: Probe) -> str:
     return f'; "<": below Corollary 2\'s {found.sigma_max:.3f}, which suffices for rho > 1'
 
 
+def _known(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else f"{value:{form}}"
+
+
 def _pm(value: float, half_width: float) -> str:
     return f"{value:.3f} ± {half_width:.3f}"
 
@@ -800,6 +814,8 @@ def _advice(found: Probe) -> str:
     best = found.best
     if best is None:
         nearest = found.candidate
+        if math.isnan(nearest.overlap):
+            return "Do not sift: nothing here ranks candidates."
         return (
             f"Do not sift: none of these exits ranks candidates as the whole model does. The nearest, {nearest.called}, "
             f"keeps {nearest.overlap:.0%} of what the whole model would keep; chance keeps {found.keep:.0%}, and "

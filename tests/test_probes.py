@@ -677,3 +677,44 @@ def test_a_random_choice_is_no_choice():
     found = look(planted(2), costs(0.05, 0.3), criteria=["loss", Random()])
     drawn = [each for each in found.choices if each.criterion == "Random"]
     assert all(abs(each.rho - 1) < 0.1 for each in drawn) and found.best.criterion == "loss"
+    alone = look(planted(), costs(0, 0), exit_layers=[1], criteria=["loss", Random()])
+    assert alone.best is None and alone.candidate.criterion == "loss"
+    nothing = look(planted(2), costs(0, 0), criteria=[Random()])
+    assert nothing.best is None and "nothing here ranks candidates" in nothing.advice()
+    assert "nan" not in nothing.table()
+
+
+EVERY = ("loss", "entropy", "margin", "least-confidence", "grad-norm", "residual", "rarity")
+
+
+def test_a_picture_of_every_criterion_can_be_read(tmp_path, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), figures.append(self))
+    )
+    rows = [
+        choice(criterion=each, layer=n, overlap_half_width=3.0) for each in EVERY for n in (1, 2)
+    ]
+    chance = [
+        choice(
+            criterion="random",
+            layer=n,
+            follows=False,
+            overlap=math.nan,
+            overlap_half_width=math.nan,
+        )
+        for n in (1, 2)
+    ]
+    draw(finding(*rows, *chance), tmp_path / "probe.png")
+    (figure,) = figures
+    (legend,) = figure.legends
+    names = [each.get_text() for each in legend.get_texts()]
+    colors = [each.get_color() for each in legend.legend_handles]
+    assert len({colors[names.index(each)] for each in (*EVERY, "random")}) == 8
+    drawn = legend.get_window_extent()
+    assert drawn.x0 >= 0 and drawn.x1 <= figure.bbox.width
+    overlap = next(
+        each for each in figure.axes if each.get_title(loc="left").startswith("How much")
+    )
+    assert overlap.get_ylim()[0] >= -5
