@@ -40,6 +40,7 @@ from numpy.typing import ArrayLike, NDArray
 SIGMA_LIMIT = 1 / (2 * math.sqrt(2))  # of Theorem 4, 0.354
 LEAST_R = 9  # of Theorem 5: the first R with R / (4 ln R) >= 1
 NODES = 64  # of the quadrature of eq. 13, on an integrand that is entire
+ROUNDING = 1e-14  # of Delta_R, within which rho* F* counts as equal to it
 PAIRS = 1 << 14  # drawn at a time while counting
 
 Vector = NDArray[np.float64]
@@ -63,9 +64,9 @@ def theorem_1(
     Slip: eqs. 21 and 22 say "=" where eqs. 19 and 20 give "<=". Source: Theorem 1, appendix B.
     """
     _need(
-        rho_star >= 1,
+        1 <= rho_star < math.inf,
         f"rho* = {rho_star}",
-        "rho* >= 1: a maximum is no less than a mean; measure both on the same samples",
+        "a finite rho* >= 1: a maximum is no less than a mean; measure both on the same samples",
     )
     _need(Delta_R >= 0, f"Delta_R = {Delta_R}", "Delta_R >= 0, as losses are")
     shrink = _shrink(D_0, eta, L, K)
@@ -100,19 +101,26 @@ def corollary_1(
     >>> round(K, 9), round(loss, 9)
     (10.0, 0.4)
 
-    If Delta_R = rho* F*, both have one floor, the loss returned, and K is inf: GSGD's bound is always below.
+    If Delta_R = rho* F* (to rounding: a measured rho* is a quotient), both have one floor, the loss returned, and K
+    is inf: GSGD's bound is always below.
     Domain: that of both theorems, rho* > 1 and rho* F* <= Delta_R (eq. 5); else ValueError.
     It compares bounds under one eta, not the algorithms. Source: Corollary 1.
     """
-    _need(rho_star > 1, f"rho* = {rho_star}", "rho* > 1: at 1, GSGD's bound is nowhere better")
-    _need(F_star >= 0, f"F* = {F_star}", "F* >= 0, as losses are")
     _need(
-        rho_star * F_star <= Delta_R,
+        1 < rho_star < math.inf,
+        f"rho* = {rho_star}",
+        "a finite rho* > 1: at 1, GSGD's bound is nowhere better",
+    )
+    _need(F_star >= 0, f"F* = {F_star}", "F* >= 0, as losses are")
+    above = Delta_R - rho_star * F_star
+    if abs(above) <= ROUNDING * Delta_R:
+        above = 0.0
+    _need(
+        above >= 0,
         f"rho* F* = {rho_star * F_star} and Delta_R = {Delta_R}",
         "rho* F* <= Delta_R (eq. 5); measure all three on the same samples, rho_R at w*, too",
     )
     shrink = _shrink(D_0, eta, L, 1)
-    above = Delta_R - rho_star * F_star
     K = D_0**2 * (rho_star - 1) / (2 * eta * above) if above else math.inf
     return K, (Delta_R - F_star) / (shrink * (rho_star - 1))
 
@@ -239,7 +247,7 @@ def corollary_3(R: int) -> float:
     >>> round(corollary_3(9), 3), round(corollary_3(1000), 3)
     (2.597, 7.206)
 
-    An order for R to infinity, no bound: at R = 9 the best constant is negative. Domain: Theorem 5's, with
+    An order for R to infinity, no bound: at R = 9 Theorem 5 leaves a negative constant. Domain: Theorem 5's, with
     |epsilon| at most a constant times delta (the paper writes epsilon); R >= 9, else ValueError. The square root
     is below the first term, and changes the constant only. Source: Corollary 3.
     """
@@ -482,7 +490,8 @@ def _directions(theta: ArrayLike, weights: Sequence[ArrayLike], j: int) -> tuple
             f"W_{number} of shape {each.shape}",
             f"[{width}, {width}], as theta has {width} entries",
         )
-    _need(j in range(1, len(layers) + 1), f"j = {j}", f"a layer, 1 to {len(layers)}")
+    _need_whole(j, 1, f"a layer, 1 to {len(layers)}", name="j")
+    _need(j <= len(layers), f"j = {j}", f"a layer, 1 to {len(layers)}")
     return _back(head, layers[:j]), _back(head, layers)
 
 

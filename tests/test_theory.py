@@ -138,6 +138,7 @@ CROSS = {"D_0": 1.0, "eta": 0.25, "L": 2.0, "rho_star": 1.5, "Delta_R": 0.4, "F_
         (rho_approx, {"losses": [0, 1], "approximate": [1, 2]}, "R", 2, 1, "candidates"),
         (beta_j, {"theta": [1.0], "weights": [[[2.0]]]}, "j", 1, 0, "a layer, 1 to 1"),
         (beta_j, {"theta": [1.0], "weights": [[[2.0]]]}, "j", 1, 2, "a layer, 1 to 1"),
+        (beta_j, {"theta": [1.0], "weights": [[[2.0]]]}, "j", 1, 1.0, "a layer, 1 to 1"),
         (beta_j, {"theta": [1.0], "j": 1}, "weights", [[[2.0]]], [[[0.0]]], "not 0"),
         (beta_j, {"theta": [1.0], "j": 1}, "weights", [[[2.0]]], [[2.0]], r"W_1 of shape \(1,\)"),
         (beta_j, {"weights": [[[2.0]]], "j": 1}, "theta", [1.0], 1.0, r"theta of shape \(\)"),
@@ -439,6 +440,12 @@ def test_without_a_gap_the_bounds_never_cross() -> None:
     assert floor == theorem_1(1.0, 2.0, 0.25, 2.0, K, 0.5) == theorem_2(1.0, 0.25, 2.0, K, 0.25)
     assert theorem_1(1.0, 2.0, 0.25, 2.0, 1e9, 0.5) < theorem_2(1.0, 0.25, 2.0, 1e9, 0.25)
     assert corollary_1(1.0, 2.0, 0.25, 2.0, Delta_R=0.0, F_star=0.0) == (math.inf, 0.0)
+    rng = random(23)
+    for F_star in rng.uniform(0.01, 5, 1000):
+        Delta_R = F_star * rng.uniform(
+            1.01, 2
+        )  # rho* F* may fall on either side of Delta_R by rounding
+        assert corollary_1(1.0, Delta_R / F_star, 0.25, 2.0, Delta_R, F_star)[0] == math.inf
 
 
 def test_sgd_gets_to_the_minimum_by_the_step_size_that_the_docstring_has() -> None:
