@@ -18,7 +18,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any, TypeAlias, final
@@ -252,6 +252,8 @@ class Audits:
             if self.needed or self._scorer.is_spread:  # whose other ranks would wait for this one
                 raise
             self._fails = True
+            if not self._scorer.looks_at_model:
+                return None  # which need not be one that can be scored
             warnings.warn(
                 f"a pool cannot be scored by the whole model, so there are no audits: {error}; audit_every=0 says "
                 f"that none are wanted",
@@ -267,18 +269,10 @@ class Audits:
         timed: AbstractContextManager[None],
     ) -> Tensor:
         at_exit, whole = self._scorers()
-        found = []
-        for scorer in (at_exit, whole):
-            witness = scorer.criterion
-            assert isinstance(witness, Witness)
-            with timed if scorer is at_exit else nullcontext():
-                scores = scorer.score(pool, labels).values
-            # A function of the loop that scores is its own loss.
-            losses = scores if witness.losses is None else scorer.agreed(witness.losses.to(scores))
-            witness.losses = None
-            found += [scores, losses]
-        early, early_losses, full, losses = found
-        if all(isinstance(each, (Random, Rarity)) for each in terms(self._scorer.criterion)):
+        with timed:
+            early, early_losses = _scored(at_exit, pool, labels)
+        full, losses = _scored(whole, pool, labels)
+        if _is_free(self._scorer.criterion):
             full = losses  # such scores do not look at the model: does the model agree with them?
         won = torch.zeros_like(early)
         won[kept(early)] = 1
@@ -287,8 +281,9 @@ class Audits:
     def _scorers(self) -> tuple[Scorer, Scorer]:
         if self._pair is None:
             criterion = self._scorer.criterion
+            seen = Witness(criterion) if self._scorer.looks_at_model else criterion
             self._pair = (
-                self._scorer.beside(Witness(criterion)),
+                self._scorer.beside(seen),
                 self._scorer.beside(Witness(_truth(criterion)), exit_layer="full"),
             )
         for each in self._pair:
@@ -300,7 +295,7 @@ class Audits:
         look = self._look
         if look is None:
             saved = None if self._saved is None else self._saved["found"]
-            return None if saved is None else [math.nan if x is None else x for x in saved]
+            return None if saved is None else [math.nan if x is None else float(x) for x in saved]
         if look.copied is not None and not done(look.copied):
             look.copied.synchronize()
         arrays = look.arrays.double().numpy()
@@ -320,6 +315,22 @@ class Audits:
         audit = _audit(step, ranks)
         self.history = [*self.history, audit][-HISTORY:]
         return audit
+
+
+def _scored(scorer: Scorer, pool: Pool, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    # Scores and losses, [P] each.
+    scores = scorer.score(pool, labels).values
+    if not scorer.looks_at_model:
+        return scores, torch.full_like(scores, torch.nan)
+    witness = scorer.criterion
+    assert isinstance(witness, Witness)
+    losses, witness.losses = witness.losses, None
+    # A function of the loop that scores is its own loss.
+    return scores, scores if losses is None else scorer.agreed(losses.to(scores))
+
+
+def _is_free(criterion: ScoreOf) -> bool:
+    return all(isinstance(each, (Random, Rarity)) for each in terms(criterion))
 
 
 def _truth(criterion: ScoreOf) -> ScoreOf:

@@ -70,7 +70,7 @@ from siftloader.labels import Labels
 from siftloader.pool import Pool
 from siftloader.prescored import Merged, Prescored, copied
 from siftloader.saved import check_fits, check_learned, checked
-from siftloader.schedule import Epoch, Keep, Schedule
+from siftloader.schedule import Epoch, Keep, Schedule, whole
 from siftloader.scorer import Model, ScoreFunction, Scorer
 from siftloader.scores import ScoreOf, criterion_named
 from siftloader.selection import Selection, check_share
@@ -361,6 +361,7 @@ class SiftingDataLoader(DataLoader[Any]):
     def _begin(self, joined: bool, over: int = 0) -> Iterator[Batch]:
         # The next epoch, or where a state left one, for accelerate to hear of; without its first batches.
         self._asks = self._may_train()
+        self._pace.rest()
         with self._telling():
             if (
                 self._learned is not None
@@ -885,7 +886,7 @@ class SiftingDataLoader(DataLoader[Any]):
         share = min(self._schedule.shares)
 
         def kept(scores: Tensor) -> Tensor:
-            keep = max(1, int(count * share))
+            keep = whole(count * share) or max(1, int(count * share))
             return self._sifter.selection(scores, keep, pool) if won is None else won
 
         of_pool = 1.0 if won is not None or self._sizes.split else share

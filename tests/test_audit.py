@@ -295,6 +295,19 @@ def test_an_audit_costs_what_stats_say(monkeypatch):
     assert found["scoring_cost"] == pytest.approx(8 / 100)
 
 
+def test_what_happens_between_epochs_belongs_to_no_step(monkeypatch):
+    from siftloader import stats as room
+
+    now = [0.0]
+    monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
+    loader = SiftingDataLoader(Texts(count=16), 4, model=bert(), warmup_steps=0, audit_every=5)
+    for _ in range(8):  # epochs of two batches
+        for _ in loader:
+            now[0] += 1.0
+        now[0] += 100.0
+    assert loader._pace.period == 1.0
+
+
 def test_the_cost_is_known_before_anything_is_sifted(monkeypatch):
     from siftloader import stats as room
     from siftloader.scorer import Scorer
@@ -343,6 +356,20 @@ def test_what_cannot_be_audited_is_told_once_and_trained_on():
         for _ in range(6):
             next(batches)
     assert loader.audits == [] and loader.stats["steps"] == 6
+
+
+def test_where_other_ranks_would_wait_what_cannot_be_audited_raises(monkeypatch):
+    from siftloader.scorer import Scorer
+
+    def score(early, batch):
+        if early.layer != 1:
+            raise RuntimeError("no room")
+        return batch["input_ids"][:, 0].float()
+
+    monkeypatch.setattr(Scorer, "is_spread", True)
+    loader = make(bert(), score_fn=score, exit_layer=1)
+    with pytest.raises(RuntimeError, match="no room"):
+        next(iter(loader))
 
 
 def test_another_model_is_audited_from_then_on():
@@ -425,6 +452,7 @@ def test_a_restart_at_any_step_remembers_the_same_audits():
         {"history": [], "under_way": {"step": 3, "rank": 0, "found": [1.0] + [-1.0] * (SUMS + 3)}},
         {"history": [], "under_way": {"step": 3, "rank": 0, "found": [1.0] + [None] * (SUMS + 3)}},
         {"history": [{"step": 3, "rho": 10**400}], "under_way": None},
+        {"history": [{"step": True}], "under_way": None},
         {"history": [{"step": "x"}], "under_way": None},
         {"history": [{"step": 3, "rho": math.nan}], "under_way": None},
         {"history": {}, "under_way": None},
@@ -437,6 +465,22 @@ def test_a_damaged_history_is_refused(audits):
     state = loader.state_dict() | {"audits": audits}
     with pytest.raises(StateError, match="audits"):
         make(bert()).load_state_dict(state)
+
+
+def test_numbers_of_any_kind_are_taken_up_as_figures():
+    loader = make(bert())
+    next(iter(loader))
+    found = [1, 2, *[10**30] * (SUMS - 1), None, 2, 1]
+    under_way = {"step": 1, "rank": 0, "found": found}
+    state = loader.state_dict() | {"audits": {"history": [], "under_way": under_way}}
+    after = make(bert())
+    after.load_state_dict(state)
+    (audit,) = after.audits
+    assert audit["rows"] == 2 and audit["scoring_cost"] is None
+    assert json.loads(json.dumps(after.state_dict()))["audits"]["under_way"] == {
+        **under_way,
+        "found": [None if each is None else float(each) for each in found],
+    }
 
 
 def test_a_state_of_before_there_were_audits_is_taken():

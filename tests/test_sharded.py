@@ -410,7 +410,7 @@ def training_is_bit_for_bit_that_of_a_plain_loader(build: Callable[[], Any]) -> 
         data = rows(2 * 2 * 4 * (STEPS + 1))
         sampler = DistributedSampler(data, shuffle=True, seed=3)  # type: ignore[arg-type]
         loader = SiftingDataLoader(
-            data, 4, sampler=sampler, model=model, exit_layer=layer, warmup_steps=1
+            data, 4, sampler=sampler, model=model, exit_layer=layer, warmup_steps=1, audit_every=1
         )
 
         def watched(loader: Any = loader, kept: list[Batch] = kept) -> Iterator[Batch]:
@@ -420,6 +420,9 @@ def training_is_bit_for_bit_that_of_a_plain_loader(build: Callable[[], Any]) -> 
 
         sifted = train(model, watched(), window, accumulate)
         assert loader.stats["candidates"] == 8 * STEPS
+        audits = [{**each, "scoring_cost": None} for each in loader.audits]
+        one, other = gather(audits)
+        assert one == other and [each["rows"] for each in one] == [2 * 8] * STEPS
         assert (
             len(
                 {
