@@ -218,11 +218,9 @@ class Audits:
             under_way = {"step": self._asked, "rank": rank, "found": numbers}
         return {"history": list(self.history), "under_way": under_way}
 
-    def load(self, state: Mapping[str, Any] | None, rank: int) -> None:
+    def load(self, state: Mapping[str, Any], rank: int) -> None:
         """Take up what ``state`` returned; of an audit under way on the rank that it was saved on."""
         self.history, self._look, self._saved, self._asked = [], None, None, None
-        if state is None:
-            return
         try:
             self.history = [dict(each) for each in state["history"]]
             if (under_way := state["under_way"]) is not None:

@@ -181,8 +181,6 @@ def _room(value: Any) -> bool:
 
 
 def _audits(value: Any) -> bool:
-    if value is None:
-        return True
     if not isinstance(value, Mapping) or value.keys() != {"history", "under_way"}:
         return False
     history, under_way = value["history"], value["under_way"]
@@ -242,7 +240,11 @@ def _number(value: Any) -> bool:
 # What a state of version 1 did not say, one of version 2, one of version 3; and its stats.
 SINCE_1: dict[str, Any] = {"count": "batches", "updates": 0, "scope": "rank"}
 SINCE_2: dict[str, Any] = {"ahead": None, "watched": False, "room": None}
-SINCE_3: dict[str, Any] = {"audits": None, "gate": None, "trials": None}
+SINCE_3: dict[str, Any] = {
+    "audits": {"history": [], "under_way": None},
+    "gate": None,
+    "trials": None,
+}
 COUNTED_SINCE = {"capped": 0, "audited": 0, "seconds_auditing": 0.0}
 
 FIELDS: dict[str, Callable[[Any], bool]] = {

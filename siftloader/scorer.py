@@ -211,7 +211,7 @@ class Scorer:
         self._alike = False  # whether ranks of one replica were seen to hold the same candidates
         self._replica: tuple[nn.Module, list[Any]] | None = None
         # What cannot be cut fails here, not after the warm-up. A callable may have nothing to find yet.
-        if isinstance(model, nn.Module) and self._needs_model:
+        if isinstance(model, nn.Module) and self.looks_at_model:
             self._exit()
 
     @property
@@ -318,7 +318,7 @@ class Scorer:
         if self.replica_groups and not self._alike:
             check_alike(pool.batch, self.replica_groups, device)
             self._alike = True
-        if self.scorer_device is not None and self._needs_model:
+        if self.scorer_device is not None and self.looks_at_model:
             self._own_exit().fetch()
         self._untold = False
         scores = self._score(pool, labels, learn, self.precision.dtype(device))
@@ -336,7 +336,7 @@ class Scorer:
         returned nothing else may be asked of this object.
         """
         early, settled = self._early, self._settled
-        if not (isinstance(early, EarlyExit) and self._needs_model and settled):
+        if not (isinstance(early, EarlyExit) and self.looks_at_model and settled):
             return None
         # One look at everything that this batch will meet was taken on the loop's own time.
         if not early.is_of(self.model) or early.twin is not settled[0]:
@@ -383,7 +383,7 @@ class Scorer:
             pool = replace(pool, batch=move(pool.batch, device))
         # Within it the ranks need nothing of each other, however much each has to run.
         with torch.no_grad(), scoring_in(dtype, device), self._opened():
-            if self._score_fn is not None and self._needs_model:
+            if self._score_fn is not None and self.looks_at_model:
                 scores, labelled = self._by_function(self._score_fn, pool, learn)
             elif isinstance(self.criterion, Random):
                 scores, labelled = self._at_random(pool, labels, device)
@@ -420,7 +420,7 @@ class Scorer:
 
     def _opened(self) -> AbstractContextManager[None]:
         # An exit head's own features are gathered as they are asked for.
-        early = self._exit() if self._needs_model else None
+        early = self._exit() if self.looks_at_model else None
         return early.opened() if isinstance(early, EarlyExit) else nullcontext()
 
     def _at_random(
@@ -439,7 +439,7 @@ class Scorer:
     ) -> tuple[Any, Tensor]:
         assert labels is not None  # only a random criterion does without
         targets = self._targets(pool.batch, labels, device)
-        if self._needs_model and not self._tried:
+        if self.looks_at_model and not self._tried:
             self._try(pool.batch, targets)
         if self._reading is not None:
             return self._heard(self._reading, self._own_exit().with_labels, pool, learn)
@@ -503,7 +503,7 @@ class Scorer:
             read is None
             or ends is None
             or not isinstance(self._early, EarlyExit)
-            or not self._needs_model
+            or not self.looks_at_model
         ):
             return None
         width = pool.batch[MASK].shape[1]
@@ -702,7 +702,8 @@ class Scorer:
         return self.criterion(early), labelled
 
     @property
-    def _needs_model(self) -> bool:
+    def looks_at_model(self) -> bool:
+        """Whether scores depend on the model at all."""
         return self._score_fn is not None or not isinstance(self.criterion, (Random, Rarity))
 
     def _exit(self) -> EarlyExit | ProbeExit:
@@ -724,7 +725,7 @@ class Scorer:
         if self._task is None:
             # The model's own loss is asked first: the names of classes are not always right.
             task = Task()
-            if self._needs_model and not callable(self._labels):
+            if self.looks_at_model and not callable(self._labels):
                 task = self._exit().task(candidates, self.label_name, labels)
             self._heard_shift = task.shift
             shift = is_causal(self.model) if task.shift is None else task.shift

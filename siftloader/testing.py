@@ -27,7 +27,16 @@ from torch import Tensor
 
 
 # A clock, and marks of torchdata's that tell how it got there: equal streams differ in them.
-UNCOMPARED = frozenset({"seconds_scoring", "fetcher_ended", "_base_seed", "num_yielded"})
+UNCOMPARED = frozenset(
+    {
+        "seconds_scoring",
+        "seconds_auditing",
+        "scoring_cost",
+        "fetcher_ended",
+        "_base_seed",
+        "num_yielded",
+    }
+)
 UNSEEDED = (
     "Two loaders built the same way must hand out the same: seed it, from something that a new process "
     "knows, too; or does state_dict() move it?"

@@ -727,6 +727,7 @@ MAY_BE = {  # what a field of a loader's state may well be
     "watched": ("true",),
     "ahead": ("none",),
     "room": ("none",),
+    "gate": ("true",),  # of a run that had one
     "lanes": ("missing",),  # in the first version there were none: it means one
 }
 
