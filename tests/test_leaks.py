@@ -49,9 +49,9 @@ SCRIPT = textwrap.dedent(
     """
 )
 OPTIONS = {
-    "plain": 'dict(pool="split")',
-    "overlap": 'dict(pool="split", overlap=True)',
-    "a copy": 'dict(pool="split", overlap=True, scorer_device="cpu")',
+    "plain": 'dict(pool="split", audit_every=50)',
+    "overlap": 'dict(pool="split", overlap=True, audit_every=50)',
+    "a copy": 'dict(pool="split", overlap=True, scorer_device="cpu", audit_every=50)',
     "entropy, two rows at a time": 'dict(pool="split", criterion="entropy", score_batch_size=2)',
 }
 
