@@ -26,8 +26,9 @@ from siftloader import (
     SiftingDataLoader,
     StateError,
 )
-from siftloader.audit import FIGURES, Pace, Witness
+from siftloader.audit import FIGURES, Audits, Pace, Witness, _audit, _Look
 from siftloader.fidelity import SUMS
+from siftloader.stats import Stopwatch
 from siftloader.targets import LATER
 
 
@@ -277,21 +278,22 @@ def test_an_audit_costs_what_stats_say(monkeypatch):
 
     def score(self, pool, labels, learn=False):
         depth = LAYERS if self.exit_layer == "full" else self.exit_layer
-        now[0] += depth * len(pool.batch["input_ids"])
+        times = 3 if isinstance(self.criterion, Witness) else 1  # uncompiled, say
+        now[0] += times * depth * len(pool.batch["input_ids"])
         return scored(self, pool, labels, learn)
 
     monkeypatch.setattr(room.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(Scorer, "score", score)
     loader = make(bert(), exit_layer=1, audit_every=5)
     batches = iter(loader)
-    for _ in range(16):
+    for _ in range(17):
         next(batches)
         now[0] += 100.0  # the loop's step
     found = loader.stats
-    assert found["seconds_auditing"] == (2 + 3 * 8) * (1 + LAYERS), (
+    assert found["seconds_auditing"] == 3 * (2 + 3 * 8) * (1 + LAYERS), (
         "two rows of the first pool are tried"
     )
-    assert found["seconds_scoring"] == 8 * 16
+    assert found["seconds_scoring"] == 8 * 17
     assert found["scoring_cost"] == pytest.approx(8 / 100)
 
 
@@ -386,10 +388,38 @@ def test_another_model_is_audited_from_then_on():
     assert loader.stats["population_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_another_model_is_tried_at_once():
+    loader = make(bert(), audit_every=100)
+    batches = iter(loader)
+    next(batches)
+    loader.attach_model(bert())
+    before = loader.stats["seconds_auditing"]
+    next(batches)
+    assert loader.stats["seconds_auditing"] > before
+
+
 @pytest.mark.parametrize("wrong", [-1, 0.5, True, None])
 def test_audit_every_is_a_number_of_steps(wrong):
     with pytest.raises(ValueError, match="audit_every must be an int of 0"):
         make(bert(), audit_every=wrong)
+
+
+@pytest.mark.parametrize(("beside", "step"), [(False, 8), (True, 10)])
+def test_a_step_is_what_is_left_without_scoring_unless_that_runs_beside(beside, step):
+    # Two pools took 4 seconds, and from batch to batch it is 10.
+    audits, scoring, pace = Audits(make(bert())._scorer, 5, beside), Stopwatch(4.0), Pace()
+    scoring.blocks = 2
+    for now in (0, 10, 20):
+        pace.tick(now, True)
+    audits._asked, audits._look = 5, _Look(5, True, torch.rand(5, 8), None, 1, 0, 0, Stopwatch())
+    (found,) = audits.latest(pace, scoring, alone=True)
+    assert found["scoring_cost"] == 2 / step
+
+
+def test_of_timings_those_of_the_slowest_rank_count():
+    one, other = ([1.0, *[1.0] * SUMS, scored, step, 1.0] for scored, step in ((1, 10), (3, 12)))
+    assert _audit(5, [np.array(one), np.array(other)])["scoring_cost"] == 3 / 12
+    assert _audit(5, [np.array(other), np.array(one)])["scoring_cost"] == 3 / 12
 
 
 def test_a_pace_is_of_one_kind_of_step():
@@ -465,6 +495,22 @@ def test_a_damaged_history_is_refused(audits):
     state = loader.state_dict() | {"audits": audits}
     with pytest.raises(StateError, match="audits"):
         make(bert()).load_state_dict(state)
+
+
+def test_an_audit_under_way_belongs_to_the_rank_that_saved_it():
+    model = bert()
+    before = make(model)
+    batches = iter(before)
+    for _ in range(4):
+        next(batches)
+    state = before.state_dict()
+    state["audits"]["under_way"]["rank"] = 1
+    after = make(model)
+    after.load_state_dict(state)
+    batches = iter(after)
+    for _ in range(4):
+        next(batches)
+    assert len(before.audits) == 1 and [each["step"] for each in after.audits] == [6]
 
 
 def test_numbers_of_any_kind_are_taken_up_as_figures():
