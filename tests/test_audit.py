@@ -110,6 +110,28 @@ def test_an_audit_says_what_scoring_by_hand_says(criterion):
     assert found["sigma"] > 0.01, "the depths must disagree, or this test sees nothing"
 
 
+def test_the_whole_model_is_asked_at_all_positions_in_the_precision_of_the_loop():
+    model = bert()
+    low = {"positions": First(2), "autocast": torch.bfloat16}
+    loader = make(model, audit_every=1, exit_layer=1, **low)
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    pool = {name: value[16:24] for name, value in Texts().batch.items()}
+    losses = Sifter(model, exit_layer="full", autocast=torch.bfloat16).score(pool)
+    assert loader.stats["population_loss"] == losses.double().mean().item()
+
+
+def test_labels_are_read_as_the_loader_learned_to():
+    loader = make(bert(), audit_every=1)
+    batches = iter(loader)
+    next(batches)
+    loader._scorer.reading_state = [False, 7, False]  # as a state may tell
+    for _ in range(2):
+        next(batches)
+    assert [each.reading_state for each in loader._audits._pair] == [[False, 7, False]] * 2
+
+
 def test_the_exit_that_is_the_whole_model_has_no_noise():
     loader = make(bert(), exit_layer="full")
     batches = iter(loader)
@@ -328,6 +350,18 @@ def test_the_cost_is_known_before_anything_is_sifted(monkeypatch):
         next(batches)
         now[0] += 100.0
     assert loader.stats["scoring_cost"] == pytest.approx(8 / 100), "of a pool of 8, not of 4 rows"
+
+
+def test_of_more_audits_than_are_remembered_the_first_are_forgotten(monkeypatch):
+    from siftloader import audit as room
+
+    monkeypatch.setattr(room, "HISTORY", 2)
+    loader = make(bert(), audit_every=1)
+    batches = iter(loader)
+    for _ in range(6):
+        next(batches)
+    assert [each["step"] for each in loader._audits.history] == [4, 5]
+    assert len(loader.state_dict()["audits"]["history"]) == 2
 
 
 def test_figures_are_settled_a_few_steps_later_and_read_no_sooner():
