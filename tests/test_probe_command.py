@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from siftloader import Margin, TokenShards, Trial, forks
 from siftloader.cli import main
 from siftloader.probe_command import HEADS
 from siftloader.shards import Layout, Source, Tokenizer, write_dataset, write_shard
@@ -204,6 +205,36 @@ def test_a_trial_is_printed_and_its_finding_is_the_advice(model, shards, capsys)
         .startswith(("Sift,", "Do not sift", "Nothing can"))
     )
     assert "try again later" in printed.replace("\n", " ")
+
+
+def test_a_trial_tries_what_was_found_as_it_was_asked_for(model, shards, capsys, monkeypatch):
+    held = []
+
+    def tried(forked, optimizer, pools, held_out, **options):
+        held.append((optimizer, list(pools), held_out, options))
+        return Trial(4, 4, 1.0, None, 5.0, (4.0, 4.0), (4.0, 4.1))
+
+    monkeypatch.setattr(forks, "trial", tried)
+    asked = ["probe", "--model", model, "--shards", str(shards), "--json", "--trial", "4"]
+    more = ("--layers", 2, "--criteria", "margin", "--keep", "0.25", "--lr", "0.5", "--seed", "3")
+    assert main([*asked, *few("--repeats", 2, *more, "--bf16")]) == 0
+    (optimizer, pools, held_out, options) = held[0]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert {len(each["input_ids"]) for each in pools[:-1]} == {32}
+    expected = list(TokenShards(shards, seed=3).read_batches(32, 0))
+    assert torch.equal(pools[0]["input_ids"], expected[0]["input_ids"])
+    (val,) = TokenShards(shards, split="val").read_batches(32, 0)
+    assert len(held_out) == 1 and torch.equal(held_out[0]["labels"], val["labels"])
+    assert isinstance(options.pop("criterion"), Margin)
+    assert options == {
+        "steps": 4,
+        "repeats": 2,
+        "exit_layer": 2,
+        "keep": 0.25,
+        "seed": 3,
+        "autocast": torch.bfloat16,
+    }
+    assert json.loads(capsys.readouterr().out)["trial"]["sifted"] == [4.0, 4.1]
 
 
 def test_a_trial_draws_on_where_the_data_end_and_says_so(model, tmp_path, capsys):

@@ -443,6 +443,18 @@ def test_a_loader_under_way_is_probed_with_what_it_has_not_handed_out():
     probe(model, loader, pools=2, criteria=[ids], exit_layers=["full"], cost={2: 0.0})
     order = [batch["id"] for batch in shards.read_batches(16, 0)]
     assert torch.equal(heard[0], order[1]) and torch.equal(heard[1], order[2])
+    heard.clear()
+    ending = SiftingDataLoader(shards, 616, model=model, criterion=Random(), warmup_steps=0)
+    drawn = iter(ending)
+    (
+        next(drawn),
+        next(drawn),
+    )  # of 1,232 candidates each: 24 are left, and 32 are wanted of the next epoch
+    probe(
+        model, ending, batch_size=8, pools=2, criteria=[ids], exit_layers=["full"], cost={2: 0.0}
+    )
+    anew = [batch["id"] for batch in shards.read_batches(16, 1)]
+    assert torch.equal(heard[0], anew[0]) and torch.equal(heard[1], anew[1])
 
 
 # ---- what it is given
@@ -668,9 +680,15 @@ def test_the_table_marks_the_best_and_json_has_no_nan():
     marked = [line for line in str(found).splitlines() if line.endswith("<- best")]
     assert len(marked) == 1 and marked[0].split()[:2] == ["1", "loss"]
     told = json.dumps(found.as_dict(), allow_nan=False)
-    assert json.loads(told)["best"]["layer"] == 1
+    assert json.loads(told)["best"]["layer"] == 1 and json.loads(told)["advice"] == found.advice()
+    assert found.asked == 0.75 and "50% by chance, 75% is asked for" in found.table()
     assert json.loads(told)["choices"][1]["sigma"] is None
     assert max(map(len, str(found).splitlines())) <= 120
+
+
+def test_the_best_is_the_fastest_at_the_low_end_of_its_interval():
+    sure, unsure = choice(), choice(layer=2, rho=1.25, rho_half_width=0.2)
+    assert unsure.speed > sure.speed and finding(sure, unsure).best == sure
 
 
 def test_a_random_choice_is_no_choice():
