@@ -812,7 +812,8 @@ class SiftingDataLoader(DataLoader[Any]):
             if found is None:
                 return None
             batch, taken = found
-            if training and self._trials is not None and self._schedule.ahead(self._step):
+            trained_on = training and batch is not _PASSED
+            if trained_on and self._trials is not None and self._schedule.ahead(self._step):
                 self._trials.rehearse(batch)
         if turn == self._turn:
             self._cursor, self._idle, self._restored = taken.cursor, False, False

@@ -177,6 +177,37 @@ def test_all_that_trials_cost_stays_within_the_share(seed):
     assert scored * COST / (2 * B) <= 0.02 * found["steps"]
 
 
+@pytest.mark.parametrize(
+    ("was", "gains", "opens"),
+    [
+        (False, (0.010, 0.012), False),  # an interval of twelve times their difference
+        (False, (0.0100, 0.0101), True),
+        (False, (0.0019, 0.0019), False),  # sure, but less than is wanted
+        (False, (-0.01, -0.01), False),
+        (True, (0.05, -0.04), True),  # unsure, but open: at least half of what is wanted
+        (True, (0.0009, 0.0009), False),
+        (True, (math.nan, 0.01), False),
+    ],
+)
+def test_a_gate_opens_on_a_sure_gain_and_closes_on_half_of_it(was, gains, opens, monkeypatch):
+    from siftloader import trials as room
+
+    model, optimizer = begun()
+    held = batches("hard", 1)
+    gated = gate(held_out=held, steps=1, repeats=2, least=0.002, optimizer=optimizer)
+    loader = make(model, count=40, gated=gated, warmup_steps=3)
+    batches_ = iter(loader)
+    train(batches_, model, optimizer, 3)
+    losses = iter([x for gain in gains for x in (1 + gain, 1.0)])
+    monkeypatch.setattr(room, "held_out_loss", lambda *args: next(losses))
+    loader._trials.is_open = was
+    next(batches_)
+    (only,) = loader.trials
+    assert only["open"] is opens is loader._open
+    expected = None if math.isnan(sum(gains)) else pytest.approx(sum(gains) / 2)
+    assert only["gain"] == expected
+
+
 def test_what_is_said_to_be_spent_is_what_is_spent(monkeypatch):
     from siftloader import trials as room
 
@@ -197,14 +228,14 @@ def test_what_is_said_to_be_spent_is_what_is_spent(monkeypatch):
     monkeypatch.setattr(room, "arm", arm)
     monkeypatch.setattr(room, "held_out_loss", look)
     model, optimizer = begun()
-    loader = make(model, count=120, gated=gate(held_out_rows=100))
+    loader = make(model, count=120, gated=gate(held_out_rows=100, cost=0.5))
     train(loader, model, optimizer, 42)
     (only,) = loader.trials
     del steps[0], looked[0]  # tried once with the first optimizer step, for nothing
     assert set(steps) == {B} and set(looked) == {100}
-    sifted = round(8 / 1.06) * 4
+    sifted = round(8 / 1.5) * 4
     assert len(steps) == 8 * 4 + sifted and only["scored"] == sifted * 2 * B
-    expected = len(steps) + COST * sifted + sum(looked) / B / 3
+    expected = len(steps) + 0.5 * sifted + sum(looked) / B / 3
     assert only["steps_spent"] == pytest.approx(expected)
 
 
@@ -356,6 +387,14 @@ def test_an_optimizer_that_is_named_needs_no_step():
     next(batches)
     next(batches)
     assert [each["step"] for each in loader.trials] == [1]
+
+
+def test_batches_that_are_skipped_are_no_batches_to_try():
+    model, optimizer = begun()
+    loader = make(model, count=60, warmup_steps=0, gated=gate(optimizer=optimizer))
+    loader._open = True  # as a state may tell
+    batches = loader._begin(joined=False, over=3)
+    assert len(next(batches)["ids"]) == B
 
 
 def test_several_optimizers_are_refused_unless_one_is_named():
