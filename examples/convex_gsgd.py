@@ -315,7 +315,7 @@ def draw(
     grid[0, 0].set_ylabel("loss F of the mean iterate, over F*")
     grid[1, 0].set_ylabel("rho_R at the iterates")
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.suptitle(
         "Choosing the highest of R losses: sooner down, and not all the way",
         x=0.01,
