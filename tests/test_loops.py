@@ -850,6 +850,13 @@ def example(name: str) -> Any:
     return importlib.import_module(name)
 
 
+@pytest.mark.slow
+def test_whether_it_pays_is_asked_three_ways(capsys):
+    example("when_it_pays").main(["--steps=12"])
+    told = capsys.readouterr().out
+    assert "trial at step 10" in told and "audits" in told and "speed" in told
+
+
 def test_the_plain_loop_runs_with_and_without(capsys):
     example("plain_loop").main(["--steps=6"])
     first, kept, scores = capsys.readouterr().out.splitlines()
