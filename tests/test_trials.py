@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from siftloader import (
+    Gumbel,
     Predicted,
     Random,
     ScoringError,
@@ -331,6 +333,21 @@ def test_what_is_learned_beside_the_model_is_copied_too(options):
         assert learned
         ends.append((seen, weights(model), learned))
     assert ends[0] == ends[1]
+
+
+def test_a_copy_scores_in_the_loops_precision_and_shares_nothing():
+    model, _ = begun()
+    loader = make(
+        model, selection=Gumbel(), sift_weight=True, scope="global", autocast=torch.bfloat16
+    )
+    sifter, other = loader._sifter, loader._sifter.of(copy.deepcopy(model), 0.5)
+    assert other.scorer.precision.name == "bfloat16" and not other.scorer.precision.watches
+    assert not other.weighs and other.scope == "rank" and sifter.weighs
+    for name in ("scorer", "selection", "counts", "_copies"):
+        assert getattr(other, name) is not getattr(sifter, name)
+    assert (
+        other.scorer.model is not model and other.scorer.criterion is not sifter.scorer.criterion
+    )
 
 
 @pytest.mark.parametrize("interrupt", [RuntimeError, KeyboardInterrupt])
