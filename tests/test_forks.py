@@ -1,4 +1,4 @@
-"""Does sifting pay, from here? pytest tests/test_trial.py"""
+"""Does sifting pay, from here? pytest tests/test_forks.py"""
 
 from __future__ import annotations
 
@@ -154,6 +154,8 @@ VERDICTS = [
     ((2.9, 3.0), (3.0, 3.1), "do not sift"),
     ((3.0, 3.1), (3.1, 3.0), "no difference seen"),
     ((3.0, 3.0), (3.0, 3.0), "no difference seen"),
+    ((3.0, 3.026), (2.9, 2.9), "no difference seen"),  # 0.113 ± 0.165
+    ((3.0, 3.013), (2.9, 2.9), "sift"),  # 0.107 ± 0.083
     ((3.0, math.nan), (3.0, 3.0), "diverged"),
     ((3.0, 3.0), (math.inf, 3.0), "diverged"),
 ]
@@ -392,16 +394,19 @@ def test_both_arms_of_a_repeat_draw_from_the_same_candidates_and_repeats_from_ot
     found = run(model, optimizer, pools=drawn, steps=5, cost=1.25, loss=seen.loss, sift=seen.sift)
     assert found.sifted_steps == 4
     steps, kept_from = iter(seen.steps), iter(seen.pools)
+    places: list[list[list[int]]] = [[], []]
     for repeat in range(2):
         ids = [each["id"].tolist() for each in drawn[5 * repeat : 5 * repeat + 5]]
         for pool in ids:  # plain
             rows = next(steps)
             assert len(rows) == 4 and set(rows) < set(pool) and rows == sorted(rows)
+            places[repeat].append([pool.index(row) for row in rows])
         for pool in ids[:4]:  # sifted
             assert next(kept_from) == pool
             rows = next(steps)
             assert len(rows) == 4 and set(rows) < set(pool)
     assert next(steps, None) is None and next(kept_from, None) is None
+    assert places[0] != places[1]  # each repeat has a key of its own, also for dropout
 
 
 def test_the_random_rows_differ_from_pool_to_pool_and_are_drawn_by_key():
