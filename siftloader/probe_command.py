@@ -195,9 +195,11 @@ def probed(arguments: argparse.Namespace) -> str:
         told = {"trial": None if tried is None else tried.as_dict(), "notes": notes}
         return json.dumps({**found.as_dict(), "advice": advice, **told})
     width = min(112, shutil.get_terminal_size((100, 24)).columns)
-    parts = [fill(shown(each), width) for each in notes] + [found.table()]
+    parts = [fill(shown(each), width, break_on_hyphens=False) for each in notes] + [found.table()]
     parts += [] if tried is None else [str(tried)]
-    parts += [fill(advice, width)] + ([shown(f"wrote {arguments.out}")] if arguments.out else [])
+    parts += [fill(advice, width, break_on_hyphens=False)] + (
+        [shown(f"wrote {arguments.out}")] if arguments.out else []
+    )
     return "\n\n".join(parts)
 
 
