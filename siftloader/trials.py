@@ -64,10 +64,11 @@ class TrialGate:
     than half of ``least``. Where several ranks run, each makes its own pairs, and all decide by those of all.
 
     A step of a copy is tried as soon as the optimizer is known: what fails does so then. The first trial comes with
-    the first step that would be sifted. All trials together take ``share`` of the steps (0.01: about 220 steps' worth, by the defaults, every 22,000). While one runs, memory holds a copy of
-    model and optimizer more, and ``steps * repeats`` pools. ``loss(model, batch)`` is the loop's
-    (``model(**batch).loss``), ``clip`` its largest norm of gradients; accumulation and a scaler are not imitated.
-    ``held_out_rows`` of the held-out rows are measured.
+    the first step that would be sifted, the next ones so that all of them together take ``share`` of the steps (0.01:
+    about 220 steps' worth, by the defaults, every 22,000). While one runs, memory holds a copy of model and
+    optimizer more, and ``steps * repeats`` pools, which are handed out afterwards. ``loss(model, batch)`` is the
+    loop's (``model(**batch).loss``), ``clip`` its largest norm of gradients; accumulation and a scaler are not
+    imitated, hooks of your own fire on copies, too. ``held_out_rows`` of the held-out rows are measured.
 
     Raises TypeError or ValueError where an argument is none of these.
     """

@@ -252,7 +252,8 @@ def test_what_goes_wrong_in_a_job_is_raised_where_its_result_is_wanted() -> None
 
 
 def listening() -> int:
-    while _GONE:  # of other tests
+    gc.collect()  # loaders of other tests
+    while _GONE:
         _GONE.pop().remove()
     return len(torch_optimizer._global_optimizer_pre_hooks)
 
